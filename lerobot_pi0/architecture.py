@@ -1,0 +1,81 @@
+"""Architecture of π₀ as frozen dataclasses, and the presets that have names. No torch: the config reads this.
+
+Sources: openpi `models/gemma.py: get_config`, big_vision `models/vit.py: decode_variant` (So400m/14).
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gemma:
+    """One decoder stack. Multi-query attention: the `heads` query heads share one key/value head."""
+
+    width: int
+    depth: int
+    mlp_dim: int
+    heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Vision:
+    """A SigLIP vision tower; `image_size` is the side in pixels that the preset is meant for."""
+
+    width: int
+    depth: int
+    mlp_dim: int
+    heads: int
+    patch_size: int
+    image_size: int
+
+
+@dataclass(frozen=True)
+class PaliGemma:
+    """The VLM: a vision tower, a linear projector and a Gemma with a vocabulary."""
+
+    vision: Vision
+    gemma: Gemma
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """All that the network's shapes depend on. State and action vectors are zero-padded to their dims."""
+
+    vlm: PaliGemma
+    expert: Gemma
+    state_dim: int = 32
+    action_dim: int = 32
+    min_period: float = 4e-3
+    max_period: float = 4.0
+
+    def __post_init__(self) -> None:
+        vlm, expert = self.vlm.gemma, self.expert
+        if (vlm.depth, vlm.head_dim) != (expert.depth, expert.head_dim):
+            raise ValueError(
+                "the expert attends to the VLM layer by layer, so depth and head_dim must be equal; "
+                f"got {vlm.depth} x {vlm.head_dim} for the VLM, {expert.depth} x {expert.head_dim} for the expert"
+            )
+
+
+GEMMA_2B = Gemma(width=2048, depth=18, mlp_dim=16_384, heads=8, head_dim=256)
+GEMMA_300M = Gemma(width=1024, depth=18, mlp_dim=4096, heads=8, head_dim=256)
+SO400M = Vision(width=1152, depth=27, mlp_dim=4304, heads=16, patch_size=14, image_size=224)
+
+PALIGEMMA_VOCAB = 257_152  # 256 000 of Gemma, 1 024 locations, 128 segmentations
+BYTE_VOCAB = 384  # transformers' ByT5Tokenizer: 3 special tokens, 256 bytes, 125 sentinels
+
+PALIGEMMA_PRESETS = {
+    "gemma_2b": PaliGemma(SO400M, GEMMA_2B, PALIGEMMA_VOCAB),
+    "gemma_300m": PaliGemma(SO400M, GEMMA_300M, PALIGEMMA_VOCAB),
+    "tiny": PaliGemma(
+        Vision(width=128, depth=2, mlp_dim=256, heads=4, patch_size=8, image_size=64),
+        Gemma(width=128, depth=3, mlp_dim=256, heads=4, head_dim=32),
+        BYTE_VOCAB,
+    ),
+}
+EXPERT_PRESETS = {
+    "gemma_300m": GEMMA_300M,
+    "gemma_2b": GEMMA_2B,
+    "tiny": Gemma(width=64, depth=3, mlp_dim=128, heads=4, head_dim=32),
+}

@@ -1,0 +1,124 @@
+"""PI0Config: LeRobot's own π₀ options, and the few that only this plugin has.
+
+A checkpoint's `config.json` holds LeRobot's keys alone, so that the built-in can parse it; what only this
+plugin knows is kept beside it in `lerobot_pi0.json`. LeRobot reads `config.json` through its base class, where
+no method of ours is called: an option of the plugin is None while nobody has set it, and `PI0Policy` settles
+it from the checkpoint's file (`settle`).
+"""
+
+import json
+import logging
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import draccus
+from huggingface_hub.constants import CONFIG_NAME
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.pi0.configuration_pi0 import PI0Config as BuiltinPI0Config
+
+from .architecture import EXPERT_PRESETS, PALIGEMMA_PRESETS, Architecture
+
+logger = logging.getLogger(__name__)
+
+PLUGIN_CONFIG_NAME = "lerobot_pi0.json"
+PALIGEMMA_TOKENIZER = "google/paligemma-3b-pt-224"
+BYTE_TOKENIZER = "bytes"
+"""Name of transformers' ByT5 tokenizer, which is made in place: no vocabulary to download."""
+
+DTYPES = ("bfloat16", "float32")
+
+
+@dataclass
+class PI0Config(BuiltinPI0Config):
+    """Options of π₀. Those not listed here are LeRobot's, with LeRobot's meaning and defaults."""
+
+    # Side of the (square) images in pixels; None takes the preset's own: 224 for gemma_2b, 64 for tiny.
+    image_resolution: tuple[int, int] | None = None  # type: ignore[assignment]
+    # Prompt tokens after which a prompt is cut; None means 48, or 128 where a token is a byte.
+    tokenizer_max_length: int | None = None  # type: ignore[assignment]
+    # Train the expert and the projections alone; None freezes a VLM that was loaded and trains a random one.
+    train_expert_only: bool | None = None  # type: ignore[assignment]
+    # Tokenizer of the prompt: a Hub id, a folder, or "bytes"; None takes the preset's own.
+    text_tokenizer_name: str | None = None
+    # Noise and time draws per observation in training; they share one pass over the images. None means 1.
+    flow_samples: int | None = None
+
+    def __post_init__(self) -> None:
+        PreTrainedConfig.__post_init__(self)  # not the built-in's, which refuses the small presets
+        for name, presets in (
+            ("paligemma_variant", PALIGEMMA_PRESETS),
+            ("action_expert_variant", EXPERT_PRESETS),
+        ):
+            if getattr(self, name) not in presets:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(presets)}")
+        self.architecture()  # raises where the two do not go together
+        if self.image_resolution is None:
+            self.image_resolution = (PALIGEMMA_PRESETS[self.paligemma_variant].vision.image_size,) * 2
+        if self.tokenizer_max_length is None:
+            self.tokenizer_max_length = 128 if self.tokenizer == BYTE_TOKENIZER else 48
+        self._check()
+
+    def _check(self) -> None:
+        if self.image_resolution[0] != self.image_resolution[1]:
+            raise ValueError(f"image_resolution has to be square, got {tuple(self.image_resolution)}")
+        if not 1 <= self.n_action_steps <= self.chunk_size:
+            raise ValueError(
+                f"n_action_steps={self.n_action_steps} has to be between 1 and chunk_size={self.chunk_size}"
+            )
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}")
+        for name in ("num_inference_steps", "tokenizer_max_length", "max_state_dim", "max_action_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} has to be at least 1")
+        if self.flow_samples is not None and self.flow_samples < 1:
+            raise ValueError(f"flow_samples={self.flow_samples} has to be at least 1")
+
+    def architecture(self) -> Architecture:
+        """Shapes of the network.
+
+        Raises:
+            ValueError: the two presets do not go together.
+        """
+        return Architecture(
+            vlm=PALIGEMMA_PRESETS[self.paligemma_variant],
+            expert=EXPERT_PRESETS[self.action_expert_variant],
+            state_dim=self.max_state_dim,
+            action_dim=self.max_action_dim,
+            min_period=self.min_period,
+            max_period=self.max_period,
+        )
+
+    @property
+    def tokenizer(self) -> str:
+        """`text_tokenizer_name`, or the preset's own."""
+        if self.text_tokenizer_name is not None:
+            return self.text_tokenizer_name
+        return BYTE_TOKENIZER if self.paligemma_variant == "tiny" else PALIGEMMA_TOKENIZER
+
+    def settle(self, saved: dict[str, Any], vlm_is_pretrained: bool) -> None:
+        """Give a value to every option that is still unset: the checkpoint's, or else the default."""
+        for name in PLUGIN_FIELDS:
+            if getattr(self, name) is None:
+                setattr(self, name, saved.get(name))
+        if self.text_tokenizer_name is None:
+            self.text_tokenizer_name = self.tokenizer
+        if self.flow_samples is None:
+            self.flow_samples = 1
+        if self.train_expert_only is None:
+            self.train_expert_only = vlm_is_pretrained
+            logger.info(
+                "train_expert_only=%s: the VLM starts from %s weights",
+                vlm_is_pretrained,
+                "pretrained" if vlm_is_pretrained else "random",
+            )
+        self._check()
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        options = draccus.encode(self, PreTrainedConfig)
+        ours = {name: options.pop(name) for name in PLUGIN_FIELDS}
+        for name, content in ((CONFIG_NAME, options), (PLUGIN_CONFIG_NAME, ours)):
+            (save_directory / name).write_text(json.dumps(content, indent=4) + "\n")
+
+
+PLUGIN_FIELDS = tuple(sorted({f.name for f in fields(PI0Config)} - {f.name for f in fields(BuiltinPI0Config)}))

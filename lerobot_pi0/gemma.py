@@ -1,0 +1,163 @@
+"""Gemma's decoder with a context: the one transformer of π₀, used for the VLM and for the action expert.
+
+Axes: B batch, T tokens of this call, S tokens attended to, H query heads, D head dim, W width.
+
+Differences to a language model's decoder: attention is not causal but follows the mask it is given, and the
+keys and values of earlier blocks come from outside (`past`), possibly made by other weights. Parameter names
+are transformers' `GemmaModel`'s. Sources: openpi `models/gemma.py`, transformers `models/gemma`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .architecture import Gemma as GemmaConfig
+
+KeysValues = tuple[Tensor, Tensor]
+"""Keys (rotated) and values of one layer, each (B, S, D): one head serves all query heads."""
+
+ROPE_BASE = 10_000.0
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · (1 + weight); variance in float32."""
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], 1.0 + self.weight.float(), self.eps).type_as(x)
+
+
+def rotary_angles(positions_BT: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of RoPE's angles, float32 (B, T, D/2)."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BT.device) / head_dim
+    angle = positions_BT[..., None].float() * ROPE_BASE**-exponent
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x_i, x_{i + D/2}) of the last axis by its angle; in float32, returned in x's dtype."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
+
+
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where `visible`, -inf elsewhere: made once per call, where a boolean would be converted per layer."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, float("-inf"))
+
+
+class Attention(nn.Module):
+    """Multi-query attention. With one key/value head, query heads are nothing but more queries."""
+
+    def __init__(self, cfg: GemmaConfig) -> None:
+        super().__init__()
+        self.heads, self.head_dim = cfg.heads, cfg.head_dim
+        self.q_proj = nn.Linear(cfg.width, cfg.heads * cfg.head_dim, bias=False)
+        self.k_proj = nn.Linear(cfg.width, cfg.head_dim, bias=False)
+        self.v_proj = nn.Linear(cfg.width, cfg.head_dim, bias=False)
+        self.o_proj = nn.Linear(cfg.heads * cfg.head_dim, cfg.width, bias=False)
+
+    def keys_values(self, x_BTW: Tensor, rope: tuple[Tensor, Tensor]) -> KeysValues:
+        """Keys and values of these tokens, each (B, T, D)."""
+        return rotate(self.k_proj(x_BTW), *rope), self.v_proj(x_BTW)
+
+    def forward(self, x_BTW: Tensor, rope: tuple[Tensor, Tensor], kv: KeysValues, mask: Tensor) -> Tensor:
+        """Attend from x to `kv`, each (B, S, D), under an additive mask (B, 1 or T·H, S)."""
+        cos, sin = (angle[:, :, None] for angle in rope)
+        q_BTHD = rotate(rearrange(self.q_proj(x_BTW), "b t (h d) -> b t h d", h=self.heads), cos, sin)
+        q, k, v = (y[:, None] for y in (rearrange(q_BTHD, "b t h d -> b (t h) d"), *kv))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None].to(q.dtype))
+        return self.o_proj(rearrange(out, "b 1 (t h) d -> b t (h d)", h=self.heads))
+
+
+class MLP(nn.Module):
+    """GELU-gated linear unit."""
+
+    def __init__(self, cfg: GemmaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(cfg.width, cfg.mlp_dim, bias=False)
+        self.up_proj = nn.Linear(cfg.width, cfg.mlp_dim, bias=False)
+        self.down_proj = nn.Linear(cfg.mlp_dim, cfg.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, cfg: GemmaConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(cfg.width)
+        self.self_attn = Attention(cfg)
+        self.post_attention_layernorm = RMSNorm(cfg.width)
+        self.mlp = MLP(cfg)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, past: KeysValues | None, kv_only: bool
+    ) -> tuple[Tensor, KeysValues]:
+        """Returns the layer's output, and the keys and values of `past` and x together, each (B, S, D)."""
+        h = self.input_layernorm(x)
+        k, v = self.self_attn.keys_values(h, rope)
+        kv = (k, v) if past is None else (torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1))
+        if kv_only:
+            return x, kv
+        x = x + self.self_attn(h, rope, kv, mask)
+        return x + self.mlp(self.post_attention_layernorm(x)), kv
+
+
+class Gemma(nn.Module):
+    """A stack of layers. `embed_tokens` exists when there is a vocabulary: the expert has none."""
+
+    def __init__(self, cfg: GemmaConfig, vocab_size: int | None = None) -> None:
+        super().__init__()
+        self.cfg = cfg
+        if vocab_size is not None:
+            self.embed_tokens = nn.Embedding(vocab_size, cfg.width)
+        self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.depth))
+        self.norm = RMSNorm(cfg.width)
+        self.gradient_checkpointing = False
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """Token embeddings, scaled as Gemma's are: (B, T, W)."""
+        return self.embed_tokens(tokens_BT) * self.cfg.width**0.5
+
+    def cache(
+        self, x_BTW: Tensor, positions_BT: Tensor, mask: Tensor, past: Sequence[KeysValues] | None = None
+    ) -> list[KeysValues]:
+        """Keys and values per layer of `past` and x together. The last layer's attention and MLP, which
+        nobody would read, are not computed."""
+        return self._layers(x_BTW, positions_BT, mask, past, cache_only=True)[1]
+
+    def forward(
+        self, x_BTW: Tensor, positions_BT: Tensor, mask: Tensor, past: Sequence[KeysValues] | None = None
+    ) -> Tensor:
+        """Final hidden states (B, T, W), after the last norm.
+
+        Args:
+            positions_BT: position of each token, for RoPE.
+            mask: additive, (B, 1 or T·H, S) over the S = len(past) + T tokens attended to.
+            past: keys and values per layer of the tokens before these.
+        """
+        return self.norm(self._layers(x_BTW, positions_BT, mask, past, cache_only=False)[0])
+
+    def _layers(
+        self, x: Tensor, positions: Tensor, mask: Tensor, past: Sequence[KeysValues] | None, cache_only: bool
+    ) -> tuple[Tensor, list[KeysValues]]:
+        rope = rotary_angles(positions, self.cfg.head_dim)
+        cache = []
+        for i, layer in enumerate(self.layers):
+            args = (x, rope, mask, None if past is None else past[i], cache_only and i == self.cfg.depth - 1)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x, kv = checkpoint(layer, *args, use_reentrant=False)
+            else:
+                x, kv = layer(*args)
+            cache.append(kv)
+        return x, cache

@@ -1,0 +1,288 @@
+"""PI0Policy: LeRobot's contract around the network. No math here.
+
+Axes: B batch, K flow samples, T steps of a chunk, A action dims.
+"""
+
+import contextlib
+import logging
+from collections import deque
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.utils.constants import ACTION, OBS_STATE
+from torch import Tensor, nn
+
+from . import checkpoint, flow
+from .configuration_pi0 import PI0Config
+from .network import PI0
+from .observation import ObservationMaker
+from .processor_pi0 import check_statistics
+
+logger = logging.getLogger(__name__)
+
+
+class PI0Policy(PreTrainedPolicy):
+    """π₀ as LeRobot trains, evaluates and runs it.
+
+    Built from a config it starts from random weights; `from_pretrained` loads a checkpoint or raises.
+    """
+
+    config_class = PI0Config  # type: ignore[assignment]
+    name = "pi0"  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        config: PI0Config,
+        dataset_stats: dict[str, dict[str, Any]] | None = None,
+        dataset_meta: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            config: options; features are taken from it.
+            dataset_stats, dataset_meta: what `make_policy` passes when there is a dataset. Statistics are
+                then checked, and trained weights are held in float32.
+        """
+        self._build(config, dataset_stats, dataset_meta, saved={}, pretrained=False)
+        device = torch.device(config.device)
+        for name, p in list(self.named_parameters()):
+            checkpoint.set_parameter(self, name, torch.empty_like(p, device=device))
+        self.model.initialise()
+        self._finish()
+
+    def _build(
+        self,
+        config: PI0Config,
+        dataset_stats: dict[str, dict[str, Any]] | None,
+        dataset_meta: Any,
+        saved: dict[str, Any],
+        pretrained: bool,
+    ) -> None:
+        """Everything but the weights: the network is on the `meta` device, in its final dtypes."""
+        if not isinstance(config, PI0Config):
+            raise TypeError(f"config is a {type(config).__name__}, expected lerobot_pi0.PI0Config")
+        super().__init__(config)
+        config.validate_features()
+        config.settle(saved, vlm_is_pretrained=pretrained)
+        stats = dataset_stats if dataset_stats is not None else getattr(dataset_meta, "stats", None)
+        if dataset_stats is not None or dataset_meta is not None:
+            check_statistics(config, stats)
+        with torch.device("meta"):
+            self.model = PI0(config.architecture(), config.image_resolution[0])
+        self._freeze()
+        storage = getattr(torch, config.dtype)
+        trains = dataset_stats is not None or dataset_meta is not None
+        for p in self.parameters():
+            p.data = p.data.to(torch.float32 if trains and p.requires_grad else storage)
+        self._observe = ObservationMaker(config)
+
+    def _finish(self) -> None:
+        """What can only be done once the weights are there."""
+        self.model.reset_buffers(torch.device(self.config.device))
+        if self.config.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
+        self._note_mixed_precision()
+        self.reset()
+        self.eval()
+
+    def _freeze(self) -> None:
+        frozen: list[nn.Module] = []
+        if self.config.train_expert_only:
+            frozen.append(self.model.paligemma)
+        elif self.config.freeze_vision_encoder:
+            frozen.append(self.model.vision)
+        for module in frozen:
+            module.requires_grad_(False)
+        for p in self.model.unread_parameters():
+            p.requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_name_or_path: str | Path,
+        *,
+        config: PreTrainedConfig | None = None,
+        strict: bool = True,
+        dataset_stats: dict[str, dict[str, Any]] | None = None,
+        dataset_meta: Any = None,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> "PI0Policy":
+        """Load a checkpoint from a folder or the Hub.
+
+        Args:
+            config: options to use in place of the checkpoint's.
+            strict: False takes a checkpoint with missing or surplus tensors, and says which are random.
+
+        Raises:
+            CheckpointError: the checkpoint is not there, broken, or not π₀'s.
+        """
+        hub = {
+            "force_download": force_download,
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+            "revision": revision,
+        }
+        if config is None:
+            config = PreTrainedConfig.from_pretrained(pretrained_name_or_path, **hub)  # type: ignore[arg-type]
+        policy = cls.__new__(cls)
+        saved = checkpoint.read_plugin_config(pretrained_name_or_path, **hub)
+        policy._build(config, dataset_stats, dataset_meta, saved, pretrained=True)  # type: ignore[arg-type]
+        checkpoint.load_weights(policy, pretrained_name_or_path, torch.device(config.device), strict, **hub)
+        policy._finish()
+        return policy
+
+    def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        self.config._save_pretrained(save_directory)
+        checkpoint.save_weights(self.state_dict() if state_dict is None else state_dict, save_directory)
+
+    def _note_mixed_precision(self) -> None:
+        """Weights of two dtypes need autocast; weights of one do without its overhead."""
+        self._mixed = self.config.dtype == "bfloat16" and any(
+            p.dtype == torch.float32 for p in self.parameters()
+        )
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        device = torch.device(self.config.device).type
+        return torch.autocast(device, torch.bfloat16) if self._mixed else contextlib.nullcontext()
+
+    def train(self, mode: bool = True) -> "PI0Policy":
+        """Switch to training, where trained weights are float32; LeRobot calls this at every step."""
+        if mode and not self.training:
+            for p in self.parameters():
+                if p.requires_grad and p.is_floating_point():
+                    p.data = p.data.float()
+            self._note_mixed_precision()
+        return self if mode == self.training else super().train(mode)
+
+    def get_optim_params(self) -> list[nn.Parameter]:  # type: ignore[override]
+        """The parameters that are trained, and no others."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def supports_rtc(self) -> bool:
+        """Real-time chunking is not there yet."""
+        return False
+
+    def reset(self) -> None:
+        """Forget the chunk that is being executed."""
+        self._queue: deque[Tensor] = deque()
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.action_in_proj.weight.device
+
+    def forward(
+        self,
+        batch: dict[str, Any],
+        reduction: Literal["mean", "none"] = "mean",
+        noise: Tensor | None = None,
+        time: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The flow-matching loss of a preprocessed batch.
+
+        Args:
+            reduction: "mean" gives a scalar, "none" a loss per sample, (B,).
+            noise: ε to use in place of random draws, (B, K, T, max_action_dim).
+            time: t to use in place of random draws, (B, K).
+
+        Returns:
+            The loss, and numbers to log.
+
+        Raises:
+            ObservationError: the batch is not what the policy was made for.
+        """
+        if reduction not in ("mean", "none"):
+            raise ValueError(f"reduction={reduction!r} is not one of mean, none")
+        losses_BKTA = self.losses(batch, noise, time)
+        per_sample = losses_BKTA.mean(dim=(1, 2, 3))
+        loss = per_sample.mean()
+        return (loss if reduction == "mean" else per_sample), {"loss": loss.item()}
+
+    def losses(self, batch: dict[str, Any], noise: Tensor | None = None, time: Tensor | None = None) -> Tensor:
+        """Squared errors of the velocity, float32 (B, K, T, dims of the robot's actions)."""
+        cfg, device = self.config, self._device
+        obs = self._observe(batch, device)
+        actions = self._observe.actions(batch, device)[:, None]
+        samples = (len(actions), cfg.flow_samples)
+        if noise is None:
+            noise = flow.sample_noise((*samples, *actions.shape[2:]), device)
+        if time is None:
+            time = flow.sample_time(
+                samples,
+                device,
+                cfg.time_sampling_beta_alpha,
+                cfg.time_sampling_beta_beta,
+                cfg.time_sampling_scale,
+                cfg.time_sampling_offset,
+            )
+        x_t, target = flow.interpolate(actions, noise, time[..., None, None])
+        with self._precision():
+            context = self.model.context(obs)
+            velocity = self.model.velocity(x_t, self.model.embed_time(time)[:, :, None], context)
+        return (velocity - target)[..., : self._action_dims].square()
+
+    @property
+    def _action_dims(self) -> int:
+        return self.config.output_features[ACTION].shape[0]
+
+    @torch.no_grad()
+    def predict_action_chunk(self, batch: dict[str, Any], noise: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """A chunk of (normalised) actions, float32 (B, T, dims of the robot's actions).
+
+        Args:
+            noise: where the integration starts, (B, T, max_action_dim); random by default.
+
+        Raises:
+            ObservationError: the batch is not what the policy was made for.
+            FloatingPointError: the network's output is not finite.
+        """
+        cfg, device = self.config, self._device
+        obs = self._observe(batch, device)
+        if noise is None:
+            noise = flow.sample_noise((len(obs.state_BA), cfg.chunk_size, cfg.max_action_dim), device)
+        steps = cfg.num_inference_steps
+        with self._precision():
+            context = self.model.context(obs)
+            times = self.model.embed_time(flow.euler_times(steps, device))
+            chunk = flow.euler(lambda x, i: self.model.velocity(x, times[i], context), noise[:, None], steps)
+        actions = chunk[:, 0, :, : self._action_dims]
+        if not actions.isfinite().all():
+            raise FloatingPointError(
+                "π₀ produced actions that are not finite, so none is returned: check the weights and that the "
+                "statistics of the preprocessor are those of training"
+            )
+        return actions
+
+    @torch.no_grad()
+    def select_action(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
+        """The next action of each environment, (B, dims); a new chunk every `n_action_steps` calls.
+
+        Raises:
+            RuntimeError: the number of environments changed in the middle of a chunk.
+        """
+        if not self._queue:
+            chunk = self.predict_action_chunk(batch, **kwargs)
+            self._queue.extend(chunk[:, : self.config.n_action_steps].unbind(dim=1))
+        action = self._queue.popleft()
+        if OBS_STATE in batch and len(batch[OBS_STATE]) != len(action):
+            raise RuntimeError(
+                f"{len(batch[OBS_STATE])} observations for a chunk that was made for {len(action)}: call reset() "
+                "between episodes"
+            )
+        return action
+
+    def _get_default_peft_targets(self) -> dict[str, Any]:
+        """LeRobot's defaults for π₀: queries and values of the expert, and the projections."""
+        projections = "state_proj|action_in_proj|action_out_proj|action_time_mlp_in|action_time_mlp_out"
+        return {
+            "target_modules": rf"(.*\.gemma_expert\..*\.self_attn\.(q|v)_proj|model\.({projections}))",
+            "modules_to_save": [],
+        }

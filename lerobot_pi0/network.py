@@ -1,0 +1,197 @@
+"""π₀ as two calls: what an observation means (`context`), and where noisy actions should go (`velocity`).
+
+Axes: B batch, N cameras, L prompt tokens, S tokens of the context, K flow samples, T steps of a chunk,
+A action dim, W width, H query heads.
+
+Tokens form three blocks, each seeing itself and the earlier ones (paper, section IV): the prefix (images,
+prompt; the VLM's weights), the state, the actions (both the expert's weights). The prefix never sees the state
+and the state never sees the actions, so the first two blocks are computed once per observation, and an action
+token needs nothing of them but keys and values.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from .architecture import Architecture
+from .gemma import Gemma, KeysValues, RMSNorm, additive_mask
+from .vision import image_tokens, initialise, vision_tower
+
+
+class Observation(NamedTuple):
+    """What the network sees: only cameras that exist, no padding beyond the longest prompt."""
+
+    images_BNCHW: Tensor  # in [-1, 1]
+    tokens_BL: Tensor
+    token_mask_BL: Tensor  # False on padding
+    state_BA: Tensor
+
+
+class Context(NamedTuple):
+    """Prefix and state, as the expert's action tokens see them."""
+
+    cache: list[KeysValues]  # per layer, each (B, S, D)
+    mask_BS: Tensor  # False on padding
+
+    @property
+    def length_B(self) -> Tensor:
+        """Position of the next token."""
+        return self.mask_BS.sum(dim=1)
+
+
+def block_mask(mask_BS: Tensor, samples: int, steps: int, heads: int) -> Tensor:
+    """What K samples of T action tokens see: the context where it is not padding, and their own sample.
+
+    One sample sees all of itself, so its queries share one row, (B, 1, S + T). Two samples of two tokens,
+    after a context of three with one padded (rows: queries; heads left out):
+
+        1 1 0   1 1 0 0
+        1 1 0   1 1 0 0
+        1 1 0   0 0 1 1
+        1 1 0   0 0 1 1
+
+    Returns:
+        boolean (B, 1, S + T) for one sample, (B, K·T·H, S + K·T) for more.
+    """
+    own = torch.eye(samples, dtype=torch.bool, device=mask_BS.device)
+    own = repeat(own, "k l -> (k repeat) (l steps)", repeat=steps * heads if samples > 1 else 1, steps=steps)
+    batch, rows = len(mask_BS), len(own)
+    return torch.cat([mask_BS[:, None].expand(-1, rows, -1), own.expand(batch, -1, -1)], dim=2)
+
+
+class PI0(nn.Module):
+    """The network. Parameters carry the names of published checkpoints; `vision`, `vlm` and `expert` are
+    better names for the parts."""
+
+    def __init__(self, arch: Architecture, image_size: int) -> None:
+        super().__init__()
+        self.arch = arch
+        vlm, width = arch.vlm, arch.expert.width
+        paligemma = nn.ModuleDict(
+            {
+                "vision_tower": vision_tower(vlm.vision, image_size),
+                "multi_modal_projector": nn.ModuleDict({"linear": nn.Linear(vlm.vision.width, vlm.gemma.width)}),
+                "language_model": Gemma(vlm.gemma, vlm.vocab_size),
+            }
+        )
+        self.paligemma_with_expert = nn.ModuleDict(
+            {
+                "paligemma": nn.ModuleDict({"model": paligemma}),
+                "gemma_expert": nn.ModuleDict({"model": Gemma(arch.expert)}),
+            }
+        )
+        self.state_proj = nn.Linear(arch.state_dim, width)
+        self.action_in_proj = nn.Linear(arch.action_dim, width)
+        self.action_time_mlp_in = nn.Linear(2 * width, width)
+        self.action_time_mlp_out = nn.Linear(width, width)
+        self.action_out_proj = nn.Linear(width, arch.action_dim)
+
+    @property
+    def paligemma(self) -> nn.ModuleDict:
+        """Vision tower, projector and language model: what is frozen when only the expert is trained."""
+        return self.paligemma_with_expert["paligemma"]["model"]
+
+    @property
+    def vision(self) -> nn.Module:
+        return self.paligemma["vision_tower"]
+
+    @property
+    def vlm(self) -> Gemma:
+        return self.paligemma["language_model"]
+
+    @property
+    def expert(self) -> Gemma:
+        return self.paligemma_with_expert["gemma_expert"]["model"]
+
+    def unread_parameters(self) -> list[nn.Parameter]:
+        """Parameters of published checkpoints that the action never depends on: the VLM's last layer makes
+        keys and values, and its queries, attention output, MLP and the final norm lead nowhere."""
+        last = self.vlm.layers[-1]
+        modules = [last.self_attn.q_proj, last.self_attn.o_proj, last.post_attention_layernorm, last.mlp]
+        return [p for module in [*modules, self.vlm.norm] for p in module.parameters()]
+
+    def reset_buffers(self, device: torch.device) -> None:
+        """Make what is no parameter and so comes from no checkpoint: SigLIP's index of positions."""
+        embeddings = self.vision.vision_model.embeddings
+        embeddings.position_ids = torch.arange(embeddings.num_positions, device=device)[None]
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Keep each layer's input alone and compute the rest again in the backward pass."""
+        self.vlm.gradient_checkpointing = self.expert.gradient_checkpointing = True
+        self.vision.gradient_checkpointing_enable({"use_reentrant": False})
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Random weights: every layer keeps unit variance (LeCun normal), norms are the identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, RMSNorm):
+                nn.init.zeros_(module.weight)
+        nn.init.normal_(self.vlm.embed_tokens.weight, std=1 / math.sqrt(self.vlm.cfg.width))
+        initialise(self.vision)
+
+    def prefix(self, obs: Observation) -> tuple[Tensor, Tensor]:
+        """Tokens of the first block, images before the prompt: (B, S, W), and which are not padding (B, S)."""
+        projector = self.paligemma["multi_modal_projector"]["linear"]
+        images = image_tokens(self.vision, projector, rearrange(obs.images_BNCHW, "b n c h w -> (b n) c h w"))
+        images_BSW = rearrange(images, "(b n) p w -> b (n p) w", b=len(obs.images_BNCHW))
+        prompt_BLW = self.vlm.embed(obs.tokens_BL)
+        mask = torch.cat([obs.token_mask_BL.new_ones(images_BSW.shape[:2]), obs.token_mask_BL], dim=1)
+        return torch.cat([images_BSW.to(prompt_BLW.dtype), prompt_BLW], dim=1), mask
+
+    def context(self, obs: Observation) -> Context:
+        """Keys and values of prefix and state: once per observation.
+
+        A frozen VLM runs without autograd: nothing of it is kept, nothing is propagated through it. The
+        check is made at each call, since PEFT and users set `requires_grad` after construction.
+        """
+        trains_vlm = torch.is_grad_enabled() and any(p.requires_grad for p in self.paligemma.parameters())
+        with torch.set_grad_enabled(trains_vlm):
+            x, mask = self.prefix(obs)
+            cache = self.vlm.cache(x, mask.cumsum(dim=1) - 1, additive_mask(mask[:, None], x.dtype))
+
+        state = self.state_proj(obs.state_BA.to(self.state_proj.weight.dtype))[:, None]
+        position = mask.sum(dim=1, keepdim=True)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        cache = self.expert.cache(state, position, additive_mask(mask[:, None], state.dtype), past=cache)
+        return Context(cache, mask)
+
+    def embed_time(self, time: Tensor) -> Tensor:
+        """The part of the action MLP's input layer that depends on time alone, with its bias: (*, W).
+
+        sin and cos of W/2 frequencies, computed in float64 (openpi: `create_sinusoidal_pos_embedding`), then
+        the time half of `action_time_mlp_in`. One call serves all steps of a solver.
+        """
+        arch, width = self.arch, self.arch.expert.width
+        fraction = torch.linspace(0, 1, width // 2, dtype=torch.float64, device=time.device)
+        period = arch.min_period * (arch.max_period / arch.min_period) ** fraction
+        angle = time[..., None].double() * (2 * math.pi / period)
+        weight = self.action_time_mlp_in.weight[:, width:]
+        embedding = torch.cat([angle.sin(), angle.cos()], dim=-1).to(weight.dtype)
+        return F.linear(embedding, weight, self.action_time_mlp_in.bias)
+
+    def velocity(self, x_BKTA: Tensor, time: Tensor, context: Context) -> Tensor:
+        """Velocity of noisy actions, float32, of their shape.
+
+        Args:
+            x_BKTA: K chunks per observation, which do not see each other.
+            time: `embed_time` of their times, broadcast against (B, K, T, W).
+        """
+        samples, steps = x_BKTA.shape[1:3]
+        width = self.arch.expert.width
+        actions = self.action_in_proj(x_BKTA.to(self.action_in_proj.weight.dtype))
+        h = F.silu(F.linear(actions, self.action_time_mlp_in.weight[:, :width]) + time)
+        h = rearrange(self.action_time_mlp_out(h), "b k t w -> b (k t) w")
+
+        positions = context.length_B[:, None] + torch.arange(steps, device=h.device).repeat(samples)
+        mask = additive_mask(block_mask(context.mask_BS, samples, steps, self.expert.cfg.heads), h.dtype)
+        h = self.expert(h, positions, mask, context.cache)
+        velocity = self.action_out_proj(h.to(self.action_out_proj.weight.dtype))
+        return rearrange(velocity, "b (k t) a -> b k t a", k=samples).float()

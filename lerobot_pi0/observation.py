@@ -1,0 +1,205 @@
+"""From LeRobot's batch to the network's `Observation`, and every complaint about a batch.
+
+Axes: B batch, N cameras, C channels, H height, W width, L prompt tokens, T steps of a chunk, A dims.
+
+What has to be known about values (range of the images, length of the prompts) is gathered on the device and
+read at once: one host synchronisation per batch, before anything that is compiled.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
+from torch import Tensor
+
+from .configuration_pi0 import PI0Config
+from .network import Observation
+
+logger = logging.getLogger(__name__)
+
+
+class ObservationError(ValueError):
+    """A batch that the policy cannot take; the message names the key, what was found and the way out."""
+
+
+def resize_with_pad(images_BCHW: Tensor, side: int) -> Tensor:
+    """Scale into a square of `side` pixels without distortion; the rest is black. Values stay in [0, 1].
+
+    Bilinear without antialiasing and centred, as openpi's `resize_with_pad_torch`, so that published
+    checkpoints see what they were trained on.
+    """
+    height, width = images_BCHW.shape[-2:]
+    if (height, width) == (side, side):
+        return images_BCHW
+    ratio = max(height, width) / side
+    size = (int(height / ratio), int(width / ratio))
+    images = F.interpolate(images_BCHW, size=size, mode="bilinear", align_corners=False).clamp(0, 1)
+    top, left = (side - size[0]) // 2, (side - size[1]) // 2
+    return F.pad(images, (left, side - size[1] - left, top, side - size[0] - top))
+
+
+def pad_last(x: Tensor, dims: int) -> Tensor:
+    """Zero-pad the last axis to `dims`."""
+    return F.pad(x, (0, dims - x.shape[-1]))
+
+
+class ObservationMaker:
+    """Makes observations for one policy; remembers which warnings it has given."""
+
+    def __init__(self, config: PI0Config) -> None:
+        self.config = config
+        self._warned: set[str] = set()
+
+    def __call__(self, batch: Mapping[str, Any], device: torch.device) -> Observation:
+        """Check a preprocessed batch and turn it into what the network sees.
+
+        Raises:
+            ObservationError: a key is missing, has the wrong shape, or holds values out of range.
+        """
+        state = self._vector(batch, OBS_STATE, (self.config.max_state_dim, "max_state_dim"), device)
+        cameras = self._cameras(batch, device)
+        tokens, mask = self._prompt(batch, len(state), device)
+        for key, image in cameras.items():
+            if len(image) != len(state):
+                raise ObservationError(f"{key!r} holds {len(image)} images for {len(state)} states")
+        facts = self._facts(cameras, mask, state)
+        self._check_facts(facts, batch, cameras)
+        longest = int(facts["longest prompt"])
+        side = self.config.image_resolution[0]
+        return Observation(
+            images_BNCHW=torch.stack([resize_with_pad(x, side) for x in cameras.values()], dim=1) * 2 - 1,
+            tokens_BL=tokens[:, :longest],
+            token_mask_BL=mask[:, :longest],
+            state_BA=pad_last(state, self.config.max_state_dim),
+        )
+
+    def actions(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:
+        """The chunk to learn, zero-padded: float32 (B, T, A).
+
+        Raises:
+            ObservationError: no actions, too many dims, or not `chunk_size` steps.
+        """
+        actions = self._vector(batch, ACTION, (self.config.max_action_dim, "max_action_dim"), device, ndim=3)
+        if actions.shape[1] != self.config.chunk_size:
+            raise ObservationError(
+                f"{ACTION!r} holds {actions.shape[1]} steps, chunk_size is {self.config.chunk_size}: load the "
+                "dataset with the delta_timestamps of this config, as lerobot-train does"
+            )
+        return pad_last(actions, self.config.max_action_dim)
+
+    def _vector(
+        self, batch: Mapping[str, Any], key: str, most: tuple[int, str], device: torch.device, ndim: int = 2
+    ) -> Tensor:
+        if key not in batch:
+            raise ObservationError(f"no {key!r} in the batch, which has {', '.join(map(repr, batch))}")
+        x = torch.as_tensor(batch[key])
+        axes = "(batch, dims)" if ndim == 2 else "(batch, steps, dims)"
+        if x.ndim != ndim:
+            raise ObservationError(
+                f"{key!r} has shape {tuple(x.shape)}, expected {axes}: run the preprocessor, it adds the batch axis"
+            )
+        if x.shape[-1] > most[0]:
+            raise ObservationError(
+                f"{key!r} has {x.shape[-1]} dims, the network has room for {most[0]} ({most[1]}): train with a "
+                f"larger {most[1]}, from scratch, or leave dims out of the dataset"
+            )
+        feature = (self.config.output_features if key == ACTION else self.config.input_features).get(key)
+        if feature is not None and tuple(feature.shape) not in ((x.shape[-1],), (most[0],)):
+            raise ObservationError(
+                f"{key!r} has {x.shape[-1]} dims, the policy's config says {tuple(feature.shape)}: this is "
+                "another robot, or another order of joints, than the policy was trained for"
+            )
+        return x.to(device, torch.float32)
+
+    def _cameras(self, batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+        expected = list(self.config.image_features)
+        present = [key for key in expected if key in batch]
+        if not present:
+            raise ObservationError(
+                f"no camera in the batch: expected at least one of {expected or 'observation.images.*'}, got "
+                f"{', '.join(map(repr, batch))}. Rename cameras with --rename_map, or name them as in training"
+            )
+        absent = [key for key in expected if key not in batch and "empty_camera" not in key]
+        if absent:
+            self._warn(f"cameras {absent} are absent: the policy acts without them", "absent cameras")
+        return {key: self._image(key, torch.as_tensor(batch[key]).to(device)) for key in present}
+
+    def _image(self, key: str, x: Tensor) -> Tensor:
+        """Channels first, float32, in [0, 1] if the batch keeps LeRobot's contract."""
+        if x.ndim != 4 or 3 not in (x.shape[1], x.shape[-1]):
+            raise ObservationError(
+                f"{key!r} has shape {tuple(x.shape)}, expected (batch, 3, height, width): RGB images, one per "
+                "sample; the preprocessor adds the batch axis"
+            )
+        if x.shape[1] != 3:
+            x = x.permute(0, 3, 1, 2)
+        return x.float() / 255 if x.dtype == torch.uint8 else x.float()
+
+    def _prompt(
+        self, batch: Mapping[str, Any], batch_size: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        for key in (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK):
+            if key not in batch:
+                raise ObservationError(
+                    f"no {key!r} in the batch: the preprocessor makes it from 'task'. Run it, and give an "
+                    "instruction (--task=… in lerobot-rollout)"
+                )
+        tokens = torch.as_tensor(batch[OBS_LANGUAGE_TOKENS]).to(device)
+        mask = torch.as_tensor(batch[OBS_LANGUAGE_ATTENTION_MASK]).to(device, torch.bool)
+        if tokens.shape != mask.shape or tokens.ndim != 2 or len(tokens) != batch_size:
+            raise ObservationError(
+                f"{OBS_LANGUAGE_TOKENS!r} has shape {tuple(tokens.shape)} and its mask {tuple(mask.shape)}, "
+                f"expected ({batch_size}, tokens) for both"
+            )
+        task = batch.get("task")
+        prompts = [task] if isinstance(task, str) else task or []
+        if any(isinstance(p, str) and not p.strip() for p in prompts):
+            raise ObservationError(
+                "'task' is empty: π₀ needs an instruction. Set --dataset.single_task when recording and "
+                "--task in lerobot-rollout, in the words of the training data"
+            )
+        return tokens, mask
+
+    def _facts(self, cameras: dict[str, Tensor], mask: Tensor, state: Tensor) -> dict[str, float]:
+        """Numbers about the values, fetched from the device together."""
+        lengths = mask.sum(dim=1)
+        last_token = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(dim=1)
+        numbers = {
+            "longest prompt": last_token.max(),
+            "shortest prompt": lengths.min(),
+            "state is finite": state.isfinite().all(),
+        }
+        for key, image in cameras.items():
+            low, high = image.aminmax()
+            numbers |= {f"{key} low": low, f"{key} high": high}
+        values = torch.stack([x.double() for x in numbers.values()]).tolist()
+        return dict(zip(numbers, values, strict=True))
+
+    def _check_facts(
+        self, facts: dict[str, float], batch: Mapping[str, Any], cameras: dict[str, Tensor]
+    ) -> None:
+        if not facts["state is finite"]:
+            raise ObservationError(f"{OBS_STATE!r} holds NaN or infinity: check the robot's readings and its bus")
+        if facts["shortest prompt"] < 1:
+            raise ObservationError("a prompt has no tokens: π₀ needs an instruction in 'task'")
+        if facts["longest prompt"] >= self.config.tokenizer_max_length:
+            self._warn(
+                f"a prompt fills all {self.config.tokenizer_max_length} tokens and was probably cut: shorten the "
+                "instruction, or train with a larger tokenizer_max_length",
+                "cut prompt",
+            )
+        for key in cameras:
+            low, high = facts[f"{key} low"], facts[f"{key} high"]
+            if not (low >= -1e-3 and high <= 1 + 1e-3):  # also true of NaN
+                raise ObservationError(
+                    f"{key!r} holds values from {low:g} to {high:g}, expected [0, 1]: divide 8-bit images by "
+                    "255 (LeRobot does), and do not normalise them (normalization_mapping VISUAL is IDENTITY)"
+                )
+
+    def _warn(self, message: str, once_as: str) -> None:
+        if once_as not in self._warned:
+            self._warned.add(once_as)
+            logger.warning(message)

@@ -1,0 +1,116 @@
+"""Common ground of the tests: a shrunken π₀ in our code and in LeRobot's, and batches for both."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import lerobot.policies.pi0.modeling_pi0 as builtin
+import pytest
+import torch
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.policies.pi0.configuration_pi0 import PI0Config as BuiltinPI0Config
+from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
+
+import lerobot_pi0.configuration_pi0 as configuration
+from lerobot_pi0 import PI0Config, PI0Policy
+from lerobot_pi0.architecture import Gemma, PaliGemma, Vision
+
+SMALL_VLM = PaliGemma(
+    Vision(width=32, depth=2, mlp_dim=48, heads=4, patch_size=8, image_size=32),
+    Gemma(width=48, depth=3, mlp_dim=64, heads=8, head_dim=16),
+    vocab_size=300,
+)
+SMALL_EXPERT = Gemma(width=32, depth=3, mlp_dim=40, heads=8, head_dim=16)
+"""Eight heads, because LeRobot's attention has that number written into it."""
+
+CAMERAS = ("observation.images.front", "observation.images.left", "observation.images.wrist")
+DIMS = 6
+
+
+def features(cameras=CAMERAS, dims: int = DIMS, size: int = 32) -> dict:
+    """Config arguments of a robot with these cameras and joints."""
+    visual = {key: PolicyFeature(FeatureType.VISUAL, (3, size, size)) for key in cameras}
+    return {
+        "input_features": visual | {OBS_STATE: PolicyFeature(FeatureType.STATE, (dims,))},
+        "output_features": {ACTION: PolicyFeature(FeatureType.ACTION, (dims,))},
+    }
+
+
+def make_batch(
+    seed: int = 0, batch_size: int = 2, cameras=CAMERAS, prompt=(9, 5), dims: int = DIMS, size: int = 32,
+    chunk: int = 50, length: int = 12,
+) -> dict:  # fmt: skip
+    """What the preprocessor would hand to the policy; `prompt` are the lengths of the prompts, in turn."""
+    draw = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([prompt[i % len(prompt)] for i in range(batch_size)])
+    batch = {key: torch.rand(batch_size, 3, size, size, generator=draw) for key in cameras}
+    return batch | {
+        OBS_STATE: torch.randn(batch_size, dims, generator=draw),
+        ACTION: torch.randn(batch_size, chunk, dims, generator=draw),
+        OBS_LANGUAGE_TOKENS: torch.randint(1, 300, (batch_size, length), generator=draw),
+        OBS_LANGUAGE_ATTENTION_MASK: torch.arange(length) < lengths[:, None],
+    }
+
+
+def draws(seed: int, batch_size: int, samples: int = 1, chunk: int = 50) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise (B, K, T, 32) and time (B, K)."""
+    draw = torch.Generator().manual_seed(1000 + seed)
+    noise = torch.randn(batch_size, samples, chunk, 32, generator=draw)
+    return noise, torch.rand(batch_size, samples, generator=draw) * 0.99 + 0.005
+
+
+@pytest.fixture
+def small(monkeypatch) -> None:
+    """Make gemma_2b and gemma_300m small in our presets and in LeRobot's."""
+    monkeypatch.setitem(configuration.PALIGEMMA_PRESETS, "gemma_2b", SMALL_VLM)
+    monkeypatch.setitem(configuration.EXPERT_PRESETS, "gemma_300m", SMALL_EXPERT)
+    stacks = {"gemma_2b": SMALL_VLM.gemma, "gemma_300m": SMALL_EXPERT}
+
+    def config(variant: str) -> builtin.GemmaConfig:
+        cfg = stacks[variant]
+        return builtin.GemmaConfig(cfg.width, cfg.depth, cfg.mlp_dim, cfg.heads, 1, cfg.head_dim)
+
+    paligemma, expert = builtin.PaliGemmaForConditionalGenerationWithPiGemma, builtin.PiGemmaForCausalLM
+
+    def small_paligemma(config):
+        vision, preset = config.vision_config, SMALL_VLM.vision
+        vision.hidden_size, vision.num_hidden_layers = preset.width, preset.depth
+        vision.intermediate_size, vision.num_attention_heads = preset.mlp_dim, preset.heads
+        vision.patch_size, vision.projection_dim = preset.patch_size, SMALL_VLM.gemma.width
+        config.text_config.vocab_size = SMALL_VLM.vocab_size
+        return paligemma(config)
+
+    def small_expert(config):
+        config.vocab_size = SMALL_VLM.vocab_size
+        return expert(config)
+
+    monkeypatch.setattr(builtin, "get_gemma_config", config)
+    monkeypatch.setattr(builtin, "PaliGemmaForConditionalGenerationWithPiGemma", small_paligemma)
+    monkeypatch.setattr(builtin, "PiGemmaForCausalLM", small_expert)
+
+
+def small_policy(cameras=CAMERAS, dims: int = DIMS, **options) -> PI0Policy:
+    """Our policy at the size of the fixture `small`."""
+    config = PI0Config(
+        **features(cameras, dims), device="cpu", image_resolution=(32, 32), tokenizer_max_length=12, **options
+    )
+    return PI0Policy(config)
+
+
+def small_builtin(cameras=CAMERAS, dims: int = DIMS, **options) -> builtin.PI0Policy:
+    """LeRobot's policy at the size of the fixture `small`, with norms that are not the identity."""
+    config = BuiltinPI0Config(
+        **features(cameras, dims), device="cpu", image_resolution=(32, 32), tokenizer_max_length=12, **options
+    )
+    policy = builtin.PI0Policy(config)
+    with torch.no_grad():
+        for p in policy.parameters():  # LeRobot starts norms at 0 and biases too: nothing would be compared
+            p.add_(torch.randn_like(p) * 0.05)
+    return policy
+
+
+def copy_weights(theirs: torch.nn.Module, ours: torch.nn.Module) -> None:
+    """Ours takes LeRobot's weights; the two heads that we do not have are left out."""
+    state = {k: v for k, v in theirs.state_dict().items() if "lm_head" not in k}
+    ours.load_state_dict(state, strict=True)
