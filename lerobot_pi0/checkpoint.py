@@ -212,7 +212,7 @@ def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
     """Replace a parameter by one of another device or dtype that is trained if the old one was."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    module._parameters[leaf] = nn.Parameter(value, requires_grad=module._parameters[leaf].requires_grad)
+    setattr(module, leaf, nn.Parameter(value, requires_grad=getattr(module, leaf).requires_grad))
 
 
 def save_weights(state: dict[str, Tensor], folder: Path) -> None:

@@ -60,8 +60,8 @@ class PI0Config(BuiltinPI0Config):
         self._check()
 
     def _check(self) -> None:
-        if self.image_resolution[0] != self.image_resolution[1]:
-            raise ValueError(f"image_resolution has to be square, got {tuple(self.image_resolution)}")
+        if tuple(self.image_resolution or ()) != (self.image_size,) * 2:
+            raise ValueError(f"image_resolution has to be square, got {self.image_resolution}")
         if not 1 <= self.n_action_steps <= self.chunk_size:
             raise ValueError(
                 f"n_action_steps={self.n_action_steps} has to be between 1 and chunk_size={self.chunk_size}"
@@ -88,6 +88,12 @@ class PI0Config(BuiltinPI0Config):
             min_period=self.min_period,
             max_period=self.max_period,
         )
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images that the network sees, in pixels."""
+        assert self.image_resolution is not None  # __post_init__ has set it
+        return self.image_resolution[0]
 
     @property
     def tokenizer(self) -> str:

@@ -8,6 +8,7 @@ are transformers' `GemmaModel`'s. Sources: openpi `models/gemma.py`, transformer
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -115,6 +116,8 @@ class Layer(nn.Module):
 
 class Gemma(nn.Module):
     """A stack of layers. `embed_tokens` exists when there is a vocabulary: the expert has none."""
+
+    layers: Any  # an nn.ModuleList of Layer
 
     def __init__(self, cfg: GemmaConfig, vocab_size: int | None = None) -> None:
         super().__init__()

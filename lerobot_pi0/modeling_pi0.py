@@ -71,7 +71,7 @@ class PI0Policy(PreTrainedPolicy):
         if dataset_stats is not None or dataset_meta is not None:
             check_statistics(config, stats)
         with torch.device("meta"):
-            self.model = PI0(config.architecture(), config.image_resolution[0])
+            self.model = PI0(config.architecture(), config.image_size)
         self._freeze()
         storage = getattr(torch, config.dtype)
         trains = dataset_stats is not None or dataset_meta is not None
@@ -146,9 +146,7 @@ class PI0Policy(PreTrainedPolicy):
 
     def _note_mixed_precision(self) -> None:
         """Weights of two dtypes need autocast; weights of one do without its overhead."""
-        self._mixed = self.config.dtype == "bfloat16" and any(
-            p.dtype == torch.float32 for p in self.parameters()
-        )
+        self._mixed = self.config.dtype == "bfloat16" and any(p.dtype == torch.float32 for p in self.parameters())
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         device = torch.device(self.config.device).type

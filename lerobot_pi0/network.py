@@ -10,12 +10,13 @@ token needs nothing of them but keys and values.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from transformers import SiglipVisionModel
 
 from .architecture import Architecture
 from .gemma import Gemma, KeysValues, RMSNorm, additive_mask
@@ -67,6 +68,8 @@ class PI0(nn.Module):
     """The network. Parameters carry the names of published checkpoints; `vision`, `vlm` and `expert` are
     better names for the parts."""
 
+    paligemma_with_expert: Any
+
     def __init__(self, arch: Architecture, image_size: int) -> None:
         super().__init__()
         self.arch = arch
@@ -91,12 +94,12 @@ class PI0(nn.Module):
         self.action_out_proj = nn.Linear(width, arch.action_dim)
 
     @property
-    def paligemma(self) -> nn.ModuleDict:
+    def paligemma(self) -> Any:
         """Vision tower, projector and language model: what is frozen when only the expert is trained."""
         return self.paligemma_with_expert["paligemma"]["model"]
 
     @property
-    def vision(self) -> nn.Module:
+    def vision(self) -> SiglipVisionModel:
         return self.paligemma["vision_tower"]
 
     @property

@@ -68,7 +68,7 @@ class ObservationMaker:
         facts = self._facts(cameras, mask, state)
         self._check_facts(facts, batch, cameras)
         longest = int(facts["longest prompt"])
-        side = self.config.image_resolution[0]
+        side = self.config.image_size
         return Observation(
             images_BNCHW=torch.stack([resize_with_pad(x, side) for x in cameras.values()], dim=1) * 2 - 1,
             tokens_BL=tokens[:, :longest],
@@ -99,7 +99,7 @@ class ObservationMaker:
         axes = "(batch, dims)" if ndim == 2 else "(batch, steps, dims)"
         if x.ndim != ndim:
             raise ObservationError(
-                f"{key!r} has shape {tuple(x.shape)}, expected {axes}: run the preprocessor, it adds the batch axis"
+                f"{key!r} has shape {tuple(x.shape)}, expected {axes}: the preprocessor adds the batch axis"
             )
         if x.shape[-1] > most[0]:
             raise ObservationError(
@@ -138,9 +138,7 @@ class ObservationMaker:
             x = x.permute(0, 3, 1, 2)
         return x.float() / 255 if x.dtype == torch.uint8 else x.float()
 
-    def _prompt(
-        self, batch: Mapping[str, Any], batch_size: int, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
+    def _prompt(self, batch: Mapping[str, Any], batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
         for key in (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK):
             if key not in batch:
                 raise ObservationError(
@@ -178,16 +176,15 @@ class ObservationMaker:
         values = torch.stack([x.double() for x in numbers.values()]).tolist()
         return dict(zip(numbers, values, strict=True))
 
-    def _check_facts(
-        self, facts: dict[str, float], batch: Mapping[str, Any], cameras: dict[str, Tensor]
-    ) -> None:
+    def _check_facts(self, facts: dict[str, float], batch: Mapping[str, Any], cameras: dict[str, Tensor]) -> None:
         if not facts["state is finite"]:
             raise ObservationError(f"{OBS_STATE!r} holds NaN or infinity: check the robot's readings and its bus")
         if facts["shortest prompt"] < 1:
             raise ObservationError("a prompt has no tokens: π₀ needs an instruction in 'task'")
-        if facts["longest prompt"] >= self.config.tokenizer_max_length:
+        limit = self.config.tokenizer_max_length or 0
+        if facts["longest prompt"] >= limit:
             self._warn(
-                f"a prompt fills all {self.config.tokenizer_max_length} tokens and was probably cut: shorten the "
+                f"a prompt fills all {limit} tokens and was probably cut: shorten the "
                 "instruction, or train with a larger tokenizer_max_length",
                 "cut prompt",
             )

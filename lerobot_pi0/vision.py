@@ -44,11 +44,11 @@ def sincos_positions(side: int, width: int) -> Tensor:
 
 @torch.no_grad()
 def initialise(tower: SiglipVisionModel) -> None:
-    """Set what the linear layers' common initialisation does not cover: patches, positions, norms, index."""
+    """Set what the linear layers' common initialisation does not cover: patches, positions, norms."""
     embeddings = tower.vision_model.embeddings
-    patch = embeddings.patch_embedding
-    nn.init.normal_(patch.weight, std=1 / math.sqrt(patch.weight[0].numel()))
-    nn.init.zeros_(patch.bias)
+    weight, bias = embeddings.patch_embedding.parameters()
+    nn.init.normal_(weight, std=1 / math.sqrt(weight[0].numel()))
+    nn.init.zeros_(bias)
     side = math.isqrt(embeddings.num_positions)
     embeddings.position_embedding.weight.copy_(sincos_positions(side, embeddings.embed_dim))
     for module in tower.modules():

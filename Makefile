@@ -1,0 +1,38 @@
+# Two commands are all a newcomer needs: `make demo` and `make test`. Both set up what they need first.
+PYTHON := .venv/bin/python
+READY := .venv/.ready
+
+.PHONY: help setup demo test test-all bench lint format clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## / - /' | sort
+
+setup: $(READY)  ## make .venv and install everything into it
+
+$(READY): pyproject.toml examples/virtual_so100/pyproject.toml scripts/setup.sh
+	sh scripts/setup.sh
+	@touch $@
+
+demo: setup  ## simulate an SO-100, record demonstrations, train π₀, evaluate it (ARGS='--help' for options)
+	$(PYTHON) -m lerobot_env_virtual_so100.demo $(ARGS)
+
+test: setup  ## fast tests, on CPU, without network
+	$(PYTHON) -m pytest $(ARGS)
+
+test-all: setup  ## slow tests too
+	$(PYTHON) -m pytest -m '' $(ARGS)
+
+bench: setup  ## this policy beside LeRobot's built-in (ARGS='--size full')
+	$(PYTHON) benchmarks/bench.py $(ARGS)
+
+lint: setup  ## ruff and mypy
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+format: setup  ## let ruff format
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+clean:  ## remove the environment and what runs have written
+	rm -rf .venv outputs build dist *.egg-info
