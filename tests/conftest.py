@@ -114,3 +114,46 @@ def copy_weights(theirs: torch.nn.Module, ours: torch.nn.Module) -> None:
     """Ours takes LeRobot's weights; the two heads that we do not have are left out."""
     state = {k: v for k, v in theirs.state_dict().items() if "lm_head" not in k}
     ours.load_state_dict(state, strict=True)
+
+
+def shake(module: torch.nn.Module, seed: int = 0) -> None:
+    """Move every parameter a little: fresh norms and biases are the identity, and would hide their absence."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(torch.randn(p.shape, generator=draw) * 0.05)
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """‖ours - theirs‖ / ‖theirs‖."""
+    return ((ours - theirs).norm() / theirs.norm().clamp(min=1e-12)).item()
+
+
+def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Gradients by parameter name, where there are any."""
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def assert_gradients_close(ours: dict, theirs: dict, tolerance: float = 1e-5) -> None:
+    """Every gradient equal to `tolerance` of its own norm, or to rounding at the network's scale."""
+    assert ours.keys() == theirs.keys()
+    floor = tolerance / 10 * max(grad.norm() for grad in theirs.values())
+    for name, expected in theirs.items():  # keys' biases have gradients of zero but for rounding
+        assert (ours[name] - expected).norm() <= tolerance * expected.norm() + floor, name
+
+
+def stats(dims: int = DIMS, cameras=CAMERAS) -> dict:
+    """Statistics as a LeRobotDataset has them."""
+    draw = torch.Generator().manual_seed(5)
+    spread = {key: torch.rand(dims, generator=draw) + 0.5 for key in (OBS_STATE, ACTION)}
+    vectors = {key: {"mean": std * 3 - 1, "std": std, "min": -std, "max": std} for key, std in spread.items()}
+    images = {"mean": torch.full((3, 1, 1), 0.5), "std": torch.full((3, 1, 1), 0.2)}
+    return vectors | dict.fromkeys(cameras, images)
+
+
+def tiny_config(cameras=CAMERAS, dims: int = DIMS, **options) -> PI0Config:
+    """Config of the preset that needs no network and no patching."""
+    return PI0Config(
+        **features(cameras, dims, 64), paligemma_variant="tiny", action_expert_variant="tiny",
+        device="cpu", **options,
+    )  # fmt: skip
