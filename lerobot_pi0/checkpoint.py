@@ -1,26 +1,39 @@
 """Weights in and out: which files a checkpoint has, which tensor goes where, and what is refused.
 
 A network is built on the `meta` device and each tensor is read straight into its final dtype and device, so
-that loading takes the memory of the model and one tensor, and no weight is ever random by accident.
+that loading takes the memory of the model and one tensor, and no weight is ever random by accident. A
+checkpoint is judged by its names, shapes and configuration before any weight is read.
 """
 
+import contextlib
 import json
 import logging
+import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import draccus
 import torch
+import xxhash
 from huggingface_hub import hf_hub_download
-from huggingface_hub.constants import SAFETENSORS_INDEX_FILE, SAFETENSORS_SINGLE_FILE
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_INDEX_FILE, SAFETENSORS_SINGLE_FILE
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .configuration_pi0 import PLUGIN_CONFIG_NAME
+from .configuration_pi0 import PLUGIN_CONFIG_NAME, PLUGIN_FIELDS, PI0Config
 
 logger = logging.getLogger(__name__)
 
@@ -30,30 +43,62 @@ class CheckpointError(ValueError):
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """No such folder, repository or file."""
+    """No such folder, repository or file, or no way to it."""
 
 
 class CorruptCheckpointError(CheckpointError):
-    """A file that is cut, unreadable, or holds numbers that are not finite."""
+    """A file that is cut, unreadable, changed since it was written, or holds numbers that are not finite."""
+
+
+class WrongPolicyError(CheckpointError):
+    """A checkpoint of something else: another policy, π₀.₅, π₀-FAST, an adapter, a LeRobot before 0.4."""
+
+
+class CheckpointConfigError(CheckpointError):
+    """A config.json that does not describe a π₀."""
 
 
 class MismatchedCheckpointError(CheckpointError):
-    """Tensors that are missing, unexpected or of another shape than the network's."""
+    """Tensors that are missing, unexpected, or of another shape or kind than the network's."""
 
 
-PREFIX = "model.paligemma_with_expert."
-LM_HEAD = PREFIX + "paligemma.lm_head.weight"
-EMBEDDING = PREFIX + "paligemma.model.language_model.embed_tokens.weight"
-EXPERT_HEAD = PREFIX + "gemma_expert.lm_head.weight"
+NETWORK = "model.paligemma_with_expert."
+LM_HEAD = NETWORK + "paligemma.lm_head.weight"
+EMBEDDING = NETWORK + "paligemma.model.language_model.embed_tokens.weight"
+EXPERT_HEAD = NETWORK + "gemma_expert.lm_head.weight"
 
+# Known spellings of the same tensors, applied in this order. What follows in `_index`: the head of the VLM is
+# its embedding, and the head of the expert is read by nothing.
 RENAMES = (
     # openpi writes the network without LeRobot's policy around it
     (re.compile(r"^(?!model\.)"), "model."),
     # transformers before 4.52 nested PaliGemma's parts the other way round
     (re.compile(r"\.paligemma\.language_model\.model\."), ".paligemma.model.language_model."),
-    (re.compile(r"\.paligemma\.(vision_tower|multi_modal_projector)\."), r".paligemma.model.\1."),
     (re.compile(r"\.paligemma\.language_model\.lm_head\."), ".paligemma.lm_head."),
+    (re.compile(r"\.paligemma\.(vision_tower|multi_modal_projector)\."), r".paligemma.model.\1."),
 )
+
+OLD_LEROBOT_KEYS = {
+    "proj_width",
+    "num_steps",
+    "resize_imgs_with_padding",
+    "adapt_to_pi_aloha",
+    "attention_implementation",
+}
+DIGESTS = "lerobot_pi0.digests"
+CONFIG_DIGEST = "lerobot_pi0.config"
+"""Keys of a safetensors file's metadata: a digest per tensor, as JSON, and one of the config.json written with it."""
+
+FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+class Stored(NamedTuple):
+    """Where a tensor of a checkpoint lies."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
 
 
 def canonical_name(name: str) -> str:
@@ -72,135 +117,287 @@ def hub_or_local(source: str | Path, filename: str, **hub: Any) -> Path | None:
     folder = Path(source)
     if folder.is_dir():
         return folder / filename if (folder / filename).is_file() else None
-    if folder.is_absolute() or str(source).count("/") != 1:
-        raise CheckpointNotFoundError(f"{source} is neither a folder nor a Hub id of the form owner/name")
     try:
         return Path(hf_hub_download(str(source), filename, **hub))
+    except HFValidationError as error:
+        raise CheckpointNotFoundError(f"{source} is neither a folder nor a Hub id of the form owner/name") from error
     except LocalEntryNotFoundError as error:
         raise CheckpointNotFoundError(
-            f"{filename} of {source} is not in the local cache and the Hub cannot be reached: connect once, or "
-            "pass the path of a downloaded folder"
+            f"{filename} of {source} is not in the local cache and the Hub cannot be reached (or offline mode is on); "
+            "if it is meant to be a folder, there is none. Connect once, or pass the path of a downloaded folder"
         ) from error
     except EntryNotFoundError:
         return None
-    except HfHubHTTPError as error:
+    except (GatedRepoError, RepositoryNotFoundError) as error:
         raise CheckpointNotFoundError(
-            f"{source} cannot be had from the Hub: {error}. Check the id, and `hf auth login` if it is private"
+            f"{source} is not on the Hub, or not for you: check the spelling, and `hf auth login` for what is private "
+            "or gated"
         ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise CheckpointNotFoundError(f"{source} cannot be had from the Hub: {error}") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        CorruptCheckpointError: the file is cut or is no object.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CorruptCheckpointError(f"{file} is no JSON ({error}): download or copy it again") from error
+    if not isinstance(content, dict):
+        raise CorruptCheckpointError(f"{file} holds a {type(content).__name__} where an object was expected")
+    return content
+
+
+def read_config(source: str | Path, **hub: Any) -> PI0Config:
+    """The configuration of a checkpoint, from its config.json.
+
+    Raises:
+        CheckpointError: there is none, it is cut, or it is not π₀'s.
+    """
+    content = check_config(source, **hub)
+    if content is None:
+        raise CheckpointNotFoundError(f"{source} holds no {CONFIG_NAME}: is it the folder `pretrained_model`?")
+    try:
+        with draccus.config_type("json"):
+            return draccus.decode(PI0Config, {k: v for k, v in content.items() if k != "type"})
+    except Exception as error:  # draccus raises what the parsed types raise; all of it means the same here
+        raise CheckpointConfigError(f"{CONFIG_NAME} of {source} does not describe a π₀: {error}") from error
+
+
+def check_config(source: str | Path, **hub: Any) -> dict[str, Any] | None:
+    """The content of a checkpoint's config.json, None where there is none.
+
+    Raises:
+        CheckpointError: it is cut, or names another policy.
+    """
+    file = hub_or_local(source, CONFIG_NAME, **hub)
+    if file is None:
+        if hub_or_local(source, "adapter_config.json", **hub) is not None:
+            raise WrongPolicyError(_adapter(source))
+        return None
+    content = read_json(file)
+    if old := OLD_LEROBOT_KEYS & content.keys():
+        raise WrongPolicyError(
+            f"{source} was written by a LeRobot before 0.4 ({', '.join(sorted(old))} in {CONFIG_NAME}), whose π₀ had "
+            "other weights and normalised inside the model: take a current checkpoint, such as lerobot/pi0_base"
+        )
+    kind = content.get("type")
+    if kind != "pi0":
+        hint = {"pi05": " It is π₀.₅, another network.", "pi0_fast": " It is π₀-FAST, another network."}.get(
+            str(kind), ""
+        )
+        raise WrongPolicyError(f"{CONFIG_NAME} of {source} says type={kind!r}, expected 'pi0'.{hint}")
+    return content
+
+
+def read_plugin_config(source: str | Path, **hub: Any) -> dict[str, Any]:
+    """What only this plugin knows about a checkpoint; empty for checkpoints of others.
+
+    Raises:
+        CorruptCheckpointError: the file is cut, or from a newer version of this plugin.
+    """
+    file = hub_or_local(source, PLUGIN_CONFIG_NAME, **hub)
+    content = {} if file is None else read_json(file)
+    if unknown := content.keys() - {*PLUGIN_FIELDS, "updates", "base"}:
+        raise CheckpointConfigError(
+            f"{PLUGIN_CONFIG_NAME} of {source} holds {', '.join(sorted(unknown))}, which this version does not know: "
+            "pip install --upgrade lerobot_policy_pi0"
+        )
+    return content
 
 
 def weight_files(source: str | Path, **hub: Any) -> list[Path]:
     """The safetensors files of a checkpoint: one, or the shards that its index names.
 
     Raises:
-        CheckpointNotFoundError: the checkpoint has no weights.
+        CheckpointError: the checkpoint has no weights, or lacks some.
     """
+    if Path(source).is_dir():
+        finish_interrupted_save(Path(source))
     single = hub_or_local(source, SAFETENSORS_SINGLE_FILE, **hub)
     if single is not None:
         return [single]
     index = hub_or_local(source, SAFETENSORS_INDEX_FILE, **hub)
     if index is None:
-        adapter = hub_or_local(source, "adapter_config.json", **hub)
-        hint = (
-            "; it is a PEFT adapter: load it with --policy.path and use_peft, over the base it names"
-            if adapter
-            else ""
-        )
-        raise CheckpointNotFoundError(f"{source} holds no {SAFETENSORS_SINGLE_FILE}{hint}")
-    shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    files = [hub_or_local(source, shard, **hub) for shard in shards]
-    missing = [shard for shard, file in zip(shards, files, strict=True) if file is None]
-    if missing:
+        if hub_or_local(source, "adapter_config.json", **hub) is not None:
+            raise WrongPolicyError(_adapter(source))
+        raise CheckpointNotFoundError(f"{source} holds no {SAFETENSORS_SINGLE_FILE}: is it `pretrained_model`?")
+    shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+    files = {shard: hub_or_local(source, shard, **hub) for shard in shards}
+    if missing := [shard for shard, file in files.items() if file is None]:
         raise CheckpointNotFoundError(f"{source} lacks {', '.join(missing)}, which its index names")
-    return [file for file in files if file is not None]
+    return [file for file in files.values() if file is not None]
 
 
-def read_plugin_config(source: str | Path, **hub: Any) -> dict[str, Any]:
-    """What only this plugin knows about a checkpoint; empty for checkpoints of others."""
-    file = hub_or_local(source, PLUGIN_CONFIG_NAME, **hub)
-    return {} if file is None else json.loads(file.read_text())
+def _adapter(source: str | Path) -> str:
+    return (
+        f"{source} holds a PEFT adapter, not a model: load it through LeRobot (--policy.path={source}), which loads "
+        "the base that the adapter names first"
+    )
 
 
-def tensors(files: list[Path]) -> Iterator[tuple[str, str, Any]]:
-    """Canonical name, stored name and lazy slice of every tensor; nothing is read before it is asked for.
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file, with the library's error made ours."""
+    try:
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            yield opened
+    except SafetensorError as error:
+        size = file.stat().st_size if file.exists() else 0
+        raise CorruptCheckpointError(
+            f"{file} ({size} bytes) is not a complete safetensors file: {error}. Download or copy it again"
+        ) from error
 
-    Raises:
-        CorruptCheckpointError: a file is cut or not safetensors.
-    """
+
+def _index(files: Iterable[Path]) -> dict[str, Stored]:
+    """Every tensor of the files by its canonical name."""
+    found: dict[str, Stored] = {}
     for file in files:
-        try:
-            with safe_open(file, framework="pt", device="cpu") as opened:
-                for name in opened.keys():  # noqa: SIM118  safe_open is no mapping
-                    yield canonical_name(name), name, opened
-        except SafetensorError as error:
-            raise CorruptCheckpointError(
-                f"{file} is not a complete safetensors file ({error}): download or copy it again"
-            ) from error
+        with _opened(file) as opened:
+            for name in opened.keys():  # noqa: SIM118  it is no mapping
+                part = opened.get_slice(name)
+                found[canonical_name(name)] = Stored(file, name, tuple(part.get_shape()), part.get_dtype())
+    head = found.pop(LM_HEAD, None)  # the same matrix as the embedding, and sometimes the only copy
+    if head is not None:
+        found.setdefault(EMBEDDING, head)
+    found.pop(EXPERT_HEAD, None)
+    return found
+
+
+def revision_of(source: str | Path, **hub: Any) -> str | None:
+    """The commit of a Hub checkpoint; None for a folder."""
+    if Path(source).is_dir():
+        return None
+    snapshot = hub_or_local(source, CONFIG_NAME, **hub)
+    return snapshot.parent.name if snapshot is not None else hub.get("revision")
+
+
+class Base(NamedTuple):
+    """The checkpoint that frozen weights come from, when they are not written again."""
+
+    id: str
+    revision: str | None
+    digest: str
 
 
 def load_weights(
-    model: nn.Module, source: str | Path, device: torch.device, strict: bool = True, **hub: Any
-) -> None:
+    policy: Any,
+    source: str | Path,
+    device: torch.device,
+    strict: bool = True,
+    base: Base | None = None,
+    **hub: Any,
+) -> str:
     """Fill a policy that was built on the `meta` device, each parameter in the dtype it has there.
 
     Args:
-        model: a module whose parameters are named as in published checkpoints (`model.…`).
-        strict: False leaves parameters that the checkpoint lacks on `meta` and lists them.
+        strict: False takes a checkpoint that lacks tensors or has surplus ones, and logs which parameters are
+            random then.
+        base: where the tensors are that `source` does not hold, for a checkpoint of the trained weights alone.
+
+    Returns:
+        A digest of the frozen weights as the files hold them; empty if nobody will ask for it, as it costs a pass.
 
     Raises:
-        CheckpointError: one of its kinds; `model` is then of no use.
+        CheckpointError: the checkpoint is not there, broken, or not this network's; `policy` is of no use then.
     """
     started = time.perf_counter()
-    wanted = dict(model.named_parameters())
-    loaded: dict[str, str] = {}
-    unexpected, misshapen = [], []
-    for name, stored, opened in tensors(weight_files(source, **hub)):
-        if name == LM_HEAD:  # the same matrix as the embedding, and sometimes the only copy
-            name = EMBEDDING
-            if name in loaded:
-                continue
-        if name == EXPERT_HEAD:  # nothing reads it
-            continue
-        if name not in wanted:
-            unexpected.append(stored)
-            continue
-        shape = tuple(opened.get_slice(stored).get_shape())
-        if shape != tuple(wanted[name].shape):
-            misshapen.append(f"{stored} is {shape}, expected {tuple(wanted[name].shape)}")
-            continue
-        tensor = opened.get_tensor(stored)
-        if not is_finite(tensor):
-            raise CorruptCheckpointError(f"{stored} in {source} holds NaN or infinity: the checkpoint is broken")
-        parameter = wanted[name]
-        set_parameter(model, name, tensor.to(device=device, dtype=parameter.dtype, copy=True))
-        loaded[name] = stored
-    missing = [name for name in wanted if name not in loaded]
-    if misshapen or (strict and (missing or unexpected)):
-        raise MismatchedCheckpointError(_mismatch(source, missing, unexpected, misshapen))
-    if missing or unexpected:
-        logger.warning(_mismatch(source, missing, unexpected, misshapen))
-    count = sum(p.numel() for p in wanted.values())
+    wanted = dict(policy.named_parameters())
+    found = _index(weight_files(source, **hub))
+    if base is not None:
+        found = _index(weight_files(base.id, **{**hub, "revision": base.revision})) | found
+    missing = [name for name in wanted if name not in found]
+    _judge(source, wanted, found, missing, strict)
+    for name in missing:
+        set_parameter(policy, name, torch.empty_like(wanted[name], device=device))
+    if missing:
+        policy.model.initialise()
+    frozen: dict[str, str] = {}
+    for file in sorted({stored.file for stored in found.values()}):
+        with _opened(file) as opened:
+            digests = _digests(opened)
+            for name, stored in found.items():
+                if stored.file == file and name in wanted:
+                    tensor = opened.get_tensor(stored.name)
+                    _check_tensor(tensor, stored, digests)
+                    if not wanted[name].requires_grad and policy.config.save_expert_only:
+                        frozen[name] = digest(name, tensor)
+                    set_parameter(policy, name, tensor.to(device, wanted[name].dtype, copy=True))
+    fingerprint = digest_of_digests(frozen) if frozen else ""
+    if base is not None and base.digest != fingerprint:
+        raise CorruptCheckpointError(
+            f"{source} holds trained weights alone, over the frozen ones of {base.id} (revision {base.revision}); but "
+            f"these have the digest {fingerprint}, not {base.digest}: the base has changed since"
+        )
     logger.info(
         "loaded %d of %d tensors (%.2f B parameters, %s) from %s in %.1f s",
-        len(loaded),
+        len(wanted) - len(missing),
         len(wanted),
-        count / 1e9,
+        sum(p.numel() for p in wanted.values()) / 1e9,
         " and ".join(sorted({str(p.dtype).removeprefix("torch.") for p in wanted.values()})),
         source,
         time.perf_counter() - started,
     )
+    return fingerprint
 
 
-def _mismatch(source: str | Path, missing: list[str], unexpected: list[str], misshapen: list[str]) -> str:
+def _digests(opened: Any) -> dict[str, str]:
+    try:
+        return json.loads((opened.metadata() or {}).get(DIGESTS, "{}"))
+    except json.JSONDecodeError as error:
+        raise CorruptCheckpointError(f"the digests that the file carries are unreadable ({error})") from error
+
+
+def _judge(
+    source: str | Path, wanted: dict[str, nn.Parameter], found: dict[str, Stored], missing: list[str], strict: bool
+) -> None:
+    """Compare names, shapes and kinds before a weight is read."""
+    unexpected = [stored.name for name, stored in found.items() if name not in wanted]
+    misfits = [
+        f"{s.name} is {s.dtype} {s.shape}, expected {tuple(wanted[name].shape)} of a floating-point type"
+        for name, s in found.items()
+        if name in wanted and (s.shape != tuple(wanted[name].shape) or s.dtype not in FLOATS)
+    ]
+    if not (missing or unexpected or misfits):
+        return
     parts = []
-    for title, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen)):
+    for title, names in (("missing", missing), ("unexpected", unexpected), ("misfits", misfits)):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             parts.append(f"{len(names)} {title}: {', '.join(names[:5])}{more}")
-    return (
-        f"the weights of {source} do not fit the network. {'; '.join(parts)}. Is it a π₀ checkpoint, of these "
-        "variants (paligemma_variant, action_expert_variant)?"
-    )
+    report = f"the weights of {source} do not fit the network. {'; '.join(parts)}"
+    if any("time_mlp_in" in name and "action_" not in name for name in unexpected):
+        raise WrongPolicyError(f"{report}. These are weights of π₀.₅: use --policy.type=pi05")
+    if not any("gemma_expert" in name for name in found):
+        raise WrongPolicyError(f"{report}. There is no action expert: these are weights of a VLM, or of π₀-FAST")
+    if misfits or strict:
+        raise MismatchedCheckpointError(
+            f"{report}. Check paligemma_variant, action_expert_variant, max_state_dim and max_action_dim; strict=False "
+            "takes what fits and leaves the rest random"
+        )
+    logger.warning("%s. strict=False: the missing ones are random", report)
+
+
+def _check_tensor(tensor: Tensor, stored: Stored, digests: dict[str, str]) -> None:
+    """Raises CorruptCheckpointError if the tensor is not what was written."""
+    if digests and digests.get(stored.name) != digest(stored.name, tensor):
+        raise CorruptCheckpointError(
+            f"{stored.name} in {stored.file} is not what was written (its digest differs): copy or download it again"
+        )
+    if not is_finite(tensor):
+        raise CorruptCheckpointError(f"{stored.name} in {stored.file} holds NaN or infinity: training had diverged")
+
+
+def digest(name: str, tensor: Tensor) -> str:
+    """XXH3 of a tensor under its name: finds flipped bytes, swapped tensors and a changed dtype or shape."""
+    hashed = xxhash.xxh3_64(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    if tensor.numel():
+        hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return hashed.hexdigest()
 
 
 def is_finite(x: Tensor) -> bool:
@@ -215,19 +412,69 @@ def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
     setattr(module, leaf, nn.Parameter(value, requires_grad=getattr(module, leaf).requires_grad))
 
 
-def save_weights(state: dict[str, Tensor], folder: Path) -> None:
-    """Write `model.safetensors` as published checkpoints have it, complete in the built-in's eyes.
+def published_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A policy's tensors as published checkpoints have them, complete in the built-in's eyes.
 
-    The embedding is stored under the language model's head, from which the built-in fills both; the expert's
-    head, which nothing reads and the built-in nevertheless demands, is zeros. The file appears under its name
-    when it is whole.
+    The embedding goes under the name of the VLM's head, from which the built-in fills both; the expert's head,
+    which nothing reads and the built-in nevertheless demands, is zeros.
     """
     state = {name: x.detach().contiguous() for name, x in state.items()}
     embedding = state.pop(EMBEDDING)
-    width = state[PREFIX + "gemma_expert.model.norm.weight"].shape[0]
-    state[LM_HEAD] = embedding
-    state[EXPERT_HEAD] = torch.zeros(embedding.shape[0], width, dtype=embedding.dtype)
-    target = folder / SAFETENSORS_SINGLE_FILE
-    part = target.with_suffix(".part")
-    save_file(state, part, metadata={"format": "pt"})
-    part.replace(target)
+    width = len(state[NETWORK + "gemma_expert.model.norm.weight"])
+    return state | {LM_HEAD: embedding, EXPERT_HEAD: torch.zeros(len(embedding), width, dtype=embedding.dtype)}
+
+
+def save(folder: Path, configs: dict[str, dict[str, Any]], tensors: dict[str, Tensor]) -> None:
+    """Write a checkpoint so that a crash at any moment leaves the old one or the new one.
+
+    Everything is written beside the old files first. The new config.json is the commit: from the moment it has its
+    name, the rest is finished by whoever looks at the folder next (`finish_interrupted_save`).
+
+    Args:
+        configs: content of config.json and of the other JSON files, by file name.
+        tensors: what goes into model.safetensors, by stored name.
+    """
+    texts = {name: json.dumps(content, indent=4) + "\n" for name, content in configs.items()}
+    metadata = {
+        "format": "pt",
+        DIGESTS: json.dumps({name: digest(name, x) for name, x in tensors.items()}),
+        CONFIG_DIGEST: xxhash.xxh3_64_hexdigest(texts[CONFIG_NAME].encode()),
+    }
+    for name in (*texts, SAFETENSORS_SINGLE_FILE):
+        (folder / (name + NEW)).unlink(missing_ok=True)  # of an earlier save that was cut off
+    for name, text in texts.items():
+        _write_whole(folder / (name + NEW), lambda part, text=text: part.write_text(text))
+    _write_whole(folder / (SAFETENSORS_SINGLE_FILE + NEW), lambda part: save_file(tensors, part, metadata=metadata))
+    (folder / (CONFIG_NAME + NEW)).replace(folder / CONFIG_NAME)
+    finish_interrupted_save(folder)
+
+
+NEW = ".new"
+
+
+def _write_whole(file: Path, write: Any) -> None:
+    """`write` to a path and give it its name when it is on the disk."""
+    part = file.with_name(file.name + ".part")
+    write(part)
+    with part.open("rb") as written:
+        os.fsync(written.fileno())
+    part.replace(file)
+
+
+def finish_interrupted_save(folder: Path) -> None:
+    """Put the files of a committed save in their places; leave those of one that was not committed."""
+    weights = folder / (SAFETENSORS_SINGLE_FILE + NEW)
+    config = folder / CONFIG_NAME
+    if not (weights.exists() and config.exists()):
+        return
+    with _opened(weights) as opened:
+        written_with = (opened.metadata() or {}).get(CONFIG_DIGEST)
+    if written_with == xxhash.xxh3_64_hexdigest(config.read_bytes()):
+        for file in [*folder.glob("*.json" + NEW), weights]:
+            with contextlib.suppress(FileNotFoundError):  # another process may be doing the same
+                file.replace(file.with_suffix(""))
+
+
+def digest_of_digests(digests: dict[str, str]) -> str:
+    """One digest of many tensors, independent of their order."""
+    return xxhash.xxh3_64_hexdigest(json.dumps(digests, sort_keys=True).encode())

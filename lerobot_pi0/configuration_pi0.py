@@ -43,6 +43,8 @@ class PI0Config(BuiltinPI0Config):
     text_tokenizer_name: str | None = None
     # Noise and time draws per observation in training; they share one pass over the images. None means 1.
     flow_samples: int | None = None
+    # Write only the trained weights, and which checkpoint the frozen ones come from. None means False.
+    save_expert_only: bool | None = None
 
     def __post_init__(self) -> None:
         PreTrainedConfig.__post_init__(self)  # not the built-in's, which refuses the small presets
@@ -111,6 +113,8 @@ class PI0Config(BuiltinPI0Config):
             self.text_tokenizer_name = self.tokenizer
         if self.flow_samples is None:
             self.flow_samples = 1
+        if self.save_expert_only is None:
+            self.save_expert_only = False
         if self.train_expert_only is None:
             self.train_expert_only = vlm_is_pretrained
             logger.info(
@@ -120,10 +124,14 @@ class PI0Config(BuiltinPI0Config):
             )
         self._check()
 
-    def _save_pretrained(self, save_directory: Path) -> None:
+    def to_files(self) -> dict[str, dict[str, Any]]:
+        """Content of a checkpoint's config.json, LeRobot's keys alone, and of this plugin's file."""
         options = draccus.encode(self, PreTrainedConfig)
         ours = {name: options.pop(name) for name in PLUGIN_FIELDS}
-        for name, content in ((CONFIG_NAME, options), (PLUGIN_CONFIG_NAME, ours)):
+        return {CONFIG_NAME: options, PLUGIN_CONFIG_NAME: ours}
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        for name, content in self.to_files().items():
             (save_directory / name).write_text(json.dumps(content, indent=4) + "\n")
 
 

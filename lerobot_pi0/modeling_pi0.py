@@ -16,7 +16,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor, nn
 
 from . import checkpoint, flow
-from .configuration_pi0 import PI0Config
+from .configuration_pi0 import PLUGIN_CONFIG_NAME, PI0Config
 from .network import PI0
 from .observation import ObservationMaker
 from .processor_pi0 import check_statistics
@@ -78,6 +78,7 @@ class PI0Policy(PreTrainedPolicy):
         for p in self.parameters():
             p.data = p.data.to(torch.float32 if trains and p.requires_grad else storage)
         self._observe = ObservationMaker(config)
+        self._base: checkpoint.Base | None = None
 
     def _finish(self) -> None:
         """What can only be done once the weights are there."""
@@ -131,18 +132,40 @@ class PI0Policy(PreTrainedPolicy):
             "local_files_only": local_files_only,
             "revision": revision,
         }
+        source = pretrained_name_or_path
         if config is None:
-            config = PreTrainedConfig.from_pretrained(pretrained_name_or_path, **hub)  # type: ignore[arg-type]
+            config = checkpoint.read_config(source, **hub)
+        else:  # LeRobot has parsed it, whatever it was
+            checkpoint.check_config(source, **hub)
+        saved = checkpoint.read_plugin_config(source, **hub)
+        base = checkpoint.Base(**saved["base"]) if saved.get("base") else None
         policy = cls.__new__(cls)
-        saved = checkpoint.read_plugin_config(pretrained_name_or_path, **hub)
         policy._build(config, dataset_stats, dataset_meta, saved, pretrained=True)  # type: ignore[arg-type]
-        checkpoint.load_weights(policy, pretrained_name_or_path, torch.device(config.device), strict, **hub)
+        fingerprint = checkpoint.load_weights(policy, source, torch.device(config.device), strict, base, **hub)
+        policy._base = base or checkpoint.Base(str(source), checkpoint.revision_of(source, **hub), fingerprint)
         policy._finish()
         return policy
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        self.config._save_pretrained(save_directory)
-        checkpoint.save_weights(self.state_dict() if state_dict is None else state_dict, save_directory)
+        """Write a checkpoint: the old one or the new one survives a crash, never a mixture.
+
+        Raises:
+            ValueError: `save_expert_only`, but no weight comes from a checkpoint or none is frozen.
+        """
+        configs = self.config.to_files()
+        state = self.state_dict() if state_dict is None else state_dict
+        if self.config.save_expert_only:
+            if self._base is None or not self._base.digest:
+                raise ValueError(
+                    "save_expert_only=True leaves the frozen weights to the checkpoint they were loaded from, but this "
+                    "policy was not loaded from one, or trains everything: set save_expert_only=False"
+                )
+            trained = {name for name, p in self.named_parameters() if p.requires_grad}
+            tensors = {name: x.detach().contiguous() for name, x in state.items() if name in trained}
+            configs[PLUGIN_CONFIG_NAME]["base"] = self._base._asdict()
+        else:
+            tensors = checkpoint.published_state(state)
+        checkpoint.save(save_directory, configs, tensors)
 
     def _note_mixed_precision(self) -> None:
         """Weights of two dtypes need autocast; weights of one do without its overhead."""

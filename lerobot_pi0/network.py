@@ -129,7 +129,10 @@ class PI0(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Random weights: every layer keeps unit variance (LeCun normal), norms are the identity."""
+        """Random weights: every layer keeps unit variance (LeCun normal), norms are the identity.
+
+        What is still on the `meta` device is left there: a checkpoint will fill it.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
