@@ -8,12 +8,30 @@ Axes: B batch, K flow samples of one observation, T steps of a chunk, A action d
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
+import xxhash
 from torch import Tensor
 
-TIME_SCALE = 0.999
-TIME_OFFSET = 0.001
+
+class BetaTime(NamedTuple):
+    """t ~ offset + scale·Beta(alpha, beta): more often near the noise than near the data (paper, appendix B)."""
+
+    alpha: float = 1.5
+    beta: float = 1.0
+    scale: float = 0.999
+    offset: float = 0.001
+
+    def sample(self, shape: Sequence[int], device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+        """Times, float32."""
+        if self.beta == 1.0:  # Beta(α, 1) has the distribution function x^α
+            draw = torch.rand(tuple(shape), device=device, generator=generator) ** (1 / self.alpha)
+        else:
+            shapes = (torch.full(tuple(shape), float(c), device=device) for c in (self.alpha, self.beta))
+            first, second = (torch._standard_gamma(c, generator=generator) for c in shapes)
+            draw = first / (first + second)
+        return self.offset + self.scale * draw
 
 
 def sample_noise(shape: Sequence[int], device: torch.device, generator: torch.Generator | None = None) -> Tensor:
@@ -21,25 +39,23 @@ def sample_noise(shape: Sequence[int], device: torch.device, generator: torch.Ge
     return torch.randn(tuple(shape), device=device, generator=generator)
 
 
-def sample_time(
-    shape: Sequence[int],
-    device: torch.device,
-    alpha: float = 1.5,
-    beta: float = 1.0,
-    scale: float = TIME_SCALE,
-    offset: float = TIME_OFFSET,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """t ~ offset + scale·Beta(alpha, beta), float32: more often near the noise than near the data (paper, B)."""
-    if beta == 1.0:  # Beta(α, 1) has the distribution function x^α
-        draw = torch.rand(tuple(shape), device=device, generator=generator) ** (1 / alpha)
-    else:
-        gamma = [
-            torch._standard_gamma(torch.full(tuple(shape), float(c), device=device), generator=generator)
-            for c in (alpha, beta)
-        ]
-        draw = gamma[0] / (gamma[0] + gamma[1])
-    return offset + scale * draw
+def repeatable_draws(
+    seed: int, update: int, samples: Sequence[int], shape_KTA: Sequence[int], time: BetaTime
+) -> tuple[Tensor, Tensor]:
+    """Noise (B, K, T, A) and time (B, K) that depend on nothing but seed, update and sample; on the CPU.
+
+    A run that is resumed, or split over processes, so draws what the uninterrupted, single one would.
+
+    Args:
+        samples: a number per observation, such as its index in the dataset.
+    """
+    noise, times = [], []
+    for sample in samples:
+        key = xxhash.xxh3_64_intdigest(f"{seed} {update} {sample}".encode())
+        generator = torch.Generator().manual_seed(key & (2**63 - 1))
+        times.append(time.sample(shape_KTA[:1], torch.device("cpu"), generator))
+        noise.append(sample_noise(shape_KTA, torch.device("cpu"), generator))
+    return torch.stack(noise), torch.stack(times)
 
 
 def interpolate(actions: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:

@@ -79,6 +79,8 @@ class PI0Policy(PreTrainedPolicy):
             p.data = p.data.to(torch.float32 if trains and p.requires_grad else storage)
         self._observe = ObservationMaker(config)
         self._base: checkpoint.Base | None = None
+        self._seed = torch.initial_seed()
+        self._updates = int(saved.get("updates", 0))
 
     def _finish(self) -> None:
         """What can only be done once the weights are there."""
@@ -153,6 +155,7 @@ class PI0Policy(PreTrainedPolicy):
             ValueError: `save_expert_only`, but no weight comes from a checkpoint or none is frozen.
         """
         configs = self.config.to_files()
+        configs[PLUGIN_CONFIG_NAME]["updates"] = self._updates
         state = self.state_dict() if state_dict is None else state_dict
         if self.config.save_expert_only:
             if self._base is None or not self._base.digest:
@@ -232,23 +235,35 @@ class PI0Policy(PreTrainedPolicy):
         cfg, device = self.config, self._device
         obs = self._observe(batch, device)
         actions = self._observe.actions(batch, device)[:, None]
-        samples = (len(actions), cfg.flow_samples)
-        if noise is None:
-            noise = flow.sample_noise((*samples, *actions.shape[2:]), device)
-        if time is None:
-            time = flow.sample_time(
-                samples,
-                device,
-                cfg.time_sampling_beta_alpha,
-                cfg.time_sampling_beta_beta,
-                cfg.time_sampling_scale,
-                cfg.time_sampling_offset,
-            )
+        drawn = self._draw(batch, (cfg.flow_samples, *actions.shape[2:]), device)
+        noise, time = (own if given is None else given for given, own in zip((noise, time), drawn, strict=True))
         x_t, target = flow.interpolate(actions, noise, time[..., None, None])
         with self._precision():
             context = self.model.context(obs)
             velocity = self.model.velocity(x_t, self.model.embed_time(time)[:, :, None], context)
         return (velocity - target)[..., : self._action_dims].square()
+
+    def _draw(self, batch: dict[str, Any], shape_KTA: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Noise and times of a batch: a function of seed, update and sample; in evaluation of the sample alone, so
+        that held-out losses compare. A batch without LeRobot's `index` is drawn from torch's own generator."""
+        cfg = self.config
+        distribution = flow.BetaTime(
+            cfg.time_sampling_beta_alpha,
+            cfg.time_sampling_beta_beta,
+            cfg.time_sampling_scale,
+            cfg.time_sampling_offset,
+        )
+        if "index" not in batch:
+            shape = (len(batch[ACTION]), *shape_KTA)
+            return flow.sample_noise(shape, device), distribution.sample(shape[:2], device)
+        key = (self._seed, self._updates) if self.training else (0, -1)
+        index = torch.as_tensor(batch["index"]).reshape(-1).tolist()
+        noise, time = flow.repeatable_draws(*key, index, shape_KTA, distribution)
+        return noise.to(device), time.to(device)
+
+    def update(self) -> None:
+        """LeRobot calls this after each optimiser step."""
+        self._updates += 1
 
     @property
     def _action_dims(self) -> int:
