@@ -1,0 +1,173 @@
+"""Write demonstrations of the scripted expert as a LeRobotDataset.
+
+    python -m lerobot_env_virtual_so100.record --root=DIR --episodes=600
+
+Features, names and units are those of `lerobot-record` with an SO-100 and two cameras (`--dataset.video=false`): the
+same function of LeRobot makes them. Images are stored in the parquet files and not as videos: at this size
+decoding a video frame costs more than a training step can hide. Beside LeRobot's own files,
+`meta/scenes.jsonl` says for each episode which scene it shows, so that it can be replayed.
+"""
+
+import json
+import logging
+import multiprocessing
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import draccus
+from tqdm import tqdm
+
+from .constants import CAMERAS, EPISODE_SECONDS, FPS, IMAGE_SIZE, JOINTS, SPLITS
+
+logger = logging.getLogger(__name__)
+SCENES_FILE = "meta/scenes.jsonl"
+ROBOT_TYPE = "so_follower"  # what `lerobot-record --robot.type=so100_follower` writes: the driver's class
+
+
+@dataclass
+class RecordConfig:
+    """Write demonstrations of a scripted expert as a LeRobotDataset."""
+
+    # Folder of the new dataset; it must not exist.
+    root: Path
+    # What is demonstrated: reach or pick_place.
+    task: str = "reach"
+    # Number of episodes (rounded up to whole scenes: reach gives 3 a scene, one for each cube).
+    episodes: int = 600
+    # Name of the dataset.
+    repo_id: str = "local/virtual_so100"
+    # Stream of scenes, train or validation. The test stream is for evaluation alone.
+    split: str = "train"
+    # First scene; scenes seed, seed + 1, ... are recorded.
+    seed: int = 0
+    # Control steps a second.
+    fps: int = FPS
+    # Height and width of the images in pixels.
+    image_size: int = IMAGE_SIZE
+    # Processes that simulate and write; the dataset is the same for any number.
+    workers: int = 2
+
+    def __post_init__(self):
+        if self.split not in SPLITS[:2]:
+            raise ValueError(f"--split must be train or validation (test is for evaluation), not {self.split!r}")
+        if self.task not in EPISODE_SECONDS:
+            raise ValueError(f"--task must be one of {', '.join(EPISODE_SECONDS)}, not {self.task!r}")
+        if self.episodes < 1 or self.workers < 1:
+            raise ValueError("--episodes and --workers must be at least 1")
+        if self.root.exists():
+            raise FileExistsError(f"--root={self.root} exists already: remove it or choose another folder")
+
+
+def dataset_features(image_size: int) -> dict:
+    """The features that `lerobot-record` writes for an SO-100 with these cameras, images stored as images."""
+    from lerobot.utils.constants import ACTION, OBS_STR
+    from lerobot.utils.feature_utils import hw_to_dataset_features
+
+    joints = {f"{name}.pos": float for name in JOINTS}
+    cameras = dict.fromkeys(CAMERAS, (image_size, image_size, 3))
+    action = hw_to_dataset_features(joints, ACTION, use_video=False)
+    return {**action, **hw_to_dataset_features({**joints, **cameras}, OBS_STR, use_video=False)}
+
+
+def write_shard(config: RecordConfig, root: Path, seeds: range, progress) -> None:
+    """Simulate scenes and write them to a dataset of their own; `progress(1)` is called after each episode."""
+    import torch
+    from lerobot.datasets import LeRobotDataset
+
+    from .demonstrations import Demonstrator
+
+    torch.set_num_threads(1)  # a process a core
+    dataset = LeRobotDataset.create(
+        config.repo_id,
+        fps=config.fps,
+        features=dataset_features(config.image_size),
+        root=root,
+        robot_type=ROBOT_TYPE,
+        use_videos=False,
+    )
+    demonstrator = Demonstrator(config.task, config.fps, config.image_size, config.split)
+    scenes = []
+    for seed in seeds:
+        for episode in demonstrator.scene(seed):
+            for step, (state, action) in enumerate(zip(episode.states, episode.actions, strict=True)):
+                images = {f"observation.images.{name}": episode.images[name][step] for name in CAMERAS}
+                frame = {"observation.state": state, "action": action, "task": episode.prompt, **images}
+                dataset.add_frame(frame)
+            dataset.save_episode()
+            scenes.append({"task": config.task, **asdict(episode.layout)})
+            progress(1)
+    dataset.finalize()
+    (root / SCENES_FILE).write_text("".join(json.dumps(scene) + "\n" for scene in scenes))
+
+
+def _shards(config: RecordConfig) -> list[tuple[Path, range]]:
+    """Folder and scenes of each worker: consecutive, so that joined they are in the order of the seeds."""
+    from .demonstrations import Demonstrator
+
+    scenes = -(-config.episodes // Demonstrator.episodes_per_scene(config.task))
+    workers = min(config.workers, scenes)
+    bounds = [config.seed + scenes * worker // workers for worker in range(workers + 1)]
+    folder = config.root.with_name(config.root.name + ".shards")
+    return [(folder / str(i), range(*bounds[i : i + 2])) for i in range(workers)]
+
+
+def _join(config: RecordConfig, roots: list[Path]) -> None:
+    """Make one dataset of the shards."""
+    from lerobot.datasets.aggregate import aggregate_datasets
+
+    aggregate_datasets([config.repo_id] * len(roots), config.repo_id, roots=roots, aggr_root=config.root)
+    scenes = "".join((root / SCENES_FILE).read_text() for root in roots)
+    (config.root / SCENES_FILE).write_text(scenes)
+
+
+def _run_workers(config: RecordConfig, shards: list[tuple[Path, range]], bar: tqdm) -> None:
+    """Write the shards in parallel. Raises RuntimeError when a worker dies; its traceback is above."""
+    context = multiprocessing.get_context("spawn")  # neither a GL context nor torch's threads survive a fork
+    queue = context.Queue()
+    workers = [
+        context.Process(target=write_shard, args=(config, *shard, queue.put), daemon=True) for shard in shards
+    ]
+    for worker in workers:
+        worker.start()
+    while any(worker.is_alive() for worker in workers) or not queue.empty():
+        while not queue.empty():
+            bar.update(queue.get())
+        if any(worker.exitcode for worker in workers):
+            for worker in workers:
+                worker.terminate()
+            raise RuntimeError("a recording process failed: its error is printed above")
+        time.sleep(0.2)
+
+
+def record(config: RecordConfig) -> None:
+    """Write the dataset that the options describe."""
+    logging.getLogger("lerobot.datasets").setLevel(logging.WARNING)  # a line a file otherwise
+    shards = _shards(config)
+    folder = shards[0][0].parent
+    shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted run
+    total = sum(len(seeds) for _, seeds in shards) * (3 if config.task == "reach" else 1)
+    start = time.perf_counter()
+    try:
+        with tqdm(total=total, desc="demonstrations", unit="ep") as bar:
+            if len(shards) == 1:
+                write_shard(config, *shards[0], bar.update)
+            else:
+                _run_workers(config, shards, bar)
+        _join(config, [root for root, _ in shards])
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    seconds = time.perf_counter() - start
+    logger.info("wrote %d episodes to %s in %.0f s", total, config.root, seconds)
+
+
+@draccus.wrap()
+def main(config: RecordConfig) -> None:
+    """Command line."""
+    record(config)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main()

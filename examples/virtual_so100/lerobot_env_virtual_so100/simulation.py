@@ -1,0 +1,50 @@
+"""One simulated cell in motion: a model's MjData, its arm, its cubes, and the clock."""
+
+import mujoco
+import numpy as np
+
+from .arm import Arm
+from .scene import CUBE_HALF, PHYSICS_DT, SceneSpec, build_model, shared_rig
+from .tasks import Layout
+
+
+class Simulation:
+    """Physics of one cell. Reset with a layout, then advance with joint targets."""
+
+    def __init__(self, spec: SceneSpec, fps: int):
+        """`fps` control steps a second; physics runs at 500 Hz, so it must divide into whole steps."""
+        self.spec = spec
+        self._substeps = round(1.0 / (fps * PHYSICS_DT))
+        if fps < 1 or self._substeps < 1:
+            raise ValueError(f"fps must be between 1 and {round(1 / PHYSICS_DT)}, not {fps}")
+        self.model = build_model(spec)
+        self.data = mujoco.MjData(self.model)
+        self.arm = Arm(self.model, self.data)
+
+    def load(self, layout: Layout) -> None:
+        """Place cubes and goal as the layout says and the arm, at rest, in its starting posture."""
+        mujoco.mj_resetData(self.model, self.data)
+        for colour, (x, y, yaw) in layout.cubes.items():
+            quat = (np.cos(yaw / 2), 0.0, 0.0, np.sin(yaw / 2))
+            self.data.joint(colour).qpos[:] = (x, y, CUBE_HALF, *quat)
+        if layout.goal is not None:
+            self.data.mocap_pos[0, :2] = layout.goal
+        self.arm.place(layout.start(self.arm))
+        mujoco.mj_forward(self.model, self.data)
+
+    def advance(self, target: np.ndarray) -> None:
+        """Move towards joint targets (6,), degrees and 0..100, for one control step."""
+        self.arm.command(target)
+        mujoco.mj_step(self.model, self.data, nstep=self._substeps)
+
+    def cube(self, colour: str) -> np.ndarray:
+        """Centre of a cube (3,) in m."""
+        return self.data.body(colour).xpos.copy()
+
+    def cube_speed(self, colour: str) -> float:
+        """Linear speed of a cube in m/s."""
+        return float(np.linalg.norm(self.data.joint(colour).qvel[:3]))
+
+    def images(self, height: int, width: int) -> list[np.ndarray]:
+        """One uint8 image (H, W, 3) for each of CAMERAS."""
+        return shared_rig(self.spec, height, width).render(self.data)
