@@ -43,6 +43,8 @@ class PI0Config(BuiltinPI0Config):
     text_tokenizer_name: str | None = None
     # Noise and time draws per observation in training; they share one pass over the images. None means 1.
     flow_samples: int | None = None
+    # Put the tokenizer's files into checkpoints, for robots without a network. None means True.
+    save_tokenizer: bool | None = None
     # Write only the trained weights, and which checkpoint the frozen ones come from. None means False.
     save_expert_only: bool | None = None
 
@@ -115,6 +117,8 @@ class PI0Config(BuiltinPI0Config):
             self.flow_samples = 1
         if self.save_expert_only is None:
             self.save_expert_only = False
+        if self.save_tokenizer is None:
+            self.save_tokenizer = True
         if self.train_expert_only is None:
             self.train_expert_only = vlm_is_pretrained
             logger.info(

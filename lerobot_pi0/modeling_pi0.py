@@ -6,10 +6,12 @@ Axes: B batch, K flow samples, T steps of a chunk, A action dims.
 import contextlib
 import logging
 from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import ModelCard
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import ACTION, OBS_STATE
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, flow
 from .configuration_pi0 import PLUGIN_CONFIG_NAME, PI0Config
+from .model_card import make_card
 from .network import PI0
 from .observation import ObservationMaker
 from .processor_pi0 import check_statistics
@@ -315,6 +318,27 @@ class PI0Policy(PreTrainedPolicy):
             )
         return action
 
+    def part_sizes(self) -> dict[str, tuple[int, int]]:
+        """Per part of the network: how many parameters it has, and how many of them are trained."""
+        parts = {"vision tower": self.model.vision, "VLM": self.model.vlm, "action expert": self.model.expert}
+        sizes = {name: _count(part.parameters()) for name, part in parts.items()}
+        total, trained = _count(self.parameters())
+        rest = (total - sum(n for n, _ in sizes.values()), trained - sum(own for _, own in sizes.values()))
+        return sizes | {"projections": rest}
+
+    def generate_model_card(  # type: ignore[override]
+        self,
+        dataset_repo_id: str | None,
+        model_type: str | None = None,
+        license: str | None = None,
+        tags: list[str] | None = None,
+        cfg: Any = None,
+        dataset_meta: Any = None,
+    ) -> ModelCard:
+        """The card that LeRobot pushes with the weights; needs no network."""
+        base = None if self._base is None else self._base.id
+        return make_card(self.config, self.part_sizes(), base, dataset_repo_id, cfg, dataset_meta)
+
     def _get_default_peft_targets(self) -> dict[str, Any]:
         """LeRobot's defaults for π₀: queries and values of the expert, and the projections."""
         projections = "state_proj|action_in_proj|action_out_proj|action_time_mlp_in|action_time_mlp_out"
@@ -322,3 +346,9 @@ class PI0Policy(PreTrainedPolicy):
             "target_modules": rf"(.*\.gemma_expert\..*\.self_attn\.(q|v)_proj|model\.({projections}))",
             "modules_to_save": [],
         }
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
+    """Numbers in all of them, and in those that are trained."""
+    sizes = [(p.numel(), p.numel() * p.requires_grad) for p in parameters]
+    return sum(n for n, _ in sizes), sum(own for _, own in sizes)

@@ -4,6 +4,8 @@ check of the statistics that they normalise with."""
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,8 +22,9 @@ from lerobot.processor import (
     make_default_policy_processor_steps,
     make_policy_processor_pipelines,
 )
+from torch import Tensor
 
-from .configuration_pi0 import BYTE_TOKENIZER, PI0Config
+from .configuration_pi0 import BYTE_TOKENIZER, PALIGEMMA_TOKENIZER, PI0Config
 
 logger = logging.getLogger(__name__)
 
@@ -36,20 +39,79 @@ STATISTICS = {
 }
 
 
+class TokenizerError(OSError):
+    """A tokenizer that is not here and cannot be fetched."""
+
+
+def load_tokenizer(name: str) -> Any:
+    """A tokenizer by name: "bytes", a folder, or a Hub id.
+
+    Raises:
+        TokenizerError: it cannot be had; says how to get at a gated one.
+    """
+    from transformers import AutoTokenizer, ByT5Tokenizer
+
+    if name == BYTE_TOKENIZER:
+        return ByT5Tokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        gated = (
+            f"PaliGemma's is gated: accept the terms at huggingface.co/{name}, then `hf auth login`. "
+            if name == PALIGEMMA_TOKENIZER
+            else ""
+        )
+        raise TokenizerError(
+            f"the tokenizer {name!r} cannot be loaded. {gated}Without a network, name a folder that holds it "
+            "(--policy.text_tokenizer_name=FOLDER), or use a checkpoint that this plugin saved, which carries its "
+            f"tokenizer ({type(error).__name__}: {error})"
+        ) from error
+
+
 @dataclass
 class PI0TokenizerStep(TokenizerProcessorStep):
-    """LeRobot's tokenizer step, which also knows the byte tokenizer (`tokenizer_name="bytes"`).
+    """LeRobot's tokenizer step, which also travels with its tokenizer and knows the byte tokenizer.
 
-    It takes LeRobot's name in the registry, because a saved pipeline is rebuilt from names alone.
+    It takes LeRobot's name in the registry, because a saved pipeline is rebuilt from names alone. The files of the
+    tokenizer are its state, which LeRobot's own step ignores when it meets it. A tokenizer is looked up when it is
+    first needed, since its files may be about to come from the checkpoint.
     """
 
-    def __post_init__(self) -> None:
-        if self.tokenizer is None and self.tokenizer_name == BYTE_TOKENIZER:
-            from transformers import ByT5Tokenizer
+    carry: bool = True
 
-            self.input_tokenizer = ByT5Tokenizer()
-            return
-        super().__post_init__()
+    def __post_init__(self) -> None:
+        if self.tokenizer is None and self.tokenizer_name is None:
+            raise ValueError("tokenizer_processor needs a tokenizer_name")
+        self._loaded = self.tokenizer
+        self._files: dict[str, Tensor] = {}
+
+    @property
+    def input_tokenizer(self) -> Any:  # type: ignore[override]
+        """The tokenizer itself; the name is LeRobot's."""
+        if self._loaded is None:
+            self._loaded = load_tokenizer(str(self.tokenizer_name))
+        return self._loaded
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tokenizer's files, as bytes; nothing for the byte tokenizer, which has none."""
+        if not self.carry or self.tokenizer_name == BYTE_TOKENIZER:
+            return {}
+        if not self._files:
+            with TemporaryDirectory() as folder:
+                self.input_tokenizer.save_pretrained(folder)
+                for file in sorted(Path(folder).iterdir()):
+                    self._files[file.name] = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
+        return dict(self._files)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take the tokenizer from its files."""
+        from transformers import AutoTokenizer
+
+        self._files = dict(state)
+        with TemporaryDirectory() as folder:
+            for name, content in state.items():
+                (Path(folder) / Path(name).name).write_bytes(content.cpu().numpy().tobytes())
+            self._loaded = AutoTokenizer.from_pretrained(folder)
 
 
 def register_tokenizer_step() -> None:
@@ -112,9 +174,17 @@ def make_pi0_pre_post_processors(
 
     Raises:
         ValueError: statistics are missing (`check_statistics`).
-        OSError: the tokenizer cannot be had.
+        TokenizerError: the tokenizer cannot be had.
     """
     check_statistics(config, dataset_stats)
+    tokenizer = PI0TokenizerStep(
+        tokenizer_name=config.tokenizer,
+        max_length=config.tokenizer_max_length or 0,
+        padding_side="right",
+        padding="max_length",
+        carry=config.save_tokenizer is not False,
+    )
+    _ = tokenizer.input_tokenizer  # a tokenizer that cannot be had is an error now, not at the first prompt
     relative = RelativeActionsProcessorStep(
         enabled=config.use_relative_actions,
         exclude_joints=config.relative_exclude_joints,
@@ -126,12 +196,7 @@ def make_pi0_pre_post_processors(
             steps.rename_observations,
             steps.add_batch_dim,
             Pi0NewLineProcessor(),
-            PI0TokenizerStep(
-                tokenizer_name=config.tokenizer,
-                max_length=config.tokenizer_max_length,
-                padding_side="right",
-                padding="max_length",
-            ),
+            tokenizer,
             steps.to_device,
             relative,
             steps.normalize,

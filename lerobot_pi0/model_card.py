@@ -1,0 +1,139 @@
+"""The card of a trained policy: what can be known about it, and nothing else. Written without a network."""
+
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from . import __version__
+from .configuration_pi0 import PALIGEMMA_TOKENIZER, PI0Config
+
+GEMMA_TERMS = (
+    "The weights derive from PaliGemma: their use is bound by the "
+    "[Gemma Terms of Use](https://ai.google.dev/gemma/terms). Gemma is provided under and subject to these terms."
+)
+
+TEMPLATE = """---
+{data}
+---
+
+# {title}
+
+A [π₀](https://arxiv.org/abs/2410.24164) policy (vision, language, action; flow matching), trained with
+[LeRobot](https://github.com/huggingface/lerobot) and lerobot_policy_pi0 {version}.
+
+| | |
+|---|---|
+{facts}
+
+## Run it
+
+```sh
+pip install lerobot_policy_pi0
+lerobot-rollout --policy.path={repo_id} --robot.type=so100_follower --robot.port=PORT \\
+    --robot.cameras='{cameras}' --task="{task}"
+```
+
+Cameras, joints and their units have to be those below; the instruction in the words of the training data.
+
+## What it sees and does
+
+{features}
+
+## Limits and safety
+
+It imitates its demonstrations: outside their scenes, objects, lights and instructions its actions mean nothing. No
+success rate is claimed here; measure one on your robot. Keep the emergency stop within reach, start slowly, and keep
+people out of the arm's range.
+
+## Licence
+
+{licence}
+"""
+
+
+def make_card(
+    config: PI0Config,
+    parameters: dict[str, tuple[int, int]],
+    base: str | None,
+    dataset: str | None,
+    train: Any = None,
+    dataset_meta: Any = None,
+) -> ModelCard:
+    """A model card.
+
+    Args:
+        parameters: per part of the network, how many parameters it has and how many of them are trained.
+        base: Hub id of the checkpoint that training started from, None if it started from random weights.
+        train: LeRobot's TrainPipelineConfig, if there is one.
+        dataset_meta: LeRobot's dataset metadata, if there is some.
+    """
+    gemma = config.tokenizer == PALIGEMMA_TOKENIZER or base is not None
+    licence = config.license or ("gemma" if gemma else "apache-2.0")
+    on_hub = base is not None and not base.startswith(("/", ".", "~")) and base.count("/") == 1
+    data = ModelCardData(
+        license=licence,
+        library_name="lerobot",
+        pipeline_tag="robotics",
+        tags=sorted({*(config.tags or []), "robotics", "lerobot", "pi0"}),
+        model_name="pi0",
+        datasets=dataset,
+        base_model=base if on_hub else None,
+    )
+    tasks = [str(task) for task in dataset_meta.tasks.index] if dataset_meta is not None else []
+    names = [key.removeprefix("observation.images.") for key in config.image_features]
+    facts = {
+        "start": f"fine-tuned from {base}" if base else "trained from random weights: there is no base model",
+        "trained": ", ".join(f"{part} {_millions(own)} M of {_millions(n)} M" for part, (n, own) in parameters.items()),
+        "dataset": _dataset(dataset, dataset_meta),
+        "training": _training(train),
+        "instructions": "; ".join(tasks[:10]) + (" …" if len(tasks) > 10 else "") if tasks else "unknown",
+        "normalisation": ", ".join(f"{k.lower()} {v.value}" for k, v in config.normalization_mapping.items()),
+        "actions": _actions(config),
+    }
+    return ModelCard(
+        TEMPLATE.format(
+            data=data.to_yaml(),
+            title=config.repo_id or "π₀",
+            version=__version__,
+            facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
+            repo_id=config.repo_id or "FOLDER",
+            cameras="{" + ", ".join(f"{name}: {{type: opencv, index_or_path: …}}" for name in names) + "}",
+            task=tasks[0] if tasks else "…",
+            features=_features(config, dataset_meta),
+            licence=f"{licence}. {GEMMA_TERMS}" if gemma else f"{licence}.",
+        )
+    )
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.2f}".rstrip("0").rstrip(".")
+
+
+def _dataset(dataset: str | None, meta: Any) -> str:
+    if meta is None:
+        return dataset or "unknown"
+    return f"{dataset}: {meta.total_episodes} episodes, {meta.total_frames} frames at {meta.fps} Hz, {meta.robot_type}"
+
+
+def _training(train: Any) -> str:
+    if train is None:
+        return "unknown"
+    optimizer = getattr(train.optimizer, "lr", None)
+    return f"{train.steps} steps, batch {train.batch_size}, learning rate {optimizer}, seed {train.seed}"
+
+
+def _actions(config: PI0Config) -> str:
+    kind = "absolute"
+    if config.use_relative_actions:
+        kept = ", ".join(config.relative_exclude_joints) or "none"
+        kind = f"relative to the measured state (absolute: {kept})"
+    return f"{kind}; chunks of {config.chunk_size}, of which {config.n_action_steps} are executed"
+
+
+def _features(config: PI0Config, meta: Any) -> str:
+    rows = ["| feature | shape | in order |", "|---|---|---|"]
+    for key, feature in {**(config.input_features or {}), **(config.output_features or {})}.items():
+        names = (meta.features.get(key, {}).get("names") if meta is not None else None) or ""
+        names = ", ".join(names) if isinstance(names, list) else names
+        rows.append(f"| `{key}` | {tuple(feature.shape)} | {names} |")
+    return "\n".join(rows)
