@@ -202,7 +202,7 @@ def read_plugin_config(source: str | Path, **hub: Any) -> dict[str, Any]:
     """
     file = hub_or_local(source, PLUGIN_CONFIG_NAME, **hub)
     content = {} if file is None else read_json(file)
-    if unknown := content.keys() - {*PLUGIN_FIELDS, "updates", "base"}:
+    if unknown := content.keys() - {*PLUGIN_FIELDS, "updates", "start", "base"}:
         raise CheckpointConfigError(
             f"{PLUGIN_CONFIG_NAME} of {source} holds {', '.join(sorted(unknown))}, which this version does not know: "
             "pip install --upgrade lerobot_policy_pi0"

@@ -84,6 +84,7 @@ class PI0Policy(PreTrainedPolicy):
         self._base: checkpoint.Base | None = None
         self._seed = torch.initial_seed()
         self._updates = int(saved.get("updates", 0))
+        self._start: str | None = saved.get("start")
 
     def _finish(self) -> None:
         """What can only be done once the weights are there."""
@@ -148,6 +149,8 @@ class PI0Policy(PreTrainedPolicy):
         policy._build(config, dataset_stats, dataset_meta, saved, pretrained=True)  # type: ignore[arg-type]
         fingerprint = checkpoint.load_weights(policy, source, torch.device(config.device), strict, base, **hub)
         policy._base = base or checkpoint.Base(str(source), checkpoint.revision_of(source, **hub), fingerprint)
+        if not saved or not Path(source).is_dir():  # our own folders know what their run began with
+            policy._start = str(source)
         policy._finish()
         return policy
 
@@ -158,7 +161,7 @@ class PI0Policy(PreTrainedPolicy):
             ValueError: `save_expert_only`, but no weight comes from a checkpoint or none is frozen.
         """
         configs = self.config.to_files()
-        configs[PLUGIN_CONFIG_NAME]["updates"] = self._updates
+        configs[PLUGIN_CONFIG_NAME] |= {"updates": self._updates, "start": self._start}
         state = self.state_dict() if state_dict is None else state_dict
         if self.config.save_expert_only:
             if self._base is None or not self._base.digest:
@@ -336,8 +339,7 @@ class PI0Policy(PreTrainedPolicy):
         dataset_meta: Any = None,
     ) -> ModelCard:
         """The card that LeRobot pushes with the weights; needs no network."""
-        base = None if self._base is None else self._base.id
-        return make_card(self.config, self.part_sizes(), base, dataset_repo_id, cfg, dataset_meta)
+        return make_card(self.config, self.part_sizes(), self._start, dataset_repo_id, cfg, dataset_meta)
 
     def _get_default_peft_targets(self) -> dict[str, Any]:
         """LeRobot's defaults for π₀: queries and values of the expert, and the projections."""
