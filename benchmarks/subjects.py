@@ -1,0 +1,225 @@
+"""The two policies that are compared, this one and LeRobot's built-in, in one process and at any size.
+
+Both classes are imported directly, so it does not matter which of them the policy type "pi0" means. Weights
+are random but never drawn by the billion: one random block is repeated (`RandomWeights`). With a cache around
+it the two policies share memory wherever they hold a weight in the same dtype, and the full size fits on a
+small machine.
+
+Axes: B batch, N cameras, L prompt tokens, T steps of a chunk.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from unittest import mock
+
+import lerobot.policies.pi0.modeling_pi0 as lerobot_modeling
+import torch
+from accelerate import init_empty_weights
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.policies.pi0.configuration_pi0 import PI0Config as BuiltinConfig
+from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+import lerobot_pi0.configuration_pi0 as our_configuration
+from lerobot_pi0 import PI0Config, PI0Policy, flow
+from lerobot_pi0.architecture import GEMMA_2B, GEMMA_300M, PALIGEMMA_VOCAB, SO400M, Gemma, PaliGemma, Vision
+from lerobot_pi0.network import PI0
+
+CAMERAS = ("observation.images.front", "observation.images.left", "observation.images.wrist")
+DIMS = 6
+CHUNK = 50
+PROMPT = 48
+
+Policy = PI0Policy | lerobot_modeling.PI0Policy
+MakeWeight = Callable[[str, torch.Size, torch.dtype], Tensor]
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shapes of both policies. Eight query heads always: LeRobot has that number written into its attention."""
+
+    vlm: PaliGemma
+    expert: Gemma
+
+
+SIZES = {
+    "small": Size(
+        PaliGemma(
+            Vision(width=64, depth=2, mlp_dim=128, heads=4, patch_size=8, image_size=64),
+            Gemma(width=128, depth=3, mlp_dim=512, heads=8, head_dim=16),
+            vocab_size=512,
+        ),
+        Gemma(width=64, depth=3, mlp_dim=128, heads=8, head_dim=16),
+    ),
+    "medium": Size(
+        PaliGemma(
+            Vision(width=384, depth=12, mlp_dim=1536, heads=6, patch_size=14, image_size=224),
+            Gemma(width=768, depth=6, mlp_dim=6144, heads=8, head_dim=128),
+            vocab_size=32_768,
+        ),
+        Gemma(width=384, depth=6, mlp_dim=1536, heads=8, head_dim=128),
+    ),
+    "full": Size(PaliGemma(SO400M, GEMMA_2B, PALIGEMMA_VOCAB), GEMMA_300M),
+}
+
+
+class RandomWeights:
+    """Makes weights by repeating one block of normal numbers: equal for both policies, quick at any size.
+
+    Not zeros, which the operating system need not store.
+    """
+
+    def __init__(self, std: float = 0.02, block: int = 1_000_003) -> None:
+        draw = torch.Generator().manual_seed(0)
+        self._block = (torch.randn(block, generator=draw) * std).bfloat16()
+
+    def __call__(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        flat = torch.empty(shape.numel(), dtype=dtype)
+        for part in flat.split(len(self._block)):
+            part.copy_(self._block[: len(part)])
+        return flat.view(shape)
+
+
+class NoWeights:
+    """Makes weights that have shapes and dtypes and no memory: whatever is computed with them is shapes too."""
+
+    def __init__(self) -> None:
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def __call__(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        with self._mode:
+            return torch.empty(shape, dtype=dtype)
+
+
+@contextlib.contextmanager
+def presets(size: Size) -> Iterator[None]:
+    """Let "gemma_2b" and "gemma_300m" mean this size, in our presets and in LeRobot's."""
+    vision, stacks = size.vlm.vision, {"gemma_2b": size.vlm.gemma, "gemma_300m": size.expert}
+    paligemma, expert = (
+        lerobot_modeling.PaliGemmaForConditionalGenerationWithPiGemma,
+        lerobot_modeling.PiGemmaForCausalLM,
+    )
+
+    def stack(variant: str) -> lerobot_modeling.GemmaConfig:
+        cfg = stacks[variant]
+        return lerobot_modeling.GemmaConfig(cfg.width, cfg.depth, cfg.mlp_dim, cfg.heads, 1, cfg.head_dim)
+
+    def sized_paligemma(config):
+        config.vision_config.hidden_size, config.vision_config.num_hidden_layers = vision.width, vision.depth
+        config.vision_config.intermediate_size = vision.mlp_dim
+        config.vision_config.num_attention_heads = vision.heads
+        config.vision_config.patch_size = vision.patch_size
+        config.vision_config.projection_dim = size.vlm.gemma.width
+        config.text_config.vocab_size = size.vlm.vocab_size
+        return paligemma(config)
+
+    def sized_expert(config):
+        config.vocab_size = size.vlm.vocab_size
+        return expert(config)
+
+    with (
+        mock.patch.dict(our_configuration.PALIGEMMA_PRESETS, gemma_2b=size.vlm),
+        mock.patch.dict(our_configuration.EXPERT_PRESETS, gemma_300m=size.expert),
+        mock.patch.object(lerobot_modeling, "get_gemma_config", stack),
+        mock.patch.object(lerobot_modeling, "PaliGemmaForConditionalGenerationWithPiGemma", sized_paligemma),
+        mock.patch.object(lerobot_modeling, "PiGemmaForCausalLM", sized_expert),
+    ):
+        yield
+
+
+def _config(cls: type, size: Size, dtype: str, train_expert_only: bool):
+    side = size.vlm.vision.image_size
+    visual = {key: PolicyFeature(FeatureType.VISUAL, (3, side, side)) for key in CAMERAS}
+    return cls(
+        input_features=visual | {OBS_STATE: PolicyFeature(FeatureType.STATE, (DIMS,))},
+        output_features={ACTION: PolicyFeature(FeatureType.ACTION, (DIMS,))},
+        device="cpu",
+        dtype=dtype,
+        image_resolution=(side, side),
+        tokenizer_max_length=PROMPT,
+        train_expert_only=train_expert_only,
+    )
+
+
+def _with_weights(policy: Policy, make: MakeWeight, training: bool) -> Policy:
+    weights = {name: make(name, p.shape, p.dtype) for name, p in policy.named_parameters()}
+    policy.load_state_dict(weights, assign=True, strict=False)
+    return policy.train(training)
+
+
+class Ours:
+    """This package's policy."""
+
+    @staticmethod
+    def build(
+        size: Size, make: MakeWeight, dtype: str = "float32", frozen: bool = True, training: bool = False
+    ) -> PI0Policy:
+        """The policy with weights by `make`; `frozen` trains the expert alone."""
+        with presets(size), mock.patch.object(PI0, "initialise"):
+            policy = PI0Policy(_config(PI0Config, size, dtype, frozen))
+        return _with_weights(policy, make, training)
+
+    @staticmethod
+    def loss(policy: PI0Policy, batch: dict[str, Tensor]) -> Tensor:
+        """The loss, without the numbers for the log, which tensors without memory do not have."""
+        return policy.losses(batch).mean()
+
+    @staticmethod
+    def chunk(policy: PI0Policy, batch: dict[str, Tensor]) -> Tensor:
+        """A chunk, without the check that it is finite, which tensors without memory cannot answer."""
+        net, steps = policy.model, policy.config.num_inference_steps
+        obs = policy._observe(batch, torch.device("cpu"))
+        noise = flow.sample_noise((len(obs.state_BA), 1, CHUNK, policy.config.max_action_dim), torch.device("cpu"))
+        with torch.no_grad():
+            context, times = net.context(obs), net.embed_time(flow.euler_times(steps, noise.device))
+            return flow.euler(lambda x, i: net.velocity(x, times[i], context), noise, steps)
+
+
+class Builtin:
+    """LeRobot's policy."""
+
+    @staticmethod
+    def build(
+        size: Size, make: MakeWeight, dtype: str = "float32", frozen: bool = True, training: bool = False
+    ) -> lerobot_modeling.PI0Policy:
+        """The policy with weights by `make`; `frozen` trains the expert alone."""
+        stay = mock.patch.object(lerobot_modeling.PI0Pytorch, "to", lambda self, device: self)
+        with presets(size), init_empty_weights(), stay:
+            policy = lerobot_modeling.PI0Policy(_config(BuiltinConfig, size, dtype, frozen))
+        return _with_weights(policy, make, training)
+
+    @staticmethod
+    def _inputs(policy: lerobot_modeling.PI0Policy, batch: dict[str, Tensor]) -> tuple:
+        images, masks = policy._preprocess_images(batch)
+        prompt = batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK]
+        return images, masks, *prompt, policy.prepare_state(batch)
+
+    @classmethod
+    def loss(cls, policy: lerobot_modeling.PI0Policy, batch: dict[str, Tensor]) -> Tensor:
+        """The loss, without the numbers for the log, which tensors without memory do not have."""
+        inputs, actions = cls._inputs(policy, batch), policy.prepare_action(batch)
+        noise, time = torch.randn_like(actions), torch.rand(len(actions))
+        return policy.model(*inputs, actions, noise, time)[..., :DIMS].mean()
+
+    @classmethod
+    def chunk(cls, policy: lerobot_modeling.PI0Policy, batch: dict[str, Tensor]) -> Tensor:
+        """A chunk."""
+        return policy.model.sample_actions(*cls._inputs(policy, batch))
+
+
+SUBJECTS = {"ours": Ours, "built-in": Builtin}
+
+
+def make_batch(size: Size, cameras: int = 3, prompt: int = PROMPT, batch_size: int = 1) -> dict[str, Tensor]:
+    """What the preprocessor would hand to either policy: `cameras` of the three, `prompt` of 48 tokens."""
+    draw = torch.Generator().manual_seed(0)
+    side = size.vlm.vision.image_size
+    images = {key: torch.rand(batch_size, 3, side, side, generator=draw) for key in CAMERAS[:cameras]}
+    return images | {
+        OBS_STATE: torch.randn(batch_size, DIMS, generator=draw),
+        ACTION: torch.randn(batch_size, CHUNK, DIMS, generator=draw),
+        OBS_LANGUAGE_TOKENS: torch.randint(1, size.vlm.vocab_size, (batch_size, PROMPT), generator=draw),
+        OBS_LANGUAGE_ATTENTION_MASK: (torch.arange(PROMPT) < prompt).expand(batch_size, -1),
+    }

@@ -1,0 +1,34 @@
+"""The benchmark, counting only, at its small size."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    yield pytest.importorskip("bench")
+    for name in ("bench", "measure", "subjects"):
+        sys.modules.pop(name, None)
+
+
+def test_accounting(bench, capsys):
+    """Catches a benchmark that no longer runs, a line that is missing, and work that crept back in: layers
+    that nobody reads, cameras that are absent, frozen activations that are kept."""
+    results = bench.main(["--size", "small", "--pairs", "1", "--accounting-only", "--dtype", "float32"])
+    table = capsys.readouterr().out
+    assert list(results) == [str(line) for line in bench.LINES]
+    for line in bench.LINES:
+        assert str(line) in table
+        ours, theirs = (results[str(line)][subject] for subject in ("ours", "built-in"))
+        if line.what == "tick":
+            continue
+        assert 0 < ours.flop < (0.9 if line.cameras == 3 else 0.5) * theirs.flop, line
+        if line.training:
+            assert 0 < ours.kept_bytes < (0.1 if line.what == "step-frozen" else 0.9) * theirs.kept_bytes, line
+    three, one = (results[str(line)]["ours"] for line in bench.LINES[:2])
+    assert one.flop < 0.5 * three.flop
