@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices: threads only wait for each other
 
 import lerobot.policies.pi0.modeling_pi0 as builtin
 import pytest
