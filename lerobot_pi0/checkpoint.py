@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,17 +63,18 @@ class MismatchedCheckpointError(CheckpointError):
 
 
 NETWORK = "model.paligemma_with_expert."
-LM_HEAD = NETWORK + "paligemma.lm_head.weight"
-EMBEDDING = NETWORK + "paligemma.model.language_model.embed_tokens.weight"
+VLM = NETWORK + "paligemma."
+LM_HEAD = VLM + "lm_head.weight"
+EMBEDDING = VLM + "model.language_model.embed_tokens.weight"
 EXPERT_HEAD = NETWORK + "gemma_expert.lm_head.weight"
 
-# Known spellings of the same tensors, applied in this order. What follows in `_index`: the head of the VLM is
+# Known spellings of the same tensors, applied in this order. What follows in `index_tensors`: the head of the VLM is
 # its embedding, and the head of the expert is read by nothing.
 RENAMES = (
     # openpi writes the network without LeRobot's policy around it
     (re.compile(r"^(?!model\.)"), "model."),
-    # transformers before 4.52 nested PaliGemma's parts the other way round
-    (re.compile(r"\.paligemma\.language_model\.model\."), ".paligemma.model.language_model."),
+    # transformers before 4.52 nested PaliGemma's parts the other way round; 5.5 writes them with both nestings
+    (re.compile(r"\.paligemma\.(model\.)?language_model\.model\."), ".paligemma.model.language_model."),
     (re.compile(r"\.paligemma\.language_model\.lm_head\."), ".paligemma.lm_head."),
     (re.compile(r"\.paligemma\.(vision_tower|multi_modal_projector)\."), r".paligemma.model.\1."),
 )
@@ -253,14 +254,14 @@ def _opened(file: Path) -> Iterator[Any]:
         ) from error
 
 
-def _index(files: Iterable[Path]) -> dict[str, Stored]:
-    """Every tensor of the files by its canonical name."""
+def index_tensors(files: Iterable[Path], prefix: str = "") -> dict[str, Stored]:
+    """Every tensor of the files by its canonical name; `prefix` is where a part of the network belongs."""
     found: dict[str, Stored] = {}
     for file in files:
         with _opened(file) as opened:
             for name in opened.keys():  # noqa: SIM118  it is no mapping
                 part = opened.get_slice(name)
-                found[canonical_name(name)] = Stored(file, name, tuple(part.get_shape()), part.get_dtype())
+                found[canonical_name(prefix + name)] = Stored(file, name, tuple(part.get_shape()), part.get_dtype())
     head = found.pop(LM_HEAD, None)  # the same matrix as the embedding, and sometimes the only copy
     if head is not None:
         found.setdefault(EMBEDDING, head)
@@ -307,26 +308,20 @@ def load_weights(
     """
     started = time.perf_counter()
     wanted = dict(policy.named_parameters())
-    found = _index(weight_files(source, **hub))
+    found = index_tensors(weight_files(source, **hub))
     if base is not None:
-        found = _index(weight_files(base.id, **{**hub, "revision": base.revision})) | found
+        found = index_tensors(weight_files(base.id, **{**hub, "revision": base.revision})) | found
     missing = [name for name in wanted if name not in found]
-    _judge(source, wanted, found, missing, strict)
+    judge(source, wanted, found, strict)
     for name in missing:
         set_parameter(policy, name, torch.empty_like(wanted[name], device=device))
     if missing:
         policy.model.initialise()
     frozen: dict[str, str] = {}
-    for file in sorted({stored.file for stored in found.values()}):
-        with _opened(file) as opened:
-            digests = _digests(opened)
-            for name, stored in found.items():
-                if stored.file == file and name in wanted:
-                    tensor = opened.get_tensor(stored.name)
-                    _check_tensor(tensor, stored, digests)
-                    if not wanted[name].requires_grad and policy.config.save_expert_only:
-                        frozen[name] = digest(name, tensor)
-                    set_parameter(policy, name, tensor.to(device, wanted[name].dtype, copy=True))
+    for name, tensor in read_tensors(found, wanted):
+        if not wanted[name].requires_grad and policy.config.save_expert_only:
+            frozen[name] = digest(name, tensor)
+        set_parameter(policy, name, tensor.to(device, wanted[name].dtype, copy=True))
     fingerprint = digest_of_digests(frozen) if frozen else ""
     if base is not None and base.digest != fingerprint:
         raise CorruptCheckpointError(
@@ -345,6 +340,49 @@ def load_weights(
     return fingerprint
 
 
+def load_vlm(policy: Any, source: str, device: torch.device) -> None:
+    """Fill the VLM of a policy that is on the `meta` device from a PaliGemma checkpoint of transformers.
+
+    transformers may pad the vocabulary; the rows beyond ours belong to no token and are left out.
+
+    Raises:
+        CheckpointError: the checkpoint is not there, broken, or not a PaliGemma of the preset's size.
+    """
+    started = time.perf_counter()
+    wanted = {name: p for name, p in policy.named_parameters() if name.startswith(VLM)}
+    found = index_tensors(weight_files(source), prefix=VLM)
+    rows, width = wanted[EMBEDDING].shape
+    embedding = found.get(EMBEDDING)
+    if embedding is not None and embedding.shape[0] > rows:
+        found[EMBEDDING] = embedding._replace(shape=(rows, *embedding.shape[1:]))
+    if report := _differences(wanted, found):
+        raise MismatchedCheckpointError(
+            f"vlm_path={source} is not the VLM of paligemma_variant={policy.config.paligemma_variant} for images of "
+            f"{policy.config.image_size} pixels. {report}. Take PaliGemma 1 of that size in transformers' format, such "
+            f"as google/paligemma-3b-pt-224 ({rows} x {width} embeddings or more)"
+        )
+    for name, tensor in read_tensors(found, wanted):
+        part = tensor[:rows] if name == EMBEDDING else tensor
+        set_parameter(policy, name, part.to(device, wanted[name].dtype, copy=True))
+    logger.info("the VLM is %s's (%d tensors, %.1f s)", source, len(wanted), time.perf_counter() - started)
+
+
+def read_tensors(found: dict[str, Stored], names: Container[str]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of these names, one after the other, each judged as it is read.
+
+    Raises:
+        CorruptCheckpointError: one is not what was written, or not finite.
+    """
+    for file in sorted({stored.file for stored in found.values()}):
+        with _opened(file) as opened:
+            digests = _digests(opened)
+            for name, stored in found.items():
+                if stored.file == file and name in names:
+                    tensor = opened.get_tensor(stored.name)
+                    _check_tensor(tensor, stored, digests)
+                    yield name, tensor
+
+
 def _digests(opened: Any) -> dict[str, str]:
     try:
         return json.loads((opened.metadata() or {}).get(DIGESTS, "{}"))
@@ -352,29 +390,44 @@ def _digests(opened: Any) -> dict[str, str]:
         raise CorruptCheckpointError(f"the digests that the file carries are unreadable ({error})") from error
 
 
-def _judge(
-    source: str | Path, wanted: dict[str, nn.Parameter], found: dict[str, Stored], missing: list[str], strict: bool
-) -> None:
-    """Compare names, shapes and kinds before a weight is read."""
-    unexpected = [stored.name for name, stored in found.items() if name not in wanted]
+def _differences(wanted: Mapping[str, Tensor], found: dict[str, Stored]) -> str:
+    """What is missing, unexpected, or of another shape or kind; empty if nothing is."""
     misfits = [
         f"{s.name} is {s.dtype} {s.shape}, expected {tuple(wanted[name].shape)} of a floating-point type"
         for name, s in found.items()
-        if name in wanted and (s.shape != tuple(wanted[name].shape) or s.dtype not in FLOATS)
+        if name in wanted and not _fits(s, wanted[name])
     ]
-    if not (missing or unexpected or misfits):
-        return
     parts = []
-    for title, names in (("missing", missing), ("unexpected", unexpected), ("misfits", misfits)):
+    for title, names in (
+        ("missing", [name for name in wanted if name not in found]),
+        ("unexpected", [stored.name for name, stored in found.items() if name not in wanted]),
+        ("misfits", misfits),
+    ):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             parts.append(f"{len(names)} {title}: {', '.join(names[:5])}{more}")
-    report = f"the weights of {source} do not fit the network. {'; '.join(parts)}"
-    if any("time_mlp_in" in name and "action_" not in name for name in unexpected):
+    return "; ".join(parts)
+
+
+def _fits(stored: Stored, wanted: Tensor) -> bool:
+    return stored.shape == tuple(wanted.shape) and stored.dtype in FLOATS
+
+
+def judge(source: str | Path, wanted: Mapping[str, Tensor], found: dict[str, Stored], strict: bool) -> None:
+    """Compare names, shapes and kinds before a weight is read.
+
+    Raises:
+        CheckpointError: they are not this network's. What is missing or surplus is forgiven unless `strict`.
+    """
+    if not (differences := _differences(wanted, found)):
+        return
+    report = f"the weights of {source} do not fit the network. {differences}"
+    surplus = [stored.name for name, stored in found.items() if name not in wanted]
+    if any("time_mlp_in" in name and "action_" not in name for name in surplus):
         raise WrongPolicyError(f"{report}. These are weights of π₀.₅: use --policy.type=pi05")
     if not any("gemma_expert" in name for name in found):
         raise WrongPolicyError(f"{report}. There is no action expert: these are weights of a VLM, or of π₀-FAST")
-    if misfits or strict:
+    if strict or not all(_fits(s, wanted[name]) for name, s in found.items() if name in wanted):
         raise MismatchedCheckpointError(
             f"{report}. Check paligemma_variant, action_expert_variant, max_state_dim and max_action_dim; strict=False "
             "takes what fits and leaves the rest random"

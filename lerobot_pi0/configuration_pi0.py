@@ -41,6 +41,8 @@ class PI0Config(BuiltinPI0Config):
     train_expert_only: bool | None = None  # type: ignore[assignment]
     # Tokenizer of the prompt: a Hub id, a folder, or "bytes"; None takes the preset's own.
     text_tokenizer_name: str | None = None
+    # PaliGemma (transformers' format; Hub id or folder) whose weights a policy built from scratch takes for its VLM.
+    vlm_path: str | None = None
     # Noise and time draws per observation in training; they share one pass over the images. None means 1.
     flow_samples: int | None = None
     # Put the tokenizer's files into checkpoints, for robots without a network. None means True.

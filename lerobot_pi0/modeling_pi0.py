@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 class PI0Policy(PreTrainedPolicy):
     """π₀ as LeRobot trains, evaluates and runs it.
 
-    Built from a config it starts from random weights; `from_pretrained` loads a checkpoint or raises.
+    Built from a config it starts from random weights, or with the VLM of `vlm_path`; `from_pretrained` loads a
+    checkpoint or raises.
     """
 
     config_class = PI0Config  # type: ignore[assignment]
@@ -49,11 +50,15 @@ class PI0Policy(PreTrainedPolicy):
             dataset_stats, dataset_meta: what `make_policy` passes when there is a dataset. Statistics are
                 then checked, and trained weights are held in float32.
         """
-        self._build(config, dataset_stats, dataset_meta, saved={}, pretrained=False)
+        vlm = config.vlm_path
+        self._build(config, dataset_stats, dataset_meta, saved={"start": vlm}, pretrained=vlm is not None)
         device = torch.device(config.device)
         for name, p in list(self.named_parameters()):
-            checkpoint.set_parameter(self, name, torch.empty_like(p, device=device))
+            if vlm is None or not name.startswith(checkpoint.VLM):
+                checkpoint.set_parameter(self, name, torch.empty_like(p, device=device))
         self.model.initialise()
+        if vlm is not None:
+            checkpoint.load_vlm(self, vlm, device)
         self._finish()
 
     def _build(
@@ -144,6 +149,10 @@ class PI0Policy(PreTrainedPolicy):
         else:  # LeRobot has parsed it, whatever it was
             checkpoint.check_config(source, **hub)
         saved = checkpoint.read_plugin_config(source, **hub)
+        vlm = saved.get("vlm_path")
+        if isinstance(config, PI0Config) and config.vlm_path not in (None, vlm):
+            logger.warning("vlm_path=%s is not read: the VLM's weights are in %s", config.vlm_path, source)
+            config.vlm_path = vlm
         base = checkpoint.Base(**saved["base"]) if saved.get("base") else None
         policy = cls.__new__(cls)
         policy._build(config, dataset_stats, dataset_meta, saved, pretrained=True)  # type: ignore[arg-type]
