@@ -46,16 +46,16 @@ def test_euler_sums_in_float32():
 )
 def test_time_is_beta(alpha, beta):
     """Catches the reversed distribution (more draws near the data) and a wrong branch: Kolmogorov-Smirnov."""
-    time = flow.sample_time((200, 100), CPU, alpha, beta, generator=torch.Generator().manual_seed(0))
+    time = flow.BetaTime(alpha, beta).sample((200, 100), CPU, torch.Generator().manual_seed(0))
     assert time.dtype == torch.float32
     assert time.shape == (200, 100)
-    draws = (time.flatten().double() - flow.TIME_OFFSET) / flow.TIME_SCALE
+    draws = (time.flatten().double() - 0.001) / 0.999
     assert scipy.stats.kstest(draws.numpy(), scipy.stats.beta(alpha, beta).cdf).pvalue > 0.01
 
 
 def test_time_range():
     """Catches t = 0, where there is nothing to learn, and t > 1: t is in [0.001, 1]."""
-    time = flow.sample_time((100_000,), CPU, generator=torch.Generator().manual_seed(1))
+    time = flow.BetaTime().sample((100_000,), CPU, torch.Generator().manual_seed(1))
     assert 0.001 <= time.min() < 0.01
     assert 0.999 < time.max() <= 1.0
 
@@ -76,7 +76,7 @@ def test_draws_repeat(beta):
     def drawn(seed: int) -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(seed)
         noise = flow.sample_noise((3, 4), CPU, generator)
-        return [noise, flow.sample_time((3, 4), CPU, beta=beta, generator=generator)]
+        return [noise, flow.BetaTime(beta=beta).sample((3, 4), CPU, generator)]
 
     for a, b, c in zip(drawn(7), drawn(7), drawn(8), strict=True):
         assert torch.equal(a, b)
@@ -87,3 +87,25 @@ def test_noise_is_standard_normal():
     """Catches noise of another scale than the one the integration starts from."""
     noise = flow.sample_noise((200, 100), CPU, torch.Generator().manual_seed(2)).flatten()
     assert scipy.stats.kstest(noise.double().numpy(), scipy.stats.norm.cdf).pvalue > 0.01
+
+
+def test_draws_belong_to_their_samples():
+    """Catches draws that depend on the batch's order or size: a resumed or distributed run would see others."""
+    shape, time = (2, 50, 32), flow.BetaTime()
+    noise, times = flow.repeatable_draws(7, 3, [5, 8, 13], shape, time)
+    assert noise.shape == (3, *shape)
+    assert times.shape == (3, 2)
+    other_noise, other_times = flow.repeatable_draws(7, 3, [13, 5], shape, time)
+    assert torch.equal(other_noise, noise[[2, 0]])
+    assert torch.equal(other_times, times[[2, 0]])
+    values = [times] + [flow.repeatable_draws(*key, [5, 8, 13], shape, time)[1] for key in ((8, 3), (7, 4))]
+    assert len(torch.cat(values).unique()) == 18
+
+
+def test_repeatable_draws_are_distributed_alike():
+    """Catches neighbouring seeds that give correlated draws: Kolmogorov-Smirnov over the first of each sample."""
+    noise, times = flow.repeatable_draws(0, 0, range(4000), (1, 1, 1), flow.BetaTime())
+    assert scipy.stats.kstest(noise.flatten().double().numpy(), scipy.stats.norm.cdf).pvalue > 0.01
+    draws = (times.flatten().double() - 0.001) / 0.999
+    assert scipy.stats.kstest(draws.numpy(), scipy.stats.beta(1.5, 1).cdf).pvalue > 0.01
+    assert abs(scipy.stats.pearsonr(noise.flatten(), times.flatten()).statistic) < 0.05
