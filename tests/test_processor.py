@@ -1,0 +1,318 @@
+"""Processors: LeRobot's steps in LeRobot's order, a tokenizer without a network, statistics that are checked."""
+
+import json
+import logging
+import shutil
+from dataclasses import replace
+
+import lerobot.policies.pi0.processor_pi0 as builtin
+import pytest
+import torch
+from conftest import (
+    ACTION,
+    CAMERAS,
+    DIMS,
+    OBS_LANGUAGE_ATTENTION_MASK,
+    OBS_LANGUAGE_TOKENS,
+    OBS_STATE,
+    BuiltinPI0Config,
+    PI0Config,
+    features,
+    stats,
+    tiny_config,
+)
+from lerobot.configs import NormalizationMode
+from lerobot.policies import make_pre_post_processors
+from lerobot.processor import PolicyProcessorPipeline, ProcessorStepRegistry
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+
+from lerobot_pi0 import make_pi0_pre_post_processors
+from lerobot_pi0.processor_pi0 import PI0TokenizerStep, check_statistics
+
+# The preprocessor of lerobot/pi0_base, as published.
+PUBLISHED = json.loads("""
+{"name": "policy_preprocessor", "steps": [
+{"registry_name": "rename_observations_processor", "config": {"rename_map": {}}},
+{"registry_name": "to_batch_processor", "config": {}},
+{"registry_name": "pi0_new_line_processor", "config": {}},
+{"registry_name": "tokenizer_processor", "config": {"max_length": 48, "task_key": "task", "padding_side": "right",
+ "padding": "max_length", "truncation": true, "tokenizer_name": "google/paligemma-3b-pt-224"}},
+{"registry_name": "device_processor", "config": {"device": "cuda", "float_dtype": null}},
+{"registry_name": "relative_actions_processor", "config": {"enabled": false, "exclude_joints": ["gripper"],
+ "action_names": null}},
+{"registry_name": "normalizer_processor", "config": {"eps": 1e-08, "features": {},
+ "norm_map": {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}}}]}
+""")
+
+TASK = "reach the red cube"
+
+
+def sample(seed: int = 0) -> dict:
+    """One frame in raw units, without a batch axis but for the chunk of actions, to which LeRobot adds none."""
+    draw = torch.Generator().manual_seed(seed)
+    images = {key: torch.rand(3, 64, 64, generator=draw) for key in CAMERAS}
+    return images | {
+        OBS_STATE: torch.randn(DIMS, generator=draw) * 40,
+        ACTION: torch.randn(1, 50, DIMS, generator=draw) * 40,
+        "task": TASK,
+    }
+
+
+def word_tokenizer(folder) -> str:
+    """A folder with a real tokenizer of five words, padded on the side that must not matter."""
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", *TASK.split()])}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", padding_side="left"
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def saved_and_reloaded(pipelines, config, folder):
+    """The pipelines as a checkpoint's user gets them."""
+    for pipeline in pipelines:
+        pipeline.save_pretrained(folder)
+    return make_pre_post_processors(config, pretrained_path=str(folder))
+
+
+# --- the steps ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tokenizer_from_the_hub(monkeypatch) -> list[str]:
+    """Stands in for the Hub; holds the names that were asked for."""
+    names: list[str] = []
+
+    def from_pretrained(name, *args, **kwargs):
+        names.append(str(name))
+        return ByT5Tokenizer()
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", from_pretrained)
+    return names
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_steps_are_the_built_ins(tokenizer_from_the_hub, relative):
+    """Catches another order, name or option of a step: each would change what published checkpoints see."""
+    options = {"device": "cpu", "use_relative_actions": relative, "action_feature_names": list("abcdef")}
+    ours = make_pi0_pre_post_processors(PI0Config(**features(), save_tokenizer=False, **options), stats())
+    theirs = builtin.make_pi0_pre_post_processors(BuiltinPI0Config(**features(), **options), stats())
+    for mine, reference in zip(ours, theirs, strict=True):
+        assert mine.get_config() == reference.get_config()
+        state, expected = mine.state_dict(), reference.state_dict()
+        assert state.keys() == expected.keys()
+        assert len(state) > 0
+    names = [step["registry_name"] for step in ours[0].get_config()["steps"]]
+    assert names == [step["registry_name"] for step in PUBLISHED["steps"]]
+    assert set(tokenizer_from_the_hub) == {"google/paligemma-3b-pt-224"}
+
+
+def test_default_tokenizer_is_paligemmas():
+    """Catches a default that published weights were not trained with, and one that needs a network where none is."""
+    assert PI0Config().tokenizer == "google/paligemma-3b-pt-224"
+    assert PI0Config().tokenizer_max_length == 48
+    assert tiny_config().tokenizer == "bytes"
+    assert PI0Config(text_tokenizer_name="some/other").tokenizer == "some/other"
+
+
+def test_a_published_preprocessor(tokenizer_from_the_hub, tmp_path):
+    """Catches a registry in which published files no longer resolve, or resolve to another tokenizer step."""
+    (tmp_path / "policy_preprocessor.json").write_text(json.dumps(PUBLISHED))
+    pipeline = PolicyProcessorPipeline.from_pretrained(
+        tmp_path,
+        config_filename="policy_preprocessor.json",
+        overrides={
+            "device_processor": {"device": "cpu"},
+            "normalizer_processor": {"features": features()["input_features"], "stats": stats()},
+        },
+    )
+    assert [type(step)._registry_name for step in pipeline.steps] == [s["registry_name"] for s in PUBLISHED["steps"]]
+    assert isinstance(pipeline.steps[3], PI0TokenizerStep)
+    assert pipeline(sample())[OBS_LANGUAGE_TOKENS].shape == (1, 48)
+
+
+def test_registry_has_one_tokenizer_step():
+    """Catches a second registration, or a step that other policies' pipelines no longer find."""
+    assert ProcessorStepRegistry.get("tokenizer_processor") is PI0TokenizerStep
+    assert PI0TokenizerStep._registry_name == "tokenizer_processor"
+
+
+# --- the tokenizer ------------------------------------------------------------------------------------------
+
+
+def test_byte_tokens():
+    """Catches a prompt without its newline, a wrong mask, or padding on the left."""
+    preprocessor, _ = make_pi0_pre_post_processors(tiny_config(), stats())
+    batch = preprocessor(sample())
+    tokens, mask = batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK].bool()
+    assert tokens.shape == mask.shape == (1, 128)
+    length = len(TASK) + 2  # newline and end of sequence
+    assert torch.equal(mask[0], torch.arange(128) < length)
+    assert ByT5Tokenizer().decode(tokens[0][mask[0]], skip_special_tokens=True) == TASK + "\n"
+    assert tokens.max() < 384
+
+
+def test_byte_pipeline_survives_saving(tmp_path, monkeypatch):
+    """Catches a checkpoint of a small preset that needs a network, or another file, to be loaded."""
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", None)
+    config = tiny_config()
+    before = make_pre_post_processors(config, dataset_stats=stats())
+    after = saved_and_reloaded(before, config, tmp_path)
+    a, b = before[0](sample()), after[0](sample())
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        assert torch.equal(value, b[key]) if isinstance(value, torch.Tensor) else value == b[key], key
+    actions = torch.randn(1, DIMS)
+    assert torch.equal(before[1](actions), after[1](actions))
+
+
+def test_a_checkpoint_carries_its_tokenizer(tmp_path):
+    """Catches a checkpoint that stops working when it is moved to a robot: the tokenizer's folder is gone."""
+    name = word_tokenizer(tmp_path / "tokenizer")
+    config = tiny_config(text_tokenizer_name=name, tokenizer_max_length=7)
+    before = make_pre_post_processors(config, dataset_stats=stats())
+    expected = before[0](sample())[OBS_LANGUAGE_TOKENS]
+    assert expected.tolist() == [[2, 3, 4, 5, 0, 0, 0]]
+    for pipeline in before:
+        pipeline.save_pretrained(tmp_path / "checkpoint")
+    shutil.rmtree(tmp_path / "tokenizer")
+    moved = shutil.move(tmp_path / "checkpoint", tmp_path / "robot")
+    after = make_pre_post_processors(config, pretrained_path=str(moved))
+    assert torch.equal(after[0](sample())[OBS_LANGUAGE_TOKENS], expected)
+    again = saved_and_reloaded(after, config, tmp_path / "again")
+    assert torch.equal(again[0](sample())[OBS_LANGUAGE_TOKENS], expected)
+
+
+def test_a_checkpoint_without_its_tokenizer(tmp_path):
+    """Catches files of a gated tokenizer in a checkpoint whose owner said no."""
+    name = word_tokenizer(tmp_path / "tokenizer")
+    config = tiny_config(text_tokenizer_name=name, save_tokenizer=False)
+    preprocessor, _ = make_pi0_pre_post_processors(config, stats())
+    preprocessor.save_pretrained(tmp_path / "checkpoint")
+    assert not list((tmp_path / "checkpoint").glob("*tokenizer*"))
+
+
+def test_a_tokenizer_that_is_not_there():
+    """Catches a stack of Hub errors in place of what to do: log in, name a folder, or take another checkpoint."""
+    config = PI0Config(**features(), device="cpu")
+    with pytest.raises(OSError, match=r"google/paligemma-3b-pt-224.*gated.*hf auth login.*text_tokenizer_name"):
+        make_pi0_pre_post_processors(config, stats())
+
+
+# --- statistics ---------------------------------------------------------------------------------------------
+
+
+def spoilt(key: str, **changes) -> dict:
+    """Statistics with some entries of one feature replaced; None takes them out."""
+    entry = {name: value for name, value in (stats()[key] | changes).items() if value is not None}
+    return stats() | {key: entry}
+
+
+@pytest.mark.parametrize("given", [None, {}, spoilt(ACTION, std=None), spoilt(OBS_STATE, mean=None, std=None)])
+def test_missing_statistics(given):
+    """Catches pipelines that pass raw units on, which a policy learns or a robot executes."""
+    with pytest.raises(ValueError, match=r"no (mean and )?(std )?.*is normalised by MEAN_STD.*recompute_stats"):
+        make_pi0_pre_post_processors(tiny_config(), given)
+
+
+@pytest.mark.parametrize("mode", ["QUANTILES", "MIN_MAX"])
+def test_missing_statistics_of_other_modes(mode):
+    """Catches a check of mean and std where others are what the normaliser reads."""
+    config = tiny_config()
+    config.normalization_mapping = dict(config.normalization_mapping, ACTION=NormalizationMode[mode])
+    names = {"QUANTILES": ("q01", "q99"), "MIN_MAX": ("min", "max")}[mode]
+    for name in names:
+        given = dict.fromkeys(names, torch.ones(DIMS)) | {name: None}
+        with pytest.raises(ValueError, match=rf"no {name} for 'action', .* {mode}"):
+            check_statistics(config, spoilt(ACTION, **given))
+
+
+def test_what_is_not_normalised_needs_no_statistics():
+    """Catches a demand for statistics of images or of features that are passed on as they are."""
+    config = tiny_config()
+    config.normalization_mapping = dict.fromkeys(("VISUAL", "STATE", "ACTION"), NormalizationMode.IDENTITY)
+    check_statistics(config, None)
+
+
+@pytest.mark.parametrize("key", [OBS_STATE, ACTION])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_statistics_that_are_not_finite(key, value):
+    """Catches NaN that every later batch would be made of."""
+    with pytest.raises(ValueError, match=rf"{key}.*NaN"):
+        check_statistics(tiny_config(), spoilt(key, std=torch.tensor([1, 1, value, 1, 1, 1])))
+
+
+def near_constant(caplog) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING and "near-constant" in r.message]
+
+
+def test_near_constant_dimensions_are_named(caplog):
+    """Catches a joint that never moved in the data: a degree off becomes a thousand standard deviations."""
+    names = ["pan", "lift", "elbow", "flex", "roll", "gripper"]
+    given = spoilt(ACTION, std=torch.tensor([20.0, 20.0, 1e-6, 20.0, 0.0, 20.0]))
+    make_pi0_pre_post_processors(tiny_config(action_feature_names=names), given)
+    (message,) = near_constant(caplog)
+    assert "'action'" in message
+    assert [name for name in names if name in message] == ["elbow", "roll"]
+
+
+def test_near_constant_dimensions_without_names(caplog):
+    """Catches a check that relies on names, or on the state and the action having the same ones."""
+    check_statistics(tiny_config(), spoilt(OBS_STATE, std=torch.tensor([1, 1, 1, 1, 1, 1e-6])))
+    (message,) = near_constant(caplog)
+    assert f"{OBS_STATE}[5]" in message
+
+
+def test_ordinary_statistics_are_quiet(caplog):
+    """Catches warnings about joints that move little but do move: a hundredth of the others' spread."""
+    check_statistics(tiny_config(), spoilt(ACTION, std=torch.tensor([90.0, 40.0, 20.0, 1.0, 5.0, 30.0])))
+    assert near_constant(caplog) == []
+
+
+# --- numbers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["MEAN_STD", "MIN_MAX", "IDENTITY"])
+def test_normalising_there_and_back(mode):
+    """Catches a postprocessor that does not undo the preprocessor: the robot would get other units."""
+    config = tiny_config()
+    config.normalization_mapping = dict(config.normalization_mapping, ACTION=NormalizationMode[mode])
+    preprocessor, postprocessor = make_pi0_pre_post_processors(config, stats())
+    raw = sample()
+    normalised = preprocessor(raw)[ACTION]
+    torch.testing.assert_close(postprocessor(normalised), raw[ACTION], rtol=1e-4, atol=1e-4)
+    assert torch.equal(normalised, raw[ACTION]) is (mode == "IDENTITY")
+
+
+def test_normalised_values():
+    """Catches an exchange of mean and std, or images that are normalised too."""
+    preprocessor, _ = make_pi0_pre_post_processors(tiny_config(), stats())
+    raw, entry = sample(), stats()[OBS_STATE]
+    batch = preprocessor(raw)
+    torch.testing.assert_close(batch[OBS_STATE][0], (raw[OBS_STATE] - entry["mean"]) / (entry["std"] + 1e-8))
+    assert all(torch.equal(batch[key][0], raw[key]) for key in CAMERAS)
+
+
+def test_relative_actions_there_and_back():
+    """Catches relative actions that are learnt relative to one state and executed relative to another."""
+    names = ["pan", "lift", "elbow", "flex", "roll", "gripper"]
+    config = tiny_config(use_relative_actions=True, action_feature_names=names)
+    assert config.relative_exclude_joints == ["gripper"]
+    preprocessor, postprocessor = make_pi0_pre_post_processors(config, stats())
+    raw, entry = sample(), stats()[ACTION]
+    normalised = preprocessor(raw)[ACTION]
+    moved = raw[ACTION] - raw[OBS_STATE] * torch.tensor([1, 1, 1, 1, 1, 0])
+    torch.testing.assert_close(normalised, (moved - entry["mean"]) / (entry["std"] + 1e-8))
+    torch.testing.assert_close(postprocessor(normalised), raw[ACTION], rtol=1e-4, atol=1e-4)
+
+
+def test_config_is_not_changed():
+    """Catches a factory that edits the config it is given, which is saved afterwards."""
+    config = tiny_config()
+    before = replace(config)
+    make_pi0_pre_post_processors(config, stats())
+    assert config == before
