@@ -17,8 +17,8 @@ class VirtualSO100GymEnv(gym.Env):
 
     Observations: `agent_pos` (6,) float32 in degrees and 0..100 for the gripper, and `pixels` with one uint8
     image (H, W, 3) a camera. Actions: joint targets (6,) in the same units. The reward is 1 in the step that
-    ends an episode with success. The final info has `is_success` and, for whoever wants more than a rate, `instructed`
-    (the cube that the prompt named), `target` (the scene's own), `ended_at` (the cube at which the episode
+    ends an episode with success. The final info has `is_success` and, for whoever wants more than a rate,
+    `instructed` (the cube that the prompt named), `target` (the scene's own), `ended_at` (the cube at which the episode
     ended, or "none") and `distance` (m, to the instructed cube or of the cube to the goal).
     """
 
@@ -96,9 +96,7 @@ class VirtualSO100GymEnv(gym.Env):
             raise RuntimeError("step() before reset(): the environment has no scene yet")
         action = np.asarray(action, np.float64)
         if action.shape != (len(JOINTS),) or not np.isfinite(action).all():
-            raise ValueError(
-                f"an action is {len(JOINTS)} finite joint targets ({', '.join(JOINTS)}), not {action}"
-            )
+            raise ValueError(f"an action is {len(JOINTS)} finite joint targets ({', '.join(JOINTS)}), not {action}")
         self.simulation.advance(action)
         self._task.observe(self.simulation)
         self._steps += 1

@@ -2,9 +2,11 @@
 
     python -m lerobot_env_virtual_so100.record --root=DIR --episodes=600
 
-Features, names and units are those of `lerobot-record` with an SO-100 and two cameras (`--dataset.video=false`): the
-same function of LeRobot makes them. Images are stored in the parquet files and not as videos: at this size
-decoding a video frame costs more than a training step can hide. Beside LeRobot's own files,
+Features, names and units are those of `lerobot-record` with an SO-100 and two cameras (`--dataset.video=false`):
+the same function of LeRobot makes them. Images are stored in the parquet files, several small ones, for
+`lerobot-train --dataset.streaming=true`: that reads each frame once, 1.2 ms a sample here. Without streaming, LeRobot
+decodes the images of all 50 frames of an action chunk to get at their actions (23 ms), and from videos a sample
+takes 9 ms. Beside LeRobot's own files,
 `meta/scenes.jsonl` says for each episode which scene it shows, so that it can be replayed.
 """
 
@@ -22,6 +24,7 @@ from tqdm import tqdm
 from .constants import CAMERAS, EPISODE_SECONDS, FPS, IMAGE_SIZE, JOINTS, SPLITS
 
 logger = logging.getLogger(__name__)
+_DATA_FILE_MB = 2  # size at which a parquet file is full: streaming shuffles among files and shares them out
 SCENES_FILE = "meta/scenes.jsonl"
 ROBOT_TYPE = "so_follower"  # what `lerobot-record --robot.type=so100_follower` writes: the driver's class
 
@@ -71,8 +74,19 @@ def dataset_features(image_size: int) -> dict:
     return {**action, **hw_to_dataset_features({**joints, **cameras}, OBS_STR, use_video=False)}
 
 
+def _quiet() -> None:
+    """Keep the progress display readable, in every process, before LeRobot's dataset code is imported."""
+    import datasets
+
+    datasets.disable_progress_bars()  # one an episode otherwise
+    logging.getLogger("lerobot.datasets").setLevel(logging.WARNING)  # a line a file
+    # Two pages on a machine without ffmpeg's libraries, which a dataset without videos never needs.
+    logging.getLogger("lerobot.utils.import_utils").setLevel(logging.ERROR)
+
+
 def write_shard(config: RecordConfig, root: Path, seeds: range, progress) -> None:
     """Simulate scenes and write them to a dataset of their own; `progress(1)` is called after each episode."""
+    _quiet()
     import torch
     from lerobot.datasets import LeRobotDataset
 
@@ -86,6 +100,7 @@ def write_shard(config: RecordConfig, root: Path, seeds: range, progress) -> Non
         root=root,
         robot_type=ROBOT_TYPE,
         use_videos=False,
+        data_files_size_in_mb=_DATA_FILE_MB,
     )
     demonstrator = Demonstrator(config.task, config.fps, config.image_size, config.split)
     scenes = []
@@ -117,7 +132,16 @@ def _join(config: RecordConfig, roots: list[Path]) -> None:
     """Make one dataset of the shards."""
     from lerobot.datasets.aggregate import aggregate_datasets
 
-    aggregate_datasets([config.repo_id] * len(roots), config.repo_id, roots=roots, aggr_root=config.root)
+    names = [config.repo_id] * len(roots)
+    # File by file: packing them into larger ones would mean to write them again and again.
+    aggregate_datasets(
+        names,
+        config.repo_id,
+        roots=roots,
+        aggr_root=config.root,
+        data_files_size_in_mb=_DATA_FILE_MB,
+        concatenate_data=False,
+    )
     scenes = "".join((root / SCENES_FILE).read_text() for root in roots)
     (config.root / SCENES_FILE).write_text(scenes)
 
@@ -126,9 +150,7 @@ def _run_workers(config: RecordConfig, shards: list[tuple[Path, range]], bar: tq
     """Write the shards in parallel. Raises RuntimeError when a worker dies; its traceback is above."""
     context = multiprocessing.get_context("spawn")  # neither a GL context nor torch's threads survive a fork
     queue = context.Queue()
-    workers = [
-        context.Process(target=write_shard, args=(config, *shard, queue.put), daemon=True) for shard in shards
-    ]
+    workers = [context.Process(target=write_shard, args=(config, *shard, queue.put), daemon=True) for shard in shards]
     for worker in workers:
         worker.start()
     while any(worker.is_alive() for worker in workers) or not queue.empty():
@@ -143,11 +165,13 @@ def _run_workers(config: RecordConfig, shards: list[tuple[Path, range]], bar: tq
 
 def record(config: RecordConfig) -> None:
     """Write the dataset that the options describe."""
-    logging.getLogger("lerobot.datasets").setLevel(logging.WARNING)  # a line a file otherwise
+    from .demonstrations import Demonstrator
+
+    _quiet()
     shards = _shards(config)
     folder = shards[0][0].parent
     shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted run
-    total = sum(len(seeds) for _, seeds in shards) * (3 if config.task == "reach" else 1)
+    total = sum(len(seeds) for _, seeds in shards) * Demonstrator.episodes_per_scene(config.task)
     start = time.perf_counter()
     try:
         with tqdm(total=total, desc="demonstrations", unit="ep") as bar:
