@@ -158,3 +158,24 @@ def tiny_config(cameras=CAMERAS, dims: int = DIMS, **options) -> PI0Config:
         **features(cameras, dims, 64), paligemma_variant="tiny", action_expert_variant="tiny",
         device="cpu", **options,
     )  # fmt: skip
+
+
+def write_dataset(root, episodes: int = 2, frames: int = 6, cameras=CAMERAS[:2], dims: int = DIMS) -> None:
+    """A LeRobotDataset of random images and joints, with a task per episode, as images (no video codec)."""
+    from lerobot.datasets import LeRobotDataset
+
+    names = [f"joint_{i}" for i in range(dims)]
+    vector = {"dtype": "float32", "shape": (dims,), "names": names}
+    image = {"dtype": "image", "shape": (64, 64, 3), "names": ["height", "width", "channels"]}
+    columns = dict.fromkeys((OBS_STATE, ACTION), vector) | dict.fromkeys(cameras, image)
+    dataset = LeRobotDataset.create("test/tiny", fps=10, features=columns, root=root, use_videos=False)
+    draw = torch.Generator().manual_seed(0)
+    for episode in range(episodes):
+        for _ in range(frames):
+            pictures = {
+                key: torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8, generator=draw).numpy() for key in cameras
+            }
+            joints = {key: torch.randn(dims, generator=draw).numpy() * 30 for key in (OBS_STATE, ACTION)}
+            dataset.add_frame(pictures | joints | {"task": f"reach cube {episode}"})
+        dataset.save_episode()
+    dataset.finalize()

@@ -1,0 +1,72 @@
+"""What `pip install` leaves behind: LeRobot's discovery reads the metadata's Name, letter by letter."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+import lerobot_pi0
+
+ROOT = Path(__file__).parent.parent
+NAME = "lerobot_policy_pi0"
+
+
+def test_installed_name():
+    """Catches an installation, editable ones included, that LeRobot does not find: `lerobot-policy-pi0` is none."""
+    names = [dist.metadata["Name"] for dist in importlib.metadata.distributions()]
+    assert NAME in names
+    assert importlib.metadata.version(NAME) == lerobot_pi0.__version__
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """A wheel built from what git knows of the tree, elsewhere, so that nothing is left in it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in files.split("\0"):
+        if name.startswith(("lerobot_pi0/", "lerobot_policy_pi0", "pyproject.toml", "README", "LICENSE")):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, source]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (file,) = folder.glob("*.whl")
+    return file
+
+
+def test_wheel(wheel):
+    """Catches a build back end that normalises the name, and modules that the wheel does not have."""
+    with zipfile.ZipFile(wheel) as archive:
+        files = set(archive.namelist())
+        (metadata,) = [name for name in files if name.endswith(".dist-info/METADATA")]
+        fields = Parser().parsestr(archive.read(metadata).decode())
+    assert fields["Name"] == NAME
+    assert fields["Version"] == lerobot_pi0.__version__
+    assert fields["License-Expression"] == "Apache-2.0"
+    requirements = [line.replace(" ", "") for line in fields.get_all("Requires-Dist")]
+    assert any(line.startswith("lerobot[") and "<0.7" in line and ">=0.6.1" in line for line in requirements)
+    modules = {name for name in files if name.endswith(".py")}
+    tracked = subprocess.run(["git", "ls-files", "lerobot_pi0"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert modules == {f"{NAME}.py"} | {name for name in tracked.stdout.split() if name.endswith(".py")}
+
+
+def test_wheel_is_discovered(wheel, tmp_path):
+    """Catches a wheel that installs and is not found by name, without the help of this working tree."""
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target"]
+    subprocess.run([*install, tmp_path, wheel], check=True)
+    program = (
+        "import importlib.metadata as m, importlib.util as u;"
+        f"print([d.metadata['Name'] for d in m.distributions(path=[{str(tmp_path)!r}])]);"
+        f"print(u.find_spec({NAME!r}).origin)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(tmp_path)}, cwd=tmp_path,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert found.stdout.splitlines() == [f"['{NAME}']", str(tmp_path / f"{NAME}.py")]

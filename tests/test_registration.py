@@ -1,0 +1,287 @@
+"""Being found by LeRobot and being its "pi0", in processes of their own: imports cannot be taken back.
+
+The processes run beside each other, and each answers all that one order of imports can answer.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import write_dataset
+
+TOOK_OVER = "policy type 'pi0' is lerobot_policy_pi0"
+
+ORDERS = {
+    "plugin first": "import lerobot_policy_pi0",
+    "lerobot.policies first": """
+import sys
+import lerobot.policies
+before = set(sys.modules)
+import lerobot_policy_pi0
+answers["new modules"] = sorted(set(sys.modules) - before)
+""",
+    "built-in model first, then discovery": """
+import lerobot.policies.pi0.modeling_pi0
+from lerobot.utils.import_utils import register_third_party_plugins
+register_third_party_plugins()
+register_third_party_plugins()
+""",
+    "off": """
+from lerobot.utils.import_utils import register_third_party_plugins
+register_third_party_plugins()
+""",
+}
+
+LOOK_UP = """
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.factory import get_policy_class, make_policy_config
+answers["class"] = PreTrainedConfig.get_choice_class("pi0").__module__
+answers["made config"] = type(make_policy_config("pi0", device="cpu")).__module__
+answers["policy"] = get_policy_class("pi0").__module__
+answers["type"] = make_policy_config("pi0", device="cpu").type
+"""
+
+BUILD = """
+from types import SimpleNamespace
+import torch
+from lerobot.policies import make_policy, make_pre_post_processors
+stats = {key: {"mean": torch.zeros(6), "std": torch.ones(6)} for key in ("observation.state", "action")}
+columns = {key: {"dtype": "float32", "shape": (6,), "names": list("abcdef")} for key in stats}
+columns["observation.images.front"] = {
+    "dtype": "image", "shape": (3, 64, 64), "names": ["channels", "height", "width"]
+}
+config = make_policy_config("pi0", paligemma_variant="tiny", action_expert_variant="tiny", device="cpu")
+policy = make_policy(config, ds_meta=SimpleNamespace(features=columns, stats=stats))
+preprocessor, _ = make_pre_post_processors(policy.config, dataset_stats=stats)
+answers["made policy"] = type(policy).__module__
+answers["action names"] = policy.config.action_feature_names
+answers["tokenizer step"] = type(preprocessor.steps[3]).__module__
+"""
+
+
+def start(code: str, *arguments: str, **environment: str) -> subprocess.Popen:
+    """A Python process that answers in JSON, in its last line."""
+    program = f"import json\nanswers = {{}}\n{code}\nprint(json.dumps(answers))"
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment,
+        cwd=Path(__file__).parent,  # not the root: the package has to be found because it is installed
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[dict, str]:
+    """What it answered and what it logged."""
+    out, log = process.communicate(timeout=300)
+    assert process.returncode == 0, log[-4000:]
+    return json.loads(out.splitlines()[-1]), log
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[str, tuple[dict, str]]:
+    """Per order of imports, what "pi0" is there. Two processes at a time."""
+    programs = {name: code + LOOK_UP + ("" if name == "off" else BUILD) for name, code in ORDERS.items()}
+    names, results = list(programs), {}
+    for pair in zip(names[::2], names[1::2], strict=True):
+        running = {name: start(programs[name], LEROBOT_PI0_TAKEOVER="0" if name == "off" else "1") for name in pair}
+        results |= {name: finish(process) for name, process in running.items()}
+    return results
+
+
+@pytest.mark.parametrize("order", [name for name in ORDERS if name != "off"])
+def test_pi0_is_ours(answers, order):
+    """Catches an order of imports in which LeRobot's own π₀ wins in silence."""
+    found, log = answers[order]
+    assert found["class"] == found["made config"] == "lerobot_pi0.configuration_pi0"
+    assert found["policy"] == found["made policy"] == "lerobot_pi0.modeling_pi0"
+    assert found["tokenizer step"] == "lerobot_pi0.processor_pi0"
+    assert found["type"] == "pi0"
+    assert found["action names"] == list("abcdef")
+    assert "Could not import third-party plugin: lerobot_policy_pi0" not in log
+
+
+@pytest.mark.parametrize("order", [name for name in ORDERS if name != "off"])
+def test_one_line_says_so(answers, order):
+    """Catches a takeover that nobody is told of, or that is told of twice."""
+    _, log = answers[order]
+    (line,) = [line for line in log.splitlines() if TOOK_OVER in line]
+    assert "LEROBOT_PI0_TAKEOVER=0" in line
+
+
+def test_the_switch_leaves_the_built_in(answers):
+    """Catches a switch that does not work: comparisons with the built-in need its config's type name."""
+    found, log = answers["off"]
+    assert found["class"] == found["made config"] == "lerobot.policies.pi0.configuration_pi0"
+    assert found["policy"] == "lerobot.policies.pi0.modeling_pi0"
+    assert found["type"] == "pi0"
+    assert TOOK_OVER not in log
+
+
+def test_the_import_is_cheap(answers):
+    """Catches model code, or a library, loaded at the start of every LeRobot command, whatever its policy."""
+    found, _ = answers["lerobot.policies first"]
+    ours = {name for name in found["new modules"] if name.startswith("lerobot_")}
+    light = {"architecture", "configuration_pi0", "processor_pi0"}
+    assert ours == {"lerobot_policy_pi0", "lerobot_pi0"} | {f"lerobot_pi0.{name}" for name in light}
+    assert not [name for name in found["new modules"] if name not in ours and not is_light(name)]
+
+
+def is_light(name: str) -> bool:
+    """LeRobot's own processors, and Python's library."""
+    return name.split(".")[0] in sys.stdlib_module_names or name.startswith("lerobot.policies.pi0")
+
+
+# --- the real commands --------------------------------------------------------------------------------------
+
+COMMANDS = """
+import runpy
+import sys
+from pathlib import Path
+
+dataset, out = sys.argv[1:]
+
+def command(name, *arguments):
+    print("COMMAND", name, *arguments, file=sys.stderr, flush=True)
+    sys.argv = [name, *arguments]
+    runpy.run_module(f"lerobot.scripts.{name}", run_name="__main__")
+    policies = [m for m in sys.modules if m.endswith(".modeling_pi0")]
+    answers.setdefault("modules", []).append(policies)
+
+data = ["--dataset.repo_id=test/tiny", f"--dataset.root={dataset}"]
+loop = ["--batch_size=2", "--num_workers=0", "--log_freq=1", "--save_freq=1", "--wandb.enable=false"]
+robot = ["--policy.device=cpu", "--policy.push_to_hub=false"]
+tiny = ["--policy.type=pi0", "--policy.paligemma_variant=tiny", "--policy.action_expert_variant=tiny"]
+last = f"{out}/scratch/checkpoints/last/pretrained_model"
+
+command("lerobot_train", *data, *loop, *robot, *tiny, "--steps=2", f"--output_dir={out}/scratch")
+command("lerobot_train", "--resume=true", f"--config_path={last}/train_config.json", "--steps=3")
+command("lerobot_train", *data, *loop, *robot, f"--policy.path={last}", "--steps=1", f"--output_dir={out}/tuned")
+command(
+    "lerobot_train", *data, *loop, *robot, *tiny, f"--policy.pretrained_path={last}", "--steps=1",
+    f"--output_dir={out}/pretrained",
+)
+
+# lerobot-eval wants an environment: one that shows noise and has no goal
+import gymnasium
+import numpy as np
+from dataclasses import dataclass, field
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.envs import EnvConfig
+
+class Blank(gymnasium.Env):
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+    image = gymnasium.spaces.Box(0, 255, (64, 64, 3), np.uint8)
+    joints = gymnasium.spaces.Box(-np.inf, np.inf, (6,), np.float32)
+    observation_space = gymnasium.spaces.Dict(
+        {"pixels": gymnasium.spaces.Dict({"front": image, "left": image}), "agent_pos": joints}
+    )
+    action_space = joints
+    task_description = task = "reach cube 0"
+    _max_episode_steps = 3
+
+    def __init__(self, **kwargs):
+        self.steps = 0
+
+    def observation(self):
+        return {"pixels": {"front": self.render(), "left": self.render()}, "agent_pos": np.zeros(6, np.float32)}
+
+    def render(self):
+        return np.full((64, 64, 3), 40, np.uint8)
+
+    def reset(self, **kwargs):
+        self.steps = 0
+        return self.observation(), {"is_success": False}
+
+    def step(self, action):
+        assert action.shape == (6,) and np.isfinite(action).all()
+        self.steps += 1
+        return self.observation(), 0.0, self.steps == 3, False, {"is_success": False}
+
+gymnasium.register("gym_blank/noise", Blank)
+
+@EnvConfig.register_subclass("blank")
+@dataclass
+class BlankConfig(EnvConfig):
+    task: str = "noise"
+    gym_kwargs = {}
+    features: dict = field(default_factory=lambda: {
+        "action": PolicyFeature(FeatureType.ACTION, (6,)),
+        "agent_pos": PolicyFeature(FeatureType.STATE, (6,)),
+        "pixels/front": PolicyFeature(FeatureType.VISUAL, (64, 64, 3)),
+        "pixels/left": PolicyFeature(FeatureType.VISUAL, (64, 64, 3)),
+    })
+    features_map: dict = field(default_factory=lambda: {
+        "action": "action", "agent_pos": "observation.state",
+        "pixels/front": "observation.images.front", "pixels/left": "observation.images.left",
+    })
+
+command(
+    "lerobot_eval", f"--policy.path={out}/tuned/checkpoints/last/pretrained_model", "--policy.device=cpu",
+    "--env.type=blank", "--eval.n_episodes=2", "--eval.batch_size=2", "--eval.use_async_envs=false",
+    f"--output_dir={out}/eval",
+)
+answers["success"] = json.loads(Path(f"{out}/eval/eval_info.json").read_text())["overall"]["pc_success"]
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> tuple[dict, dict[str, str], Path]:
+    """lerobot-train from scratch, resumed, and from its checkpoint; lerobot-eval: answers, logs, outputs."""
+    root = tmp_path_factory.mktemp("commands")
+    write_dataset(root / "data")
+    found, log = finish(start(COMMANDS, str(root / "data"), str(root / "out")))
+    return found, log, root / "out"
+
+
+def test_the_commands_run_ours(run):
+    """Catches a command that resolves "pi0" to the built-in: its model code is never even used."""
+    found, log, _ = run
+    assert log.count(TOOK_OVER) == 1
+    assert len(found["modules"]) == 5
+    assert all("lerobot_pi0.modeling_pi0" in modules for modules in found["modules"])
+
+
+@pytest.mark.parametrize("name", ["scratch", "tuned", "pretrained"])
+def test_checkpoints_are_ours(run, name):
+    """Catches a run that was saved by the built-in, or by a save that LeRobot does not call."""
+    *_, out = run
+    folder = out / name / "checkpoints" / "last" / "pretrained_model"
+    files = {file.name for file in folder.iterdir()}
+    assert files >= {"config.json", "lerobot_pi0.json", "model.safetensors", "policy_preprocessor.json"}
+    config = json.loads((folder / "config.json").read_text())
+    assert config["type"] == "pi0"
+    assert "text_tokenizer_name" not in config
+
+
+def test_who_is_frozen(run):
+    """Catches a resumed run that freezes what it trained, or a recipe that trains 3 B parameters unasked."""
+    *_, out = run
+    frozen = {
+        name: json.loads((out / name / "checkpoints/last/pretrained_model/config.json").read_text())[
+            "train_expert_only"
+        ]
+        for name in ("scratch", "tuned", "pretrained")
+    }
+    assert frozen == {"scratch": False, "tuned": False, "pretrained": True}
+
+
+def test_resume_goes_on(run):
+    """Catches a resume that starts again at step 0, or that loses the optimizer's state."""
+    *_, out = run
+    steps = sorted(
+        int(folder.name) for folder in (out / "scratch" / "checkpoints").iterdir() if not folder.is_symlink()
+    )
+    assert steps == [1, 2, 3]
+    state = json.loads((out / "scratch/checkpoints/last/training_state/training_step.json").read_text())
+    assert state["step"] == 3
+
+
+def test_eval_reports_no_success(run):
+    """Catches an evaluation that did not happen: the environment has no goal, so nothing succeeds."""
+    found, *_ = run
+    assert found["success"] == 0.0
