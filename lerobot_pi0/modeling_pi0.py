@@ -50,7 +50,7 @@ class PI0Policy(PreTrainedPolicy):
             dataset_stats, dataset_meta: what `make_policy` passes when there is a dataset. Statistics are
                 then checked, and trained weights are held in float32.
         """
-        vlm = config.vlm_path
+        vlm = getattr(config, "vlm_path", None)  # a config of another class is refused below, by name
         self._build(config, dataset_stats, dataset_meta, saved={"start": vlm}, pretrained=vlm is not None)
         device = torch.device(config.device)
         for name, p in list(self.named_parameters()):
