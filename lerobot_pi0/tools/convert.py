@@ -280,7 +280,7 @@ def _variants(source: Source) -> tuple[str, str]:
     )
     for title, widths, name in sizes:
         stored = source.found.get(name)
-        width = stored.shape[1] if stored is not None else None
+        width = stored.shape[-1] if stored is not None and stored.shape else None
         fitting = [name for name in widths if width in (None, widths[name])]
         if not fitting:
             known = ", ".join(f"{name} {w}" for name, w in widths.items())

@@ -177,6 +177,8 @@ class JaxCheckpoint:
             leaves, structure = self._jax.tree_util.tree_flatten_with_path(tree)
         except Exception as error:  # Orbax raises what its many layers raise; all of it means the same here
             raise CorruptCheckpointError(f"{self.folder} is no complete Orbax checkpoint: {error}") from error
+        if not leaves:
+            raise CorruptCheckpointError(f"{self.folder} names no parameters: is the download complete?")
         # openpi writes {"params": tree}; its training loop adds a level `value` under every leaf
         paths = ["/".join(str(getattr(key, "key", key)) for key in keys).removeprefix("params/") for keys, _ in leaves]
         if paths and all(path.endswith("/value") for path in paths):
