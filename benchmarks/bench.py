@@ -19,7 +19,6 @@ import functools
 import json
 import logging
 import os
-import platform
 import statistics
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
@@ -247,7 +246,8 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, Result]]:
     bench = Bench(options.size, options.dtype, options.batch_size, options.pairs)
     print(
         f"π₀ {bench.size}, {bench.dtype}, batch {bench.batch_size}, {bench.pairs} pairs, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads, {platform.processor() or platform.machine()}, "
+        f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()} "
+        f"{'with' if torch.cpu._is_amx_tile_supported() else 'without'} AMX, "  # bfloat16 is fast only with it
         f"load {os.getloadavg()[0]:.1f}"
     )
     results: dict[str, dict[str, Result]] = {}
@@ -260,8 +260,8 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, Result]]:
             if line.what != "tick" and not options.no_peak:
                 bench.measure_peak(line, row)
         rows.append(table_row(line, row[OURS], row[THEIRS]))
-        print(f"  {rows[-1][0]}: done", flush=True)
-    print(format_table(rows))
+        print(" | ".join(rows[-1]), flush=True)  # at once: the full size takes long
+    print(f"\n{format_table(rows)}")
     if options.json:
         numbers = ("flop", "kept_bytes", "seconds", "peak_bytes")
         content = {
