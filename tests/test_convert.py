@@ -348,8 +348,11 @@ def test_jax_checkpoint_acts_as_openpi(jax_source, tree, tmp_path):
 
 
 def test_jax_released_layout(tree, tmp_path):
-    """Releases have no level `value` under the leaves; a path to `params` itself means its checkpoint."""
+    """Releases have no level `value` under the leaves, and none of the files that Orbax has added since; a path to
+    `params` itself means its checkpoint."""
     source = write_jax(tmp_path / "pi0_small", tree)
+    for name in ("_CHECKPOINT_METADATA", "_sharding", "commit_success.txt", "array_metadatas/process_0"):
+        (source / "params" / name).unlink(missing_ok=True)
     assert_acts_as(convert_and_load(source / "params", tmp_path / "out"), tree)
 
 
@@ -674,7 +677,8 @@ def test_statistics_are_refused(jax_source, tmp_path, caplog):
     assert "--asset_id=me/my_robot" in caplog.text
     assert convert(jax_source, tmp_path / "out", "--state_dim=9") == 1
     assert "only 6" in caplog.text
-    for content in ("{", '{"norm_stats": {"state": {}}}', '{"norm_stats": {"state": {"mean": [1], "std": [1, 2]}}}'):
+    state = '{"norm_stats": {"state": {"mean": %s, "std": [1, 2]}}}'
+    for content in ("{", "{}", '{"norm_stats": {"state": {}}}', state % "[1]", state % "[1, NaN]", state % '["a"]'):
         (tmp_path / "norm_stats.json").write_text(content)
         assert convert(jax_source, tmp_path / "out", f"--norm_stats={tmp_path}") == 1
     openpi_pytorch(tmp_path / "openpi")

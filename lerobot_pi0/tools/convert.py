@@ -53,7 +53,7 @@ class Options:
     asset_id: str | None = None
     # A norm_stats.json that lies elsewhere.
     norm_stats: Path | None = None
-    # Names of the cameras, in openpi's order. Name fewer if your robot has fewer.
+    # Names of the cameras in openpi's order, such as [front,wrist]; leave out those that your robot does not have.
     cameras: list[str] = field(default_factory=lambda: ["base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"])
     # Dims of the robot's state; by default those of the statistics, without padding.
     state_dim: int | None = None
@@ -201,8 +201,8 @@ def read_norm_stats(file: Path, options: Options, padded: int | None) -> dict[st
             mean, std = found["mean"], found["std"]
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise CorruptCheckpointError(f"{file} holds no mean and std of {theirs!r}: is it openpi's?") from error
-        if mean.ndim != 1 or any(x.shape != mean.shape for x in found.values()):
-            raise CorruptCheckpointError(f"{file}: the statistics of {theirs!r} are no vectors of one length")
+        if mean.ndim != 1 or any(x.shape != mean.shape or not x.isfinite().all() for x in found.values()):
+            raise CorruptCheckpointError(f"{file}: the statistics of {theirs!r} are no finite vectors of one length")
         if dims is None:
             dims = _without_padding(mean, std) if len(mean) == padded else len(mean)
             if dims < len(mean):
