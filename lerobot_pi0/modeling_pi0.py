@@ -250,8 +250,9 @@ class PI0Policy(PreTrainedPolicy):
         cfg, device = self.config, self._device
         obs = self._observe(batch, device)
         actions = self._observe.actions(batch, device)[:, None]
-        drawn = self._draw(batch, (cfg.flow_samples, *actions.shape[2:]), device)
-        noise, time = (own if given is None else given for given, own in zip((noise, time), drawn, strict=True))
+        if noise is None or time is None:
+            drawn = self._draw(batch, (cfg.flow_samples, *actions.shape[2:]), device)
+            noise, time = (drawn[0] if noise is None else noise), (drawn[1] if time is None else time)
         x_t, target = flow.interpolate(actions, noise, time[..., None, None])
         with self._precision():
             context = self.model.context(obs)
@@ -322,13 +323,12 @@ class PI0Policy(PreTrainedPolicy):
         if not self._queue:
             chunk = self.predict_action_chunk(batch, **kwargs)
             self._queue.extend(chunk[:, : self.config.n_action_steps].unbind(dim=1))
-        action = self._queue.popleft()
-        if OBS_STATE in batch and len(batch[OBS_STATE]) != len(action):
+        if OBS_STATE in batch and len(batch[OBS_STATE]) != len(self._queue[0]):
             raise RuntimeError(
-                f"{len(batch[OBS_STATE])} observations for a chunk that was made for {len(action)}: call reset() "
-                "between episodes"
+                f"{len(batch[OBS_STATE])} observations for a chunk that was made for {len(self._queue[0])}: call "
+                "reset() between episodes"
             )
-        return action
+        return self._queue.popleft()
 
     def part_sizes(self) -> dict[str, tuple[int, int]]:
         """Per part of the network: how many parameters it has, and how many of them are trained."""

@@ -22,6 +22,7 @@ from lerobot.processor import (
     make_default_policy_processor_steps,
     make_policy_processor_pipelines,
 )
+from lerobot.utils.constants import ACTION
 from torch import Tensor
 
 from .configuration_pi0 import BYTE_TOKENIZER, PALIGEMMA_TOKENIZER, PI0Config
@@ -144,12 +145,17 @@ def check_statistics(config: PI0Config, stats: Mapping[str, Mapping[str, Any]] |
                 "`meta.stats`; `lerobot-edit-dataset --operation.type recompute_stats` makes them"
             )
         low, high = (np.asarray(found[name], dtype=np.float64).reshape(-1) for name in names)
+        if {low.size, high.size} != {int(np.prod(feature.shape))}:
+            raise ValueError(
+                f"the statistics of {key!r} have {low.size} and {high.size} dims, the feature {tuple(feature.shape)}: "
+                "they are of another dataset"
+            )
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
             raise ValueError(f"the statistics of {key!r} hold NaN or infinity: recompute them")
         spread = high if mode is NormalizationMode.MEAN_STD else high - low
         flat = np.flatnonzero(spread <= max(NEAR_CONSTANT * spread.max(initial=0), 1e-8))
         if len(flat):
-            dims = ", ".join(f"{_dim_name(config, key, i)} ({names[1]} {high[i]:.3g})" for i in flat)
+            dims = ", ".join(f"{_dim_name(config, key, i)} (spread {spread[i]:.3g})" for i in flat)
             logger.warning(
                 "near-constant dimensions of %r: %s. Normalised, their smallest change becomes a large one; "
                 "leave them out of the dataset unless they are meant to be fixed",
@@ -159,7 +165,7 @@ def check_statistics(config: PI0Config, stats: Mapping[str, Mapping[str, Any]] |
 
 
 def _dim_name(config: PI0Config, key: str, i: int) -> str:
-    names = config.action_feature_names or []
+    names = (config.action_feature_names or []) if key == ACTION else []
     return names[i] if i < len(names) else f"{key}[{i}]"
 
 
