@@ -487,6 +487,7 @@ def save(folder: Path, configs: dict[str, dict[str, Any]], tensors: dict[str, Te
         configs: content of config.json and of the other JSON files, by file name.
         tensors: what goes into model.safetensors, by stored name.
     """
+    finish_interrupted_save(folder)  # one that was committed is the old checkpoint
     texts = {name: json.dumps(content, indent=4) + "\n" for name, content in configs.items()}
     metadata = {
         "format": "pt",
@@ -520,8 +521,11 @@ def finish_interrupted_save(folder: Path) -> None:
     config = folder / CONFIG_NAME
     if not (weights.exists() and config.exists()):
         return
-    with _opened(weights) as opened:
-        written_with = (opened.metadata() or {}).get(CONFIG_DIGEST)
+    try:
+        with _opened(weights) as opened:
+            written_with = (opened.metadata() or {}).get(CONFIG_DIGEST)
+    except FileNotFoundError:  # another process was faster
+        return
     if written_with == xxhash.xxh3_64_hexdigest(config.read_bytes()):
         for file in [*folder.glob("*.json" + NEW), weights]:
             with contextlib.suppress(FileNotFoundError):  # another process may be doing the same

@@ -144,6 +144,8 @@ class PI0Policy(PreTrainedPolicy):
             "revision": revision,
         }
         source = pretrained_name_or_path
+        if Path(source).is_dir():
+            checkpoint.finish_interrupted_save(Path(source))
         if config is None:
             config = checkpoint.read_config(source, **hub)
         else:  # LeRobot has parsed it, whatever it was
