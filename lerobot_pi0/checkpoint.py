@@ -285,6 +285,13 @@ class Base(NamedTuple):
     digest: str
 
 
+def base_of(source: str | Path, **hub: Any) -> Base:
+    """The checkpoint as a base of others; a folder by where it really is, as `last` will be another one soon."""
+    folder = Path(source)
+    name = str(folder.resolve()) if folder.is_dir() else str(source)
+    return Base(name, revision_of(source, **hub), digest="")
+
+
 def load_weights(
     policy: Any,
     source: str | Path,
@@ -292,7 +299,7 @@ def load_weights(
     strict: bool = True,
     base: Base | None = None,
     **hub: Any,
-) -> str:
+) -> dict[str, str]:
     """Fill a policy that was built on the `meta` device, each parameter in the dtype it has there.
 
     Args:
@@ -301,32 +308,36 @@ def load_weights(
         base: where the tensors are that `source` does not hold, for a checkpoint of the trained weights alone.
 
     Returns:
-        A digest of the frozen weights as the files hold them; empty if nobody will ask for it, as it costs a pass.
+        Digests, by name, of the weights that a save of the trained ones may leave to the base, as its files hold
+        them; empty if nobody will ask, as it costs a pass.
 
     Raises:
         CheckpointError: the checkpoint is not there, broken, or not this network's; `policy` is of no use then.
     """
     started = time.perf_counter()
     wanted = dict(policy.named_parameters())
-    found = index_tensors(weight_files(source, **hub))
+    own = found = index_tensors(weight_files(source, **hub))
     if base is not None:
-        found = index_tensors(weight_files(base.id, **{**hub, "revision": base.revision})) | found
+        found = index_tensors(weight_files(base.id, **{**hub, "revision": base.revision})) | own
+        lent = wanted.keys() - own.keys()
+    else:
+        lent = {name for name, p in wanted.items() if policy.config.save_expert_only and not p.requires_grad}
     missing = [name for name in wanted if name not in found]
     judge(source, wanted, found, strict)
     for name in missing:
         set_parameter(policy, name, torch.empty_like(wanted[name], device=device))
     if missing:
         policy.model.initialise()
-    frozen: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for name, tensor in read_tensors(found, wanted):
-        if not wanted[name].requires_grad and policy.config.save_expert_only:
-            frozen[name] = digest(name, tensor)
+        if name in lent:
+            digests[name] = digest(name, tensor)
         set_parameter(policy, name, tensor.to(device, wanted[name].dtype, copy=True))
-    fingerprint = digest_of_digests(frozen) if frozen else ""
-    if base is not None and base.digest != fingerprint:
+    if base is not None and base.digest != digest_of_digests(digests):
         raise CorruptCheckpointError(
             f"{source} holds trained weights alone, over the frozen ones of {base.id} (revision {base.revision}); but "
-            f"these have the digest {fingerprint}, not {base.digest}: the base has changed since"
+            f"what is missing in it has the digest {digest_of_digests(digests)} there, not {base.digest}: the base has "
+            "changed since, or weights were taken out"
         )
     logger.info(
         "loaded %d of %d tensors (%.2f B parameters, %s) from %s in %.1f s",
@@ -337,7 +348,7 @@ def load_weights(
         source,
         time.perf_counter() - started,
     )
-    return fingerprint
+    return digests
 
 
 def load_vlm(policy: Any, source: str, device: torch.device) -> None:

@@ -87,6 +87,7 @@ class PI0Policy(PreTrainedPolicy):
             p.data = p.data.to(torch.float32 if trains and p.requires_grad else storage)
         self._observe = ObservationMaker(config)
         self._base: checkpoint.Base | None = None
+        self._lent: dict[str, str] = {}  # digests of the weights that the base has
         self._seed = torch.initial_seed()
         self._updates = int(saved.get("updates", 0))
         self._start: str | None = saved.get("start")
@@ -158,8 +159,8 @@ class PI0Policy(PreTrainedPolicy):
         base = checkpoint.Base(**saved["base"]) if saved.get("base") else None
         policy = cls.__new__(cls)
         policy._build(config, dataset_stats, dataset_meta, saved, pretrained=True)  # type: ignore[arg-type]
-        fingerprint = checkpoint.load_weights(policy, source, torch.device(config.device), strict, base, **hub)
-        policy._base = base or checkpoint.Base(str(source), checkpoint.revision_of(source, **hub), fingerprint)
+        policy._lent = checkpoint.load_weights(policy, source, torch.device(config.device), strict, base, **hub)
+        policy._base = base or checkpoint.base_of(source, **hub)
         if not saved or not Path(source).is_dir():  # our own folders know what their run began with
             policy._start = str(source)
         policy._finish()
@@ -169,23 +170,35 @@ class PI0Policy(PreTrainedPolicy):
         """Write a checkpoint: the old one or the new one survives a crash, never a mixture.
 
         Raises:
-            ValueError: `save_expert_only`, but no weight comes from a checkpoint or none is frozen.
+            ValueError: `save_expert_only`, but no weight comes from a checkpoint, none is frozen, or `save_directory`
+                is that checkpoint.
         """
         configs = self.config.to_files()
         configs[PLUGIN_CONFIG_NAME] |= {"updates": self._updates, "start": self._start}
         state = self.state_dict() if state_dict is None else state_dict
         if self.config.save_expert_only:
-            if self._base is None or not self._base.digest:
-                raise ValueError(
-                    "save_expert_only=True leaves the frozen weights to the checkpoint they were loaded from, but this "
-                    "policy was not loaded from one, or trains everything: set save_expert_only=False"
-                )
-            trained = {name for name, p in self.named_parameters() if p.requires_grad}
-            tensors = {name: x.detach().contiguous() for name, x in state.items() if name in trained}
-            configs[PLUGIN_CONFIG_NAME]["base"] = self._base._asdict()
+            lent, base = self._lent_to(save_directory)
+            configs[PLUGIN_CONFIG_NAME]["base"] = base._asdict()
+            tensors = {name: x.detach().contiguous() for name, x in state.items() if name not in lent}
         else:
             tensors = checkpoint.published_state(state)
         checkpoint.save(save_directory, configs, tensors)
+
+    def _lent_to(self, folder: Path) -> tuple[set[str], checkpoint.Base]:
+        """Which weights a checkpoint in `folder` need not hold, and where they are: frozen, and the base's own."""
+        frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
+        lent = {name: x for name, x in self._lent.items() if name in frozen}
+        if self._base is None or not lent:
+            raise ValueError(
+                "save_expert_only=True leaves the frozen weights to the checkpoint they were loaded from, but this "
+                "policy was not loaded from one, or trains everything: set save_expert_only=False"
+            )
+        if str(folder.resolve()) == self._base.id:
+            raise ValueError(
+                f"save_expert_only=True would write the trained weights over {folder}, which alone holds the frozen "
+                "ones: save to another folder"
+            )
+        return set(lent), self._base._replace(digest=checkpoint.digest_of_digests(lent))
 
     def _note_mixed_precision(self) -> None:
         """Weights of two dtypes need autocast; weights of one do without its overhead."""
