@@ -102,6 +102,14 @@ class Stored(NamedTuple):
     dtype: str
 
 
+class Base(NamedTuple):
+    """The checkpoint that frozen weights come from, when they are not written again."""
+
+    id: str
+    revision: str | None
+    digest: str
+
+
 def canonical_name(name: str) -> str:
     """The name that published checkpoints use today for a tensor of an older or bare one."""
     for pattern, replacement in RENAMES:
@@ -145,8 +153,8 @@ def read_json(file: Path) -> dict[str, Any]:
         CorruptCheckpointError: the file is cut or is no object.
     """
     try:
-        content = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # also what is no text, and numbers and nesting without end
         raise CorruptCheckpointError(f"{file} is no JSON ({error}): download or copy it again") from error
     if not isinstance(content, dict):
         raise CorruptCheckpointError(f"{file} holds a {type(content).__name__} where an object was expected")
@@ -164,7 +172,9 @@ def read_config(source: str | Path, **hub: Any) -> PI0Config:
         raise CheckpointNotFoundError(f"{source} holds no {CONFIG_NAME}: is it the folder `pretrained_model`?")
     try:
         with draccus.config_type("json"):
-            return draccus.decode(PI0Config, {k: v for k, v in content.items() if k != "type"})
+            config = draccus.decode(PI0Config, {k: v for k, v in content.items() if k != "type"})
+        config.validate_features()
+        return config
     except Exception as error:  # draccus raises what the parsed types raise; all of it means the same here
         raise CheckpointConfigError(f"{CONFIG_NAME} of {source} does not describe a π₀: {error}") from error
 
@@ -199,16 +209,34 @@ def read_plugin_config(source: str | Path, **hub: Any) -> dict[str, Any]:
     """What only this plugin knows about a checkpoint; empty for checkpoints of others.
 
     Raises:
-        CorruptCheckpointError: the file is cut, or from a newer version of this plugin.
+        CheckpointError: the file is cut, from a newer version of this plugin, or holds what no option can be.
     """
     file = hub_or_local(source, PLUGIN_CONFIG_NAME, **hub)
-    content = {} if file is None else read_json(file)
+    if file is None:
+        return {}
+    content = read_json(file)
     if unknown := content.keys() - {*PLUGIN_FIELDS, "updates", "start", "base"}:
         raise CheckpointConfigError(
             f"{PLUGIN_CONFIG_NAME} of {source} holds {', '.join(sorted(unknown))}, which this version does not know: "
             "pip install --upgrade lerobot_policy_pi0"
         )
-    return content
+    options = {name: content[name] for name in PLUGIN_FIELDS if name in content}
+    try:
+        with draccus.config_type("json"):
+            decoded = draccus.decode(PI0Config, options | {"device": "cpu"})
+        base = content.get("base")
+        return content | {
+            **{name: getattr(decoded, name) for name in options},
+            "updates": int(content.get("updates", 0)),
+            "start": _text(content.get("start")),
+            "base": None if base is None else Base(str(base["id"]), _text(base["revision"]), str(base["digest"])),
+        }
+    except Exception as error:  # as in `read_config`
+        raise CheckpointConfigError(f"{PLUGIN_CONFIG_NAME} of {source} cannot be used: {error!r}") from error
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
 
 
 def weight_files(source: str | Path, **hub: Any) -> list[Path]:
@@ -227,11 +255,18 @@ def weight_files(source: str | Path, **hub: Any) -> list[Path]:
         if hub_or_local(source, "adapter_config.json", **hub) is not None:
             raise WrongPolicyError(_adapter(source))
         raise CheckpointNotFoundError(f"{source} holds no {SAFETENSORS_SINGLE_FILE}: is it `pretrained_model`?")
-    shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+    shards = _shards(index)
     files = {shard: hub_or_local(source, shard, **hub) for shard in shards}
     if missing := [shard for shard, file in files.items() if file is None]:
         raise CheckpointNotFoundError(f"{source} lacks {', '.join(missing)}, which its index names")
     return [file for file in files.values() if file is not None]
+
+
+def _shards(index: Path) -> list[str]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) and name for name in places.values()):
+        raise CorruptCheckpointError(f"{index} does not say which file holds which tensor: download or copy it again")
+    return sorted(set(places.values()))
 
 
 def _adapter(source: str | Path) -> str:
@@ -255,13 +290,22 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def index_tensors(files: Iterable[Path], prefix: str = "") -> dict[str, Stored]:
-    """Every tensor of the files by its canonical name; `prefix` is where a part of the network belongs."""
+    """Every tensor of the files by its canonical name; `prefix` is where a part of the network belongs.
+
+    Raises:
+        CheckpointError: a file is broken, or two tensors are the same one of the network.
+    """
     found: dict[str, Stored] = {}
     for file in files:
         with _opened(file) as opened:
             for name in opened.keys():  # noqa: SIM118  it is no mapping
-                part = opened.get_slice(name)
-                found[canonical_name(prefix + name)] = Stored(file, name, tuple(part.get_shape()), part.get_dtype())
+                part, canonical = opened.get_slice(name), canonical_name(prefix + name)
+                if canonical in found:
+                    raise MismatchedCheckpointError(
+                        f"{found[canonical].name} in {found[canonical].file} and {name} in {file} are the same tensor "
+                        "of the network: take one of them out"
+                    )
+                found[canonical] = Stored(file, name, tuple(part.get_shape()), part.get_dtype())
     head = found.pop(LM_HEAD, None)  # the same matrix as the embedding, and sometimes the only copy
     if head is not None:
         found.setdefault(EMBEDDING, head)
@@ -275,14 +319,6 @@ def revision_of(source: str | Path, **hub: Any) -> str | None:
         return None
     snapshot = hub_or_local(source, CONFIG_NAME, **hub)
     return snapshot.parent.name if snapshot is not None else hub.get("revision")
-
-
-class Base(NamedTuple):
-    """The checkpoint that frozen weights come from, when they are not written again."""
-
-    id: str
-    revision: str | None
-    digest: str
 
 
 def base_of(source: str | Path, **hub: Any) -> Base:
@@ -396,9 +432,12 @@ def read_tensors(found: dict[str, Stored], names: Container[str]) -> Iterator[tu
 
 def _digests(opened: Any) -> dict[str, str]:
     try:
-        return json.loads((opened.metadata() or {}).get(DIGESTS, "{}"))
-    except json.JSONDecodeError as error:
+        digests = json.loads((opened.metadata() or {}).get(DIGESTS, "{}"))
+    except (ValueError, RecursionError) as error:
         raise CorruptCheckpointError(f"the digests that the file carries are unreadable ({error})") from error
+    if not isinstance(digests, dict):
+        raise CorruptCheckpointError("the digests that the file carries are unreadable (no object)")
+    return digests
 
 
 def _differences(wanted: Mapping[str, Tensor], found: dict[str, Stored]) -> str:
@@ -465,7 +504,9 @@ def digest(name: str, tensor: Tensor) -> str:
 
 
 def is_finite(x: Tensor) -> bool:
-    """Whether a tensor holds no NaN and no infinity; one pass in the common case."""
+    """Whether a tensor holds no NaN, no infinity and nothing beyond float32; one pass in the common case."""
+    if x.dtype == torch.float64:
+        x = x.float()
     return bool(x.sum(dtype=torch.float32).isfinite()) or bool(x.isfinite().all())
 
 

@@ -156,7 +156,7 @@ class PI0Policy(PreTrainedPolicy):
         if isinstance(config, PI0Config) and config.vlm_path not in (None, vlm):
             logger.warning("vlm_path=%s is not read: the VLM's weights are in %s", config.vlm_path, source)
             config.vlm_path = vlm
-        base = checkpoint.Base(**saved["base"]) if saved.get("base") else None
+        base = saved.get("base")
         policy = cls.__new__(cls)
         policy._build(config, dataset_stats, dataset_meta, saved, pretrained=True)  # type: ignore[arg-type]
         policy._lent = checkpoint.load_weights(policy, source, torch.device(config.device), strict, base, **hub)
