@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 NEAR_CONSTANT = 1e-3
 """A dimension whose spread is below this part of the largest one's is called near-constant."""
 
+NOT_CARRIED = "not_carried"
+"""Name of the one tensor in the state of a tokenizer step whose checkpoint must not hold the tokenizer."""
+
 STATISTICS = {
     NormalizationMode.MEAN_STD: ("mean", "std"),
     NormalizationMode.MIN_MAX: ("min", "max"),
@@ -74,8 +77,9 @@ class PI0TokenizerStep(TokenizerProcessorStep):
     """LeRobot's tokenizer step, which also travels with its tokenizer and knows the byte tokenizer.
 
     It takes LeRobot's name in the registry, because a saved pipeline is rebuilt from names alone. The files of the
-    tokenizer are its state, which LeRobot's own step ignores when it meets it. A tokenizer is looked up when it is
-    first needed, since its files may be about to come from the checkpoint.
+    tokenizer are its state, which LeRobot's own step ignores when it meets it; that they are not to travel is state
+    too, since a checkpoint without any (LeRobot's) carries its tokenizer once this plugin saves it. A tokenizer is
+    looked up when it is first needed, since its files may be about to come from the checkpoint.
     """
 
     carry: bool = True
@@ -95,8 +99,10 @@ class PI0TokenizerStep(TokenizerProcessorStep):
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tokenizer's files, as bytes; nothing for the byte tokenizer, which has none."""
-        if not self.carry or self.tokenizer_name == BYTE_TOKENIZER:
+        if self.tokenizer_name == BYTE_TOKENIZER:
             return {}
+        if not self.carry:
+            return {NOT_CARRIED: torch.zeros(1, dtype=torch.uint8)}
         if not self._files:
             with TemporaryDirectory() as folder:
                 self.input_tokenizer.save_pretrained(folder)
@@ -105,9 +111,12 @@ class PI0TokenizerStep(TokenizerProcessorStep):
         return dict(self._files)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take the tokenizer from its files."""
+        """Take the tokenizer from its files, or leave it to its name if they were not to travel."""
         from transformers import AutoTokenizer
 
+        self.carry = NOT_CARRIED not in state
+        if not self.carry:
+            return
         self._files = dict(state)
         with TemporaryDirectory() as folder:
             for name, content in state.items():
