@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import draccus
 import torch
 import xxhash
-from huggingface_hub import hf_hub_download
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_INDEX_FILE, SAFETENSORS_SINGLE_FILE
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -28,6 +28,7 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -131,6 +132,8 @@ def hub_or_local(source: str | Path, filename: str, **hub: Any) -> Path | None:
     except HFValidationError as error:
         raise CheckpointNotFoundError(f"{source} is neither a folder nor a Hub id of the form owner/name") from error
     except LocalEntryNotFoundError as error:
+        if _known_to_lack(str(source), filename, **hub):
+            return None
         raise CheckpointNotFoundError(
             f"{filename} of {source} is not in the local cache and the Hub cannot be reached (or offline mode is on); "
             "if it is meant to be a folder, there is none. Connect once, or pass the path of a downloaded folder"
@@ -142,8 +145,26 @@ def hub_or_local(source: str | Path, filename: str, **hub: Any) -> Path | None:
             f"{source} is not on the Hub, or not for you: check the spelling, and `hf auth login` for what is private "
             "or gated"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except RevisionNotFoundError as error:
+        raise CheckpointNotFoundError(
+            f"{source} is on the Hub, but has no revision {hub.get('revision')!r}: name one of its branches, tags or "
+            "commits (--policy.pretrained_revision), or none for the newest"
+        ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
         raise CheckpointNotFoundError(f"{source} cannot be had from the Hub: {error}") from error
+
+
+def _known_to_lack(repo: str, filename: str, **hub: Any) -> bool:
+    """Whether the cache tells that a repository has no such file.
+
+    Once the Hub has said so, the cache remembers; `hf download` leaves no such note, but a snapshot that has its
+    configuration counts as complete where the user asks for no network.
+    """
+    where = {"cache_dir": hub.get("cache_dir"), "revision": hub.get("revision")}
+    if try_to_load_from_cache(repo, filename, **where) is _CACHED_NO_EXIST:
+        return True
+    offline = hub.get("local_files_only") or is_offline_mode()
+    return offline and filename != CONFIG_NAME and isinstance(try_to_load_from_cache(repo, CONFIG_NAME, **where), str)
 
 
 def read_json(file: Path) -> dict[str, Any]:
