@@ -145,7 +145,7 @@ class Handler(BaseHTTPRequestHandler):
         except HubError as error:
             self.reply({"error": str(error)}, error.status, {"X-Error-Code": error.code, "X-Error-Message": str(error)})
 
-    do_GET = do_HEAD = do_POST = do_PUT = answer_request  # noqa: N815
+    do_GET = do_HEAD = do_POST = do_PUT = answer_request
 
     def _read_body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
