@@ -173,15 +173,15 @@ class PI0(nn.Module):
         """The part of the action MLP's input layer that depends on time alone, with its bias: (*, W).
 
         sin and cos of W/2 frequencies, computed in float64 (openpi: `create_sinusoidal_pos_embedding`), then
-        the time half of `action_time_mlp_in`. One call serves all steps of a solver.
+        the time half of `action_time_mlp_in`. One call serves all steps of a solver. The layer is called, on actions
+        of zero, and not taken apart: what an adapter adds to it would be lost.
         """
         arch, width = self.arch, self.arch.expert.width
         fraction = torch.linspace(0, 1, width // 2, dtype=torch.float64, device=time.device)
         period = arch.min_period * (arch.max_period / arch.min_period) ** fraction
         angle = time[..., None].double() * (2 * math.pi / period)
-        weight = self.action_time_mlp_in.weight[:, width:]
-        embedding = torch.cat([angle.sin(), angle.cos()], dim=-1).to(weight.dtype)
-        return F.linear(embedding, weight, self.action_time_mlp_in.bias)
+        embedding = torch.cat([angle.sin(), angle.cos()], dim=-1).to(self.action_time_mlp_in.weight.dtype)
+        return self.action_time_mlp_in(F.pad(embedding, (width, 0)))
 
     def velocity(self, x_BKTA: Tensor, time: Tensor, context: Context) -> Tensor:
         """Velocity of noisy actions, float32, of their shape.
@@ -193,7 +193,8 @@ class PI0(nn.Module):
         samples, steps = x_BKTA.shape[1:3]
         width = self.arch.expert.width
         actions = self.action_in_proj(x_BKTA.to(self.action_in_proj.weight.dtype))
-        h = F.silu(F.linear(actions, self.action_time_mlp_in.weight[:, :width]) + time)
+        h = self.action_time_mlp_in(F.pad(actions, (0, width)))
+        h = F.silu(h - self.action_time_mlp_in.bias.to(h.dtype) + time)  # both halves come with the bias
         h = rearrange(self.action_time_mlp_out(h), "b k t w -> b (k t) w")
 
         positions = context.length_B[:, None] + torch.arange(steps, device=h.device).repeat(samples)
