@@ -1,8 +1,11 @@
 """The card of a trained policy: what can be known about it, and nothing else. Written without a network."""
 
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from lerobot.configs import FeatureType
+from lerobot.utils.constants import ACTION
 
 from . import __version__
 from .configuration_pi0 import PALIGEMMA_TOKENIZER, PI0Config
@@ -29,7 +32,7 @@ A [π₀](https://arxiv.org/abs/2410.24164) policy (vision, language, action; fl
 
 ```sh
 pip install lerobot_policy_pi0
-lerobot-rollout --policy.path={repo_id} --robot.type=so100_follower --robot.port=PORT \\
+lerobot-rollout --policy.path={repo_id} --robot.type={robot} --robot.port=PORT \\
     --robot.cameras='{cameras}' --task="{task}"
 ```
 
@@ -63,13 +66,14 @@ def make_card(
 
     Args:
         parameters: per part of the network, how many parameters it has and how many of them are trained.
-        base: Hub id of the checkpoint that training started from, None if it started from random weights.
+        base: Hub id of the checkpoint that training started from, or that its VLM came from if it is `vlm_path`;
+            None if it started from random weights.
         train: LeRobot's TrainPipelineConfig, if there is one.
         dataset_meta: LeRobot's dataset metadata, if there is some.
     """
-    gemma = config.tokenizer == PALIGEMMA_TOKENIZER or base is not None
+    gemma = config.tokenizer == PALIGEMMA_TOKENIZER or config.paligemma_variant != "tiny"
     licence = config.license or ("gemma" if gemma else "apache-2.0")
-    on_hub = base is not None and not base.startswith(("/", ".", "~")) and base.count("/") == 1
+    on_hub = base is not None and base.count("/") == 1 and not Path(base).is_absolute() and not Path(base).is_dir()
     data = ModelCardData(
         license=licence,
         library_name="lerobot",
@@ -82,7 +86,7 @@ def make_card(
     tasks = [str(task) for task in dataset_meta.tasks.index] if dataset_meta is not None else []
     names = [key.removeprefix("observation.images.") for key in config.image_features]
     facts = {
-        "start": f"fine-tuned from {base}" if base else "trained from random weights: there is no base model",
+        "start": _start(config, base, on_hub),
         "trained": ", ".join(f"{part} {_millions(own)} M of {_millions(n)} M" for part, (n, own) in parameters.items()),
         "dataset": _dataset(dataset, dataset_meta),
         "training": _training(train),
@@ -97,6 +101,7 @@ def make_card(
             version=__version__,
             facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
             repo_id=config.repo_id or "FOLDER",
+            robot=getattr(dataset_meta, "robot_type", None) or "ROBOT",
             cameras="{" + ", ".join(f"{name}: {{type: opencv, index_or_path: …}}" for name in names) + "}",
             task=tasks[0] if tasks else "…",
             features=_features(config, dataset_meta),
@@ -107,6 +112,15 @@ def make_card(
 
 def _millions(count: int) -> str:
     return f"{count / 1e6:,.2f}".rstrip("0").rstrip(".")
+
+
+def _start(config: PI0Config, base: str | None, on_hub: bool) -> str:
+    if base is None:
+        return "trained from random weights: there is no base model"
+    name = base if on_hub else f"a folder, …/{'/'.join(Path(base).parts[-3:])}"  # not where it was: cards are public
+    if base == config.vlm_path:
+        return f"the VLM alone is that of {name}; everything else was trained from random weights"
+    return f"fine-tuned from {name}"
 
 
 def _dataset(dataset: str | None, meta: Any) -> str:
@@ -133,7 +147,11 @@ def _actions(config: PI0Config) -> str:
 def _features(config: PI0Config, meta: Any) -> str:
     rows = ["| feature | shape | in order |", "|---|---|---|"]
     for key, feature in {**(config.input_features or {}), **(config.output_features or {})}.items():
-        names = (meta.features.get(key, {}).get("names") if meta is not None else None) or ""
-        names = ", ".join(names) if isinstance(names, list) else names
-        rows.append(f"| `{key}` | {tuple(feature.shape)} | {names} |")
+        names = (meta.features.get(key, {}).get("names") if meta is not None else None) or []
+        if key == ACTION and not names:
+            names = config.action_feature_names or []
+        if feature.type is FeatureType.VISUAL:
+            names = ["channels", "height", "width"]  # the dataset's names are in the order that it stores
+        listed = ", ".join(map(str, names)) if isinstance(names, list | tuple) else names
+        rows.append(f"| `{key}` | {tuple(feature.shape)} | {listed} |")
     return "\n".join(rows)

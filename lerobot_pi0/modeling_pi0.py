@@ -162,7 +162,7 @@ class PI0Policy(PreTrainedPolicy):
         policy._lent = checkpoint.load_weights(policy, source, torch.device(config.device), strict, base, **hub)
         policy._base = base or checkpoint.base_of(source, **hub)
         if not saved or not Path(source).is_dir():  # our own folders know what their run began with
-            policy._start = str(source)
+            policy._start = policy._base.id if base is None else str(source)
         policy._finish()
         return policy
 
