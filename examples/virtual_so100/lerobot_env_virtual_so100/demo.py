@@ -1,0 +1,278 @@
+"""The main job end to end: demonstrations, training, evaluation on unseen scenes, beside controls.
+
+    python -m lerobot_env_virtual_so100.demo [--task=pick_place --episodes=… --steps=…]
+
+LeRobot's own commands do the work, each in a process of its own; what is printed at the end was counted from the
+simulator's state, episode by episode. The folder of the run keeps the dataset, the checkpoint, a video, a plot of the
+losses and the scores.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import draccus
+
+from .constants import EPISODE_SECONDS
+from .score import ScoreConfig, score, summary
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one task takes by default."""
+
+    episodes: int
+    steps: int
+    n_action_steps: int
+
+
+RECIPES = {
+    "reach": Recipe(episodes=1500, steps=6000, n_action_steps=10),
+    "pick_place": Recipe(episodes=600, steps=20_000, n_action_steps=10),
+}
+
+
+@dataclass
+class DemoConfig:
+    """Record demonstrations of a scripted expert, train π₀ on them, evaluate it on scenes it has not seen."""
+
+    # What the arm learns: reach (the cube that the instruction names) or pick_place.
+    task: str = "reach"
+    # Demonstrations to record; by default as many as the task takes.
+    episodes: int | None = None
+    # Training steps; by default as many as the task takes.
+    steps: int | None = None
+    # Observations a training step.
+    batch_size: int = 16
+    # Noise and time draws per observation.
+    flow_samples: int = 1
+    # Peak learning rate.
+    learning_rate: float = 1e-3
+    # Actions executed before the policy looks again; by default the task's.
+    n_action_steps: int | None = None
+    # Scenes to evaluate on.
+    scenes: int = 100
+    # Seed of training, and of the order of the data.
+    seed: int = 1000
+    # Folder of the run; a dataset that is there already is used again, everything else is made anew.
+    output: Path = Path("outputs/demo")
+
+    def __post_init__(self) -> None:
+        if self.task not in RECIPES:
+            raise ValueError(f"--task must be one of {', '.join(RECIPES)}, not {self.task!r}")
+        for name, default in vars(RECIPES[self.task]).items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
+        for name in ("episodes", "steps", "batch_size", "flow_samples", "n_action_steps", "scenes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1")
+
+    @property
+    def dataset(self) -> Path:
+        """Where the demonstrations are."""
+        return self.output / f"{self.task}_{self.episodes}"
+
+    @property
+    def run(self) -> Path:
+        """Where training writes."""
+        return self.output / "train"
+
+    @property
+    def policy(self) -> Path:
+        """The trained checkpoint."""
+        return self.run / "checkpoints" / "last" / "pretrained_model"
+
+
+def _environment() -> dict[str, str]:
+    """Offline, without a screen, and with the commands of this interpreter first."""
+    quiet = {"HF_HUB_OFFLINE": "1", "MUJOCO_GL": os.environ.get("MUJOCO_GL", "egl"), "TOKENIZERS_PARALLELISM": "false"}
+    return {**os.environ, **quiet, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def _run(title: str, command: list[str], log: Path) -> float:
+    """Run a command, keep its output in a file, show its progress bar. Returns seconds.
+
+    Raises:
+        SystemExit: it failed; says where the output is.
+    """
+    print(f"\n== {title}\n   {' '.join(command)}", flush=True)
+    started = time.perf_counter()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as kept:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=_environment())
+        assert process.stdout is not None
+        while chunk := process.stdout.read1():
+            kept.write(chunk)
+            kept.flush()
+            _show_progress(chunk)
+    if process.wait():
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise SystemExit(f"\n{command[0]} failed with status {process.returncode}; its output is in {log}:\n{tail}")
+    seconds = time.perf_counter() - started
+    print(f"\r   done in {seconds:.0f} s".ljust(110), flush=True)
+    return seconds
+
+
+def _show_progress(chunk: bytes) -> None:
+    """The newest progress bar or training line of a command's output, on one line that is written over."""
+    for line in re.split(r"[\r\n]+", chunk.decode(errors="replace")):
+        if "it/s" in line or "s/it" in line or "ep/s" in line or "s/ep" in line or "step/s" in line or "loss:" in line:
+            text = line.strip().split("] ")[-1] if "loss:" in line else line.strip()
+            print(f"\r   {text[:105]}".ljust(110), end="", flush=True)
+
+
+def record(config: DemoConfig) -> float:
+    """Write the demonstrations, unless they are there."""
+    if (config.dataset / "meta" / "info.json").exists():
+        print(f"\n== demonstrations: {config.dataset} is there already")
+        return 0.0
+    shutil.rmtree(config.dataset, ignore_errors=True)
+    command = [sys.executable, "-m", f"{__package__}.record", f"--root={config.dataset}", f"--task={config.task}"]
+    return _run(
+        f"{config.episodes} demonstrations", [*command, f"--episodes={config.episodes}"], _log(config, "record")
+    )
+
+
+def _log(config: DemoConfig, name: str) -> Path:
+    return config.output / "logs" / f"{name}.txt"
+
+
+def train(config: DemoConfig) -> float:
+    """`lerobot-train` with the small preset, from random weights."""
+    shutil.rmtree(config.run, ignore_errors=True)
+    options = {
+        "policy.type": "pi0",
+        "policy.paligemma_variant": "tiny",
+        "policy.action_expert_variant": "tiny",
+        "policy.device": "cpu",
+        "policy.flow_samples": config.flow_samples,
+        "policy.n_action_steps": config.n_action_steps,
+        "policy.optimizer_lr": config.learning_rate,
+        "policy.scheduler_warmup_steps": min(100, config.steps),
+        "policy.scheduler_decay_steps": config.steps,
+        "policy.scheduler_decay_lr": config.learning_rate / 100,
+        "policy.push_to_hub": "false",
+        "dataset.repo_id": "local/virtual_so100",
+        "dataset.root": config.dataset,
+        "dataset.streaming": "true",
+        "num_workers": 1,
+        "batch_size": config.batch_size,
+        "steps": config.steps,
+        "save_freq": config.steps,
+        "log_freq": 50,
+        "seed": config.seed,
+        "wandb.enable": "false",
+        "output_dir": config.run,
+    }
+    command = ["lerobot-train", *(f"--{name}={value}" for name, value in options.items())]
+    return _run(f"{config.steps} training steps", command, _log(config, "train"))
+
+
+def evaluate(config: DemoConfig, instruction: str) -> tuple[dict, float]:
+    """`lerobot-eval` on unseen scenes; the scores are those of the simulator."""
+    results = config.output / f"{instruction}.jsonl"
+    results.unlink(missing_ok=True)
+    folder = config.output / f"eval_{instruction}"
+    shutil.rmtree(folder, ignore_errors=True)
+    options = {
+        "policy.path": config.policy,
+        "policy.device": "cpu",
+        "env.type": "virtual_so100",
+        "env.task": config.task,
+        "env.instruction": instruction,
+        "env.results": results,
+        "eval.n_episodes": config.scenes,
+        "eval.batch_size": min(25, config.scenes),
+        "eval.use_async_envs": "false",
+        "seed": 1000,
+        "output_dir": folder,
+    }
+    command = ["lerobot-eval", *(f"--{name}={value}" for name, value in options.items())]
+    seconds = _run(f"evaluation, instruction {instruction}", command, _log(config, f"eval_{instruction}"))
+    outcomes = [json.loads(line) for line in results.read_text().splitlines()][: config.scenes]
+    for video in sorted(folder.glob("videos/**/*.mp4"))[:1]:
+        shutil.copy(video, config.output / f"{instruction}.mp4")
+    return summary(outcomes), seconds
+
+
+def losses(log: str) -> list[tuple[int, float]]:
+    """(step, loss) of each line that lerobot-train logged; LeRobot writes steps from a thousand on as 1K."""
+    found = re.findall(r"step:(\d+)(K?) .*?loss:([\d.]+)", log)
+    points = [(int(n) * (1000 if k else 1), float(loss)) for n, k, loss in found]
+    return [(50 * (i + 1), loss) for i, (_, loss) in enumerate(points)]
+
+
+def plot_losses(config: DemoConfig) -> None:
+    """losses.png: the training loss over steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    points = losses(_log(config, "train").read_text(errors="replace"))
+    figure, axes = plt.subplots(figsize=(7, 4))
+    axes.plot(*zip(*points, strict=True))
+    axes.set(xlabel="training step", ylabel="flow-matching loss", yscale="log", title=f"π₀ tiny, {config.task}")
+    axes.grid(alpha=0.3, which="both")
+    figure.tight_layout()
+    figure.savefig(config.output / "losses.png", dpi=120)
+
+
+def table(rows: dict[str, dict]) -> str:
+    """One line per policy: successes, rate, 95 % interval, median distance."""
+    lines = [f"{'policy':<34}{'success':>9}{'rate':>8}{'95 % interval':>18}{'median distance':>18}"]
+    for name, row in rows.items():
+        low, high = row["interval_95"]
+        share = f"{row['successes']}/{row['episodes']}"
+        interval = f"{low:.1%} – {high:.1%}"
+        lines.append(f"{name:<34}{share:>9}{row['rate']:>8.0%}{interval:>18}{row['median_distance_m'] * 100:>15.1f} cm")
+    return "\n".join(lines)
+
+
+def demo(config: DemoConfig) -> dict[str, dict]:
+    """Everything; returns the scores by policy."""
+    seconds = {"demonstrations": record(config), "training": train(config)}
+    plot_losses(config)
+    trained, seconds["evaluation"] = evaluate(config, "named")
+    rows = {"π₀, trained": trained}
+    if config.task == "reach":
+        swapped, seconds["evaluation, swapped"] = evaluate(config, "swapped")
+        rows["π₀, told another cube"] = swapped
+    print("\n== controls on the same scenes", flush=True)
+    controls = score(
+        ScoreConfig(
+            task=config.task, controls=["random", "mean", "expert"], dataset=config.dataset, episodes=config.scenes
+        )
+    )
+    rows |= {f"control: {name}": row for name, row in controls.items()}
+    (config.output / "scores.json").write_text(json.dumps({"scores": rows, "seconds": seconds}, indent=2) + "\n")
+    total = sum(seconds.values())
+    print(f"\n{config.task}: {config.scenes} scenes of {EPISODE_SECONDS[config.task]} s that are not in the data\n")
+    print(table(rows))
+    if config.task == "reach":
+        old = swapped["ended_at_scenes_target"]
+        print(f"\nTold another cube, the arm ended at the scene's first target in {old} of {config.scenes} scenes.")
+    parts = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    print(f"\n{total / 60:.1f} minutes: {parts}.")
+    print(f"{config.output}: named.mp4, losses.png, scores.json, train/checkpoints/last/pretrained_model")
+    return rows
+
+
+@draccus.wrap()
+def main(config: DemoConfig) -> None:
+    """Command line."""
+    demo(config)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main()

@@ -1,0 +1,45 @@
+"""The linear layer that multiplies bfloat16 weights in float32 where the CPU is faster at that."""
+
+import pytest
+import torch
+
+from lerobot_pi0 import linear
+from lerobot_pi0.linear import MANY_TOKENS, Linear
+
+
+@pytest.fixture
+def no_amx(monkeypatch):
+    """Behave as on a CPU without AMX, whatever this one has."""
+    monkeypatch.setattr(linear, "BFLOAT16_IS_SLOW", True)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_widened_product_is_the_more_accurate_one(no_amx, bias, autocast):
+    """Catches a buffer that is too small, shared wrongly between shapes, or a product that autocast narrows again."""
+    torch.manual_seed(0)
+    layers = [Linear(48, 80, bias=bias).bfloat16(), Linear(80, 16, bias=bias).bfloat16()]
+    x = torch.randn(MANY_TOKENS, 48).bfloat16()
+    exact = x.double()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for layer in layers:
+            y = layer(exact.bfloat16())
+            exact = torch.nn.functional.linear(
+                exact.bfloat16().double(), layer.weight.double(), layer.bias.double() if bias else None
+            )
+            assert y.dtype == torch.bfloat16
+            assert torch.equal(y, exact.float().bfloat16()) or (y - exact).norm() < 2e-3 * exact.norm()
+
+
+def test_only_where_it_pays(no_amx, monkeypatch):
+    """Catches widening where it costs: few tokens, float32 weights, or a product that has to be differentiated."""
+    monkeypatch.setattr(linear, "_widened", lambda weight: pytest.fail("widened"))
+    narrow = Linear(8, 8).bfloat16()
+    with torch.no_grad():
+        narrow(torch.randn(MANY_TOKENS - 1, 8).bfloat16())
+        Linear(8, 8)(torch.randn(MANY_TOKENS, 8))
+    narrow(torch.randn(MANY_TOKENS, 8).bfloat16()).sum().backward()
+    assert narrow.weight.grad is not None
+    monkeypatch.setattr(linear, "BFLOAT16_IS_SLOW", False)
+    with torch.no_grad():
+        narrow(torch.randn(MANY_TOKENS, 8).bfloat16())
