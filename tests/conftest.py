@@ -179,3 +179,32 @@ def write_dataset(root, episodes: int = 2, frames: int = 6, cameras=CAMERAS[:2],
             dataset.add_frame(pictures | joints | {"task": f"reach cube {episode}"})
         dataset.save_episode()
     dataset.finalize()
+
+
+MICRO_VLM = PaliGemma(
+    Vision(width=8, depth=1, mlp_dim=8, heads=1, patch_size=8, image_size=16),
+    Gemma(width=8, depth=2, mlp_dim=16, heads=2, head_dim=8),
+    vocab_size=24,
+)
+MICRO_EXPERT = Gemma(width=8, depth=2, mlp_dim=12, heads=2, head_dim=8)
+"""So small that a checkpoint is written and read in 20 ms."""
+
+
+@pytest.fixture
+def micro(monkeypatch) -> None:
+    """Make the preset `tiny` smaller still, for tests that load hundreds of checkpoints."""
+    monkeypatch.setitem(configuration.PALIGEMMA_PRESETS, "tiny", MICRO_VLM)
+    monkeypatch.setitem(configuration.EXPERT_PRESETS, "tiny", MICRO_EXPERT)
+
+
+def micro_policy(seed: int = 0, **options) -> PI0Policy:
+    """A policy at the size of the fixture `micro`; equal seeds give equal weights, others give others everywhere."""
+    sizes = {"max_state_dim": 8, "max_action_dim": 8, "chunk_size": 4, "n_action_steps": 2}
+    config = PI0Config(
+        **features(CAMERAS[:1], DIMS, 16), paligemma_variant="tiny", action_expert_variant="tiny", device="cpu",
+        **sizes | options,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    policy = PI0Policy(config)
+    shake(policy, seed)
+    return policy
