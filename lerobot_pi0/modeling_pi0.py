@@ -147,6 +147,8 @@ class PI0Policy(PreTrainedPolicy):
         source = pretrained_name_or_path
         if Path(source).is_dir():
             checkpoint.finish_interrupted_save(Path(source))
+        else:  # one commit for all files, whoever pushes meanwhile
+            hub["revision"] = checkpoint.revision_of(source, **hub)
         if config is None:
             config = checkpoint.read_config(source, **hub)
         else:  # LeRobot has parsed it, whatever it was
