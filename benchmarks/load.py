@@ -1,0 +1,114 @@
+"""Loading and saving a checkpoint: this policy beside LeRobot's built-in, each in a process of its own.
+
+    python benchmarks/load.py --size full
+
+A policy with random weights is saved once; then each side loads that folder (the file is in the page cache, since it
+was just written) and saves it again. Seconds are those of the calls, without imports; memory is the process's peak.
+"""
+
+import argparse
+import json
+import logging
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+VARIANTS = {"small": ("tiny", "tiny"), "full": ("gemma_2b", "gemma_300m")}
+DIMS = 6
+
+
+def options(size: str, dtype: str) -> dict:
+    """Arguments of either side's PI0Config."""
+    from lerobot.configs import FeatureType, PolicyFeature
+
+    vlm, expert = VARIANTS[size]
+    return {
+        "paligemma_variant": vlm,
+        "action_expert_variant": expert,
+        "dtype": dtype,
+        "device": "cpu",
+        "input_features": {
+            "observation.images.front": PolicyFeature(FeatureType.VISUAL, (3, 224, 224)),
+            "observation.state": PolicyFeature(FeatureType.STATE, (DIMS,)),
+        },
+        "output_features": {"action": PolicyFeature(FeatureType.ACTION, (DIMS,))},
+    }
+
+
+def measure(side: str, folder: Path, scratch: Path) -> dict[str, float]:
+    """Load `folder`, save it to `scratch`; seconds and peak memory in GiB of this process."""
+    if side == "ours":
+        from lerobot_pi0 import PI0Policy
+    else:
+        from lerobot.policies.pi0.modeling_pi0 import PI0Policy
+    from lerobot.configs import PreTrainedConfig
+
+    config = PreTrainedConfig.from_pretrained(folder)
+    started = time.perf_counter()
+    policy = PI0Policy.from_pretrained(folder, config=config, strict=True)
+    loaded = time.perf_counter()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    policy.save_pretrained(scratch)
+    return {
+        "load_s": loaded - started,
+        "load_peak_gib": peak,
+        "save_s": time.perf_counter() - loaded,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "parameters": sum(p.numel() for p in policy.parameters()),
+    }
+
+
+def build(size: str, dtype: str, folder: Path) -> dict[str, float]:
+    """Make a policy with random weights and save it."""
+    from lerobot_pi0 import PI0Config, PI0Policy
+
+    started = time.perf_counter()
+    policy = PI0Policy(PI0Config(**options(size, dtype)))
+    built = time.perf_counter()
+    policy.save_pretrained(folder)
+    return {"build_s": built - started, "save_s": time.perf_counter() - built}
+
+
+def in_process(*arguments: str | Path, takeover: bool = True) -> dict[str, float]:
+    """Run this file again for one measurement; the built-in needs a process that the plugin has not taken over."""
+    import os
+
+    environment = {**os.environ, "LEROBOT_PI0_TAKEOVER": "1" if takeover else "0", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, __file__, *map(str, arguments)]
+    result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=VARIANTS, default="small", help="small takes seconds, full minutes")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="type of the weights")
+    parser.add_argument("--skip-builtin", action="store_true", help="measure this policy alone")
+    parser.add_argument("--folder", type=Path, help="where to write checkpoints; a temporary folder by default")
+    parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.part:
+        side, folder, scratch = args.part[0], Path(args.part[1]), Path(args.part[2])
+        result = build(args.size, args.dtype, folder) if side == "build" else measure(side, folder, scratch)
+        print(json.dumps(result))
+        return
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    with TemporaryDirectory(dir=args.folder) as temporary:
+        folder, scratch = Path(temporary) / "checkpoint", Path(temporary) / "again"
+        common = ["--size", args.size, "--dtype", args.dtype, "--part"]
+        built = in_process(*common, "build", folder, scratch)
+        size = sum(f.stat().st_size for f in folder.iterdir()) / 2**30
+        print(f"built in {built['build_s']:.1f} s, saved {size:.2f} GiB in {built['save_s']:.1f} s")
+        print(f"{'':<10}{'load':>10}{'peak':>12}{'save':>10}{'parameters':>14}")
+        for side in ("ours",) if args.skip_builtin or args.size == "small" else ("ours", "built-in"):
+            r = in_process(*common, side, folder, scratch, takeover=side == "ours")
+            count = f"{r['parameters'] / 1e9:.3f} B"
+            print(f"{side:<10}{r['load_s']:>8.1f} s{r['load_peak_gib']:>8.2f} GiB{r['save_s']:>8.1f} s{count:>14}")
+
+
+if __name__ == "__main__":
+    main()
