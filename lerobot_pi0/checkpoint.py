@@ -197,7 +197,7 @@ def read_config(source: str | Path, **hub: Any) -> PI0Config:
         config.validate_features()
         return config
     except Exception as error:  # draccus raises what the parsed types raise; all of it means the same here
-        raise CheckpointConfigError(f"{CONFIG_NAME} of {source} does not describe a π₀: {error}") from error
+        raise CheckpointConfigError(f"{CONFIG_NAME} of {source} does not describe a π₀: {_reason(error)}") from error
 
 
 def check_config(source: str | Path, **hub: Any) -> dict[str, Any] | None:
@@ -253,7 +253,13 @@ def read_plugin_config(source: str | Path, **hub: Any) -> dict[str, Any]:
             "base": None if base is None else Base(str(base["id"]), _text(base["revision"]), str(base["digest"])),
         }
     except Exception as error:  # as in `read_config`
-        raise CheckpointConfigError(f"{PLUGIN_CONFIG_NAME} of {source} cannot be used: {error!r}") from error
+        raise CheckpointConfigError(f"{PLUGIN_CONFIG_NAME} of {source} cannot be used: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, with what it came from: draccus hides an option's own error behind one of its own."""
+    cause = f" ({_reason(error.__cause__)})" if error.__cause__ is not None else ""
+    return f"{error}{cause}" if isinstance(error, ValueError) else f"{error!r}{cause}"
 
 
 def _text(value: Any) -> str | None:
@@ -390,6 +396,7 @@ def load_weights(
         if name in lent:
             digests[name] = digest(name, tensor)
         set_parameter(policy, name, tensor.to(device, wanted[name].dtype, copy=True))
+        del tensor
     if base is not None and base.digest != digest_of_digests(digests):
         raise CorruptCheckpointError(
             f"{source} holds trained weights alone, over the frozen ones of {base.id} (revision {base.revision}); but "
@@ -449,6 +456,7 @@ def read_tensors(found: dict[str, Stored], names: Container[str]) -> Iterator[tu
                     tensor = opened.get_tensor(stored.name)
                     _check_tensor(tensor, stored, digests)
                     yield name, tensor
+                    del tensor  # here and where it goes, or there are two while the next one is read
 
 
 def _digests(opened: Any) -> dict[str, str]:
