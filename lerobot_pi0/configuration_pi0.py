@@ -50,6 +50,9 @@ class PI0Config(BuiltinPI0Config):
     # Write only the trained weights, and which checkpoint the frozen ones come from. None means False.
     save_expert_only: bool | None = None
 
+    # No option: optimiser steps so far. It is here because of adapters, with which LeRobot saves a config alone.
+    updates = 0
+
     def __post_init__(self) -> None:
         PreTrainedConfig.__post_init__(self)  # not the built-in's, which refuses the small presets
         for name, presets in (
@@ -134,7 +137,7 @@ class PI0Config(BuiltinPI0Config):
         """Content of a checkpoint's config.json, LeRobot's keys alone, and of this plugin's file."""
         options = draccus.encode(self, PreTrainedConfig)
         ours = {name: options.pop(name) for name in PLUGIN_FIELDS}
-        return {CONFIG_NAME: options, PLUGIN_CONFIG_NAME: ours}
+        return {CONFIG_NAME: options, PLUGIN_CONFIG_NAME: ours | {"updates": self.updates}}
 
     def _save_pretrained(self, save_directory: Path) -> None:
         for name, content in self.to_files().items():

@@ -89,7 +89,7 @@ class PI0Policy(PreTrainedPolicy):
         self._base: checkpoint.Base | None = None
         self._lent: dict[str, str] = {}  # digests of the weights that the base has
         self._seed = torch.initial_seed()
-        self._updates = int(saved.get("updates", 0))
+        config.updates = saved.get("updates", 0)
         self._start: str | None = saved.get("start")
 
     def _finish(self) -> None:
@@ -154,6 +154,11 @@ class PI0Policy(PreTrainedPolicy):
         else:  # LeRobot has parsed it, whatever it was
             checkpoint.check_config(source, **hub)
         saved = checkpoint.read_plugin_config(source, **hub)
+        if config.use_peft and config.pretrained_path:  # `source` is the base; the run's own file is by its adapter
+            own = checkpoint.read_plugin_config(
+                config.pretrained_path, **hub | {"revision": config.pretrained_revision}
+            )
+            saved |= {name: value for name, value in own.items() if name not in ("start", "base")}
         vlm = saved.get("vlm_path")
         if isinstance(config, PI0Config) and config.vlm_path not in (None, vlm):
             logger.warning("vlm_path=%s is not read: the VLM's weights are in %s", config.vlm_path, source)
@@ -176,7 +181,7 @@ class PI0Policy(PreTrainedPolicy):
                 is that checkpoint.
         """
         configs = self.config.to_files()
-        configs[PLUGIN_CONFIG_NAME] |= {"updates": self._updates, "start": self._start}
+        configs[PLUGIN_CONFIG_NAME]["start"] = self._start
         state = self.state_dict() if state_dict is None else state_dict
         if self.config.save_expert_only:
             lent, base = self._lent_to(save_directory)
@@ -289,14 +294,14 @@ class PI0Policy(PreTrainedPolicy):
         if "index" not in batch:
             shape = (len(batch[ACTION]), *shape_KTA)
             return flow.sample_noise(shape, device), distribution.sample(shape[:2], device)
-        key = (self._seed, self._updates) if self.training else (0, -1)
+        seed, update = (self._seed, cfg.updates) if self.training else (0, -1)
         index = torch.as_tensor(batch["index"]).reshape(-1).tolist()
-        noise, time = flow.repeatable_draws(*key, index, shape_KTA, distribution)
+        noise, time = flow.repeatable_draws(seed, update, index, shape_KTA, distribution)
         return noise.to(device), time.to(device)
 
     def update(self) -> None:
         """LeRobot calls this after each optimiser step."""
-        self._updates += 1
+        self.config.updates += 1
 
     @property
     def _action_dims(self) -> int:
