@@ -1,7 +1,8 @@
 """A run that is killed with SIGKILL and resumed is the run that was not: losses, weights, optimizer, schedule.
 
-Two kinds of run: float32 with everything trained, and bfloat16 with a frozen VLM, whose trained weights are float32
-under autocast. Losses are compared in hexadecimal, since LeRobot logs three digits of them.
+Three kinds of run: float32 with everything trained; bfloat16 with a frozen VLM, whose trained weights are float32
+under autocast; and LoRA, whose checkpoints hold an adapter and no policy. Losses are compared in hexadecimal, since
+LeRobot logs three digits of them.
 """
 
 import json
@@ -12,16 +13,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_dataset
+from conftest import CAMERAS, stats, tiny_config, write_dataset
 from safetensors.torch import load_file
 from test_registration import finish, start
+
+from lerobot_pi0 import PI0Policy, make_pi0_pre_post_processors
 
 STEPS, SAVED, KILLED = 12, 4, 7
 """The run is killed in its 7th step; the last checkpoint is of the 4th. An epoch has 6 steps."""
 
+TINY = ["--policy.type=pi0", "--policy.paligemma_variant=tiny", "--policy.action_expert_variant=tiny"]
 KINDS = {
-    "float32": [],
-    "bfloat16": ["--policy.dtype=bfloat16", "--policy.train_expert_only=true", "--policy.flow_samples=2"],
+    "float32": TINY,
+    "bfloat16": [*TINY, "--policy.dtype=bfloat16", "--policy.train_expert_only=true", "--policy.flow_samples=2"],
+    "lora": ["--policy.path={base}", "--peft.method_type=LORA", "--peft.r=4"],
 }
 
 RUN = """
@@ -60,8 +65,7 @@ WHOLE_THEN_CUT = (
     + """
 stop_at, root, *options = sys.argv[1:]
 common = [
-    "--dataset.repo_id=test/tiny", f"--dataset.root={root}/../data", "--policy.type=pi0",
-    "--policy.paligemma_variant=tiny", "--policy.action_expert_variant=tiny", "--policy.device=cpu",
+    "--dataset.repo_id=test/tiny", f"--dataset.root={root}/../data", "--policy.device=cpu",
     "--policy.push_to_hub=false", "--batch_size=2", "--num_workers=0", "--steps=12", "--save_freq=4", "--log_freq=1",
     "--policy.optimizer_lr=1e-3", "--policy.scheduler_warmup_steps=3", "--policy.scheduler_decay_steps=12",
     "--wandb.enable=false", *options,
@@ -98,9 +102,15 @@ def runs(tmp_path_factory) -> Path:
     """A folder per kind of run: `whole`, and `cut`, which was killed and then resumed; losses beside them."""
     folder = tmp_path_factory.mktemp("resume")
     write_dataset(folder / "data")
+    config = tiny_config(cameras=CAMERAS[:2])
+    PI0Policy(config).save_pretrained(folder / "base")
+    for pipeline in make_pi0_pre_post_processors(config, stats()):
+        pipeline.save_pretrained(folder / "base")
     for kind, options in KINDS.items():
         (folder / kind).mkdir()
-        process = start(WHOLE_THEN_CUT, str(KILLED), str(folder / kind), *options)
+        process = start(
+            WHOLE_THEN_CUT, str(KILLED), str(folder / kind), *(o.format(base=folder / "base") for o in options)
+        )
         kill_in_the_middle(process, folder / kind / "cut.stopped")
     finish(start(RESUMED, *(str(folder / kind) for kind in KINDS)))
     return folder
@@ -115,6 +125,13 @@ def losses(file: Path) -> list[str]:
 
 def checkpoint(run: Path, step: int = STEPS) -> Path:
     return run / "checkpoints" / f"{step:06d}"
+
+
+def weights(run: Path, step: int = STEPS) -> Path:
+    """The file of what was trained."""
+    folder = checkpoint(run, step) / "pretrained_model"
+    adapter = folder / "adapter_model.safetensors"
+    return adapter if adapter.exists() else folder / "model.safetensors"
 
 
 def assert_same_tensors(ours: Path, theirs: Path) -> None:
@@ -141,11 +158,15 @@ def test_losses_go_on_as_if_nothing_had_happened(runs, kind):
     assert len(resumed) == STEPS - SAVED
 
 
-@pytest.mark.parametrize("file", ["pretrained_model/model.safetensors", "training_state/optimizer_state.safetensors"])
-def test_tensors_are_the_same(runs, kind, file):
+def test_weights_are_the_same(runs, kind):
     """Catches a difference in the last update, which no loss shows."""
-    whole, cut = (checkpoint(runs / kind / name) / file for name in ("whole", "cut"))
-    assert_same_tensors(cut, whole)
+    assert_same_tensors(weights(runs / kind / "cut"), weights(runs / kind / "whole"))
+
+
+def test_moments_are_the_same(runs, kind):
+    """Catches an optimizer that starts again, or whose moments belong to other parameters."""
+    whole, cut = (checkpoint(runs / kind / name) / "training_state" for name in ("whole", "cut"))
+    assert_same_tensors(cut / "optimizer_state.safetensors", whole / "optimizer_state.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -171,16 +192,14 @@ def test_the_config_is_the_same(runs, kind):
         json.loads((checkpoint(runs / kind / name) / "pretrained_model/config.json").read_text())
         for name in ("whole", "cut")
     )
-    assert str(whole.pop("pretrained_path")) == "None"
+    assert str(whole.pop("pretrained_path")) == (str(runs / "base") if kind == "lora" else "None")
     assert Path(cut.pop("pretrained_path")).parts[-2:] == ("last", "pretrained_model")
     assert cut == whole
 
 
-def test_the_killed_run_trained(runs, kind):
-    """Catches a run in which nothing moves: equal losses would then prove nothing."""
-    first, last = (
-        load_file(checkpoint(runs / kind / "whole", step) / "pretrained_model/model.safetensors") for step in (4, 12)
-    )
+def test_the_run_trained(runs, kind):
+    """Catches a run in which nothing moves, or what is frozen does: equal losses would then prove nothing."""
+    first, last = (load_file(weights(runs / kind / "whole", step)) for step in (SAVED, STEPS))
     moved = {name for name in first if not torch.equal(first[name], last[name])}
     assert any("gemma_expert" in name for name in moved)
     assert any("vision_tower" in name for name in moved) is (kind == "float32")
