@@ -163,6 +163,15 @@ class PI0Policy(PreTrainedPolicy):
         if isinstance(config, PI0Config) and config.vlm_path not in (None, vlm):
             logger.warning("vlm_path=%s is not read: the VLM's weights are in %s", config.vlm_path, source)
             config.vlm_path = vlm
+        carried = saved.get("save_tokenizer") is not False
+        if isinstance(config, PI0Config) and config.save_tokenizer not in (None, carried):
+            logger.warning(
+                "save_tokenizer=%s is not read: LeRobot takes the processors as they are in %s, whose tokenizer %s",
+                config.save_tokenizer,
+                source,
+                "travels with them" if carried else "does not travel",
+            )
+            config.save_tokenizer = carried
         base = saved.get("base")
         policy = cls.__new__(cls)
         policy._build(config, dataset_stats, dataset_meta, saved, pretrained=True)  # type: ignore[arg-type]
@@ -206,6 +215,17 @@ class PI0Policy(PreTrainedPolicy):
                 "ones: save to another folder"
             )
         return set(lent), self._base._replace(digest=checkpoint.digest_of_digests(lent))
+
+    def push_model_to_hub(self, *args: Any, **kwargs: Any) -> None:
+        """LeRobot's push; of `save_expert_only` over a folder, which nobody else has, it pushes all weights."""
+        asked = self.config.save_expert_only
+        if asked and self._base is not None and self._base.revision is None:
+            logger.warning("pushing all weights, not the expert's alone: their base is the folder %s", self._base.id)
+            self.config.save_expert_only = False
+        try:
+            super().push_model_to_hub(*args, **kwargs)
+        finally:
+            self.config.save_expert_only = asked
 
     def _note_mixed_precision(self) -> None:
         """Weights of two dtypes need autocast; weights of one do without its overhead."""

@@ -7,6 +7,7 @@ it finds there. What the Hub holds then is loaded here, in many ways and with ma
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -287,6 +288,24 @@ def test_a_base_that_is_gone(hub, tmp_path):
     del hub.repos["me/base"]
     with pytest.raises(CheckpointNotFoundError, match=r"me/base is not on the Hub"):
         PI0Policy.from_pretrained("me/expert")
+
+
+def test_a_base_that_nobody_else_has(hub, tmp_path, monkeypatch, caplog):
+    """Catches a push of trained weights over a folder of the trainer's: no one who fetches them could load them."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    tiny_checkpoint(tmp_path / "base")
+    config = tiny_config(train_expert_only=True, save_expert_only=True, repo_id="me/pushed")
+    policy = PI0Policy.from_pretrained(tmp_path / "base", config=config)
+    run = SimpleNamespace(
+        dataset=SimpleNamespace(repo_id="me/data"), save_pretrained=lambda _: None, optimizer=None,
+        steps=1, batch_size=1, seed=1,
+    )  # fmt: skip
+    policy.push_model_to_hub(run)
+    assert "pushing all weights" in caplog.text
+    shutil.rmtree(tmp_path / "base")
+    assert_same_weights(PI0Policy.from_pretrained("me/pushed"), policy)
+    assert policy.config.save_expert_only is True  # checkpoints on this machine stay small
+    assert str(tmp_path) not in hub.files("me/pushed")["lerobot_pi0.json"].decode()
 
 
 # --- other repositories -------------------------------------------------------------------------------------

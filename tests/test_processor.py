@@ -30,7 +30,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from lerobot_pi0 import make_pi0_pre_post_processors
+from lerobot_pi0 import PI0Policy, make_pi0_pre_post_processors
 from lerobot_pi0.processor_pi0 import NOT_CARRIED, PI0TokenizerStep, check_statistics
 
 # The preprocessor of lerobot/pi0_base, as published.
@@ -204,6 +204,19 @@ def test_a_checkpoint_without_its_tokenizer(tmp_path):
     for folder in ("checkpoint", "again"):
         (file,) = (tmp_path / folder).glob("*tokenizer*")
         assert load_file(file).keys() == {NOT_CARRIED}
+
+
+@pytest.mark.parametrize("carried", [True, False])
+def test_a_saved_tokenizer_is_a_matter_of_the_checkpoint(tmp_path, caplog, carried):
+    """Catches a wish that is dropped in silence: once there is a checkpoint, LeRobot rebuilds its processors."""
+    PI0Policy(tiny_config(save_tokenizer=carried)).save_pretrained(tmp_path)
+    policy = PI0Policy.from_pretrained(tmp_path, config=tiny_config(save_tokenizer=not carried))
+    assert f"save_tokenizer={not carried} is not read" in caplog.text
+    assert policy.config.save_tokenizer is carried
+    caplog.clear()
+    PI0Policy.from_pretrained(tmp_path, config=tiny_config(save_tokenizer=carried))
+    PI0Policy.from_pretrained(tmp_path)
+    assert "is not read" not in caplog.text
 
 
 def test_a_tokenizer_that_is_not_there():
