@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import ModelCard
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
-from lerobot.utils.constants import ACTION, OBS_STATE
+from lerobot.utils.constants import ACTION, OBS_STATE, TRAINING_STATE_DIR
 from torch import Tensor, nn
 
 from . import checkpoint, flow
@@ -154,6 +154,14 @@ class PI0Policy(PreTrainedPolicy):
         else:  # LeRobot has parsed it, whatever it was
             checkpoint.check_config(source, **hub)
         saved = checkpoint.read_plugin_config(source, **hub)
+        if not saved and (Path(source).resolve().parent / TRAINING_STATE_DIR).is_dir():
+            logger.warning(
+                "%s was trained by LeRobot's built-in π₀: its weights are loaded, but the run cannot be resumed, as "
+                "its optimizer counts other parameters (LeRobot says: List length mismatch). Begin a new run with "
+                "--policy.path=%s, or resume with LEROBOT_PI0_TAKEOVER=0",
+                source,
+                source,
+            )
         if config.use_peft and config.pretrained_path:  # `source` is the base; the run's own file is by its adapter
             own = checkpoint.read_plugin_config(
                 config.pretrained_path, **hub | {"revision": config.pretrained_revision}

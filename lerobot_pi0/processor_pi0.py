@@ -157,7 +157,8 @@ def check_statistics(config: PI0Config, stats: Mapping[str, Mapping[str, Any]] |
         if {low.size, high.size} != {int(np.prod(feature.shape))}:
             raise ValueError(
                 f"the statistics of {key!r} have {low.size} and {high.size} dims, the feature {tuple(feature.shape)}: "
-                "they are of another dataset"
+                "they are of another dataset. To fine-tune a checkpoint for another robot, give --policy.type=pi0 "
+                "--policy.pretrained_path=CHECKPOINT in place of --policy.path, which keeps the old robot's joints"
             )
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
             raise ValueError(f"the statistics of {key!r} hold NaN or infinity: recompute them")
