@@ -451,8 +451,10 @@ def read_tensors(found: dict[str, Stored], names: Container[str]) -> Iterator[tu
     for file in sorted({stored.file for stored in found.values()}):
         with _opened(file) as opened:
             digests = _digests(opened)
-            for name, stored in found.items():
-                if stored.file == file and name in names:
+        for name, stored in found.items():
+            if stored.file == file and name in names:
+                # Opened anew each time: pages of a mapped file count as the process's memory until it is closed.
+                with _opened(file) as opened:
                     tensor = opened.get_tensor(stored.name)
                     _check_tensor(tensor, stored, digests)
                     yield name, tensor

