@@ -687,7 +687,6 @@ def save_and_die(policy: PI0Policy, folder: Path, step: int, torn: bool) -> None
 
     for name in ("unlink", "replace"):
         dying(Path, name)
-    dying(os, "fsync")
     dying(Path, "write_text", 0)
     dying(checkpoint, "save_file", 1)
     policy.save_pretrained(folder)
