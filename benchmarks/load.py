@@ -9,7 +9,9 @@ was just written) and saves it again. Seconds are those of the calls, without im
 import argparse
 import json
 import logging
+import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -74,8 +76,6 @@ def build(size: str, dtype: str, folder: Path) -> dict[str, float]:
 
 def in_process(*arguments: str | Path, takeover: bool = True) -> dict[str, float]:
     """Run this file again for one measurement; the built-in needs a process that the plugin has not taken over."""
-    import os
-
     environment = {**os.environ, "LEROBOT_PI0_TAKEOVER": "1" if takeover else "0", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, __file__, *map(str, arguments)]
     result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -105,6 +105,8 @@ def main() -> None:
         print(f"built in {built['build_s']:.1f} s, saved {size:.2f} GiB in {built['save_s']:.1f} s")
         print(f"{'':<10}{'load':>10}{'peak':>12}{'save':>10}{'parameters':>14}")
         for side in ("ours",) if args.skip_builtin or args.size == "small" else ("ours", "built-in"):
+            shutil.rmtree(scratch, ignore_errors=True)
+            os.sync()  # what the one before has left to be written would be waited for by this one
             r = in_process(*common, side, folder, scratch, takeover=side == "ours")
             count = f"{r['parameters'] / 1e9:.3f} B"
             print(f"{side:<10}{r['load_s']:>8.1f} s{r['load_peak_gib']:>8.2f} GiB{r['save_s']:>8.1f} s{count:>14}")
