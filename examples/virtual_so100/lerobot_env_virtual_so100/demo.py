@@ -25,6 +25,8 @@ from .score import ScoreConfig, score, summary
 
 logger = logging.getLogger(__name__)
 
+LOG_EVERY = 50  # training steps
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -172,7 +174,7 @@ def train(config: DemoConfig) -> float:
         "batch_size": config.batch_size,
         "steps": config.steps,
         "save_freq": config.steps,
-        "log_freq": 50,
+        "log_freq": LOG_EVERY,
         "seed": config.seed,
         "wandb.enable": "false",
         "output_dir": config.run,
@@ -209,10 +211,9 @@ def evaluate(config: DemoConfig, instruction: str) -> tuple[dict, float]:
 
 
 def losses(log: str) -> list[tuple[int, float]]:
-    """(step, loss) of each line that lerobot-train logged; LeRobot writes steps from a thousand on as 1K."""
-    found = re.findall(r"step:(\d+)(K?) .*?loss:([\d.]+)", log)
-    points = [(int(n) * (1000 if k else 1), float(loss)) for n, k, loss in found]
-    return [(50 * (i + 1), loss) for i, (_, loss) in enumerate(points)]
+    """(step, loss) of each line that lerobot-train logged, counted: LeRobot writes steps from a thousand on as 1K."""
+    found = re.findall(r"step:\d+K? .*?loss:([\d.]+)", log)
+    return [(LOG_EVERY * (i + 1), float(loss)) for i, loss in enumerate(found)]
 
 
 def plot_losses(config: DemoConfig) -> None:
