@@ -153,33 +153,9 @@ class PI0Policy(PreTrainedPolicy):
             config = checkpoint.read_config(source, **hub)
         else:  # LeRobot has parsed it, whatever it was
             checkpoint.check_config(source, **hub)
-        saved = checkpoint.read_plugin_config(source, **hub)
-        if not saved and (Path(source).resolve().parent / TRAINING_STATE_DIR).is_dir():
-            logger.warning(
-                "%s was trained by LeRobot's built-in π₀: its weights are loaded, but the run cannot be resumed, as "
-                "its optimizer counts other parameters (LeRobot says: List length mismatch). Begin a new run with "
-                "--policy.path=%s, or resume with LEROBOT_PI0_TAKEOVER=0",
-                source,
-                source,
-            )
-        if config.use_peft and config.pretrained_path:  # `source` is the base; the run's own file is by its adapter
-            own = checkpoint.read_plugin_config(
-                config.pretrained_path, **hub | {"revision": config.pretrained_revision}
-            )
-            saved |= {name: value for name, value in own.items() if name not in ("start", "base")}
-        vlm = saved.get("vlm_path")
-        if isinstance(config, PI0Config) and config.vlm_path not in (None, vlm):
-            logger.warning("vlm_path=%s is not read: the VLM's weights are in %s", config.vlm_path, source)
-            config.vlm_path = vlm
-        carried = saved.get("save_tokenizer") is not False
-        if isinstance(config, PI0Config) and config.save_tokenizer not in (None, carried):
-            logger.warning(
-                "save_tokenizer=%s is not read: LeRobot takes the processors as they are in %s, whose tokenizer %s",
-                config.save_tokenizer,
-                source,
-                "travels with them" if carried else "does not travel",
-            )
-            config.save_tokenizer = carried
+        saved = _saved_beside(source, config, **hub)
+        if isinstance(config, PI0Config):  # `_build` refuses another by name
+            _leave_as_saved(config, saved, source)
         base = saved.get("base")
         policy = cls.__new__(cls)
         policy._build(config, dataset_stats, dataset_meta, saved, pretrained=True)  # type: ignore[arg-type]
@@ -407,6 +383,40 @@ class PI0Policy(PreTrainedPolicy):
             "target_modules": rf"(.*\.gemma_expert\..*\.self_attn\.(q|v)_proj|model\.({projections}))",
             "modules_to_save": [],
         }
+
+
+def _saved_beside(source: str | Path, config: PreTrainedConfig, **hub: Any) -> dict[str, Any]:
+    """What this plugin saved beside the weights; of an adapter's run, what lies beside the adapter."""
+    saved = checkpoint.read_plugin_config(source, **hub)
+    if not saved and (Path(source).resolve().parent / TRAINING_STATE_DIR).is_dir():
+        logger.warning(
+            "%s was trained by LeRobot's built-in π₀: its weights are loaded, but the run cannot be resumed, as "
+            "its optimizer counts other parameters (LeRobot says: List length mismatch). Begin a new run with "
+            "--policy.path=%s, or resume with LEROBOT_PI0_TAKEOVER=0",
+            source,
+            source,
+        )
+    if config.use_peft and config.pretrained_path:  # `source` is the base; the run's own file is by its adapter
+        own = checkpoint.read_plugin_config(config.pretrained_path, **hub | {"revision": config.pretrained_revision})
+        saved |= {name: value for name, value in own.items() if name not in ("start", "base")}
+    return saved
+
+
+def _leave_as_saved(config: PI0Config, saved: dict[str, Any], source: str | Path) -> None:
+    """Overrule options that a checkpoint has settled for good, and say so."""
+    vlm = saved.get("vlm_path")
+    if config.vlm_path not in (None, vlm):
+        logger.warning("vlm_path=%s is not read: the VLM's weights are in %s", config.vlm_path, source)
+        config.vlm_path = vlm
+    carried = saved.get("save_tokenizer") is not False
+    if config.save_tokenizer not in (None, carried):
+        logger.warning(
+            "save_tokenizer=%s is not read: LeRobot takes the processors as they are in %s, whose tokenizer %s",
+            config.save_tokenizer,
+            source,
+            "travels with them" if carried else "does not travel",
+        )
+        config.save_tokenizer = carried
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
