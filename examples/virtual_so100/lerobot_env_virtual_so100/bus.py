@@ -1,0 +1,317 @@
+"""An arm's servo bus on a pseudo-terminal: Feetech's protocol 0, in a process that nothing else can delay.
+
+Packets to the servos: FF FF id length instruction parameters… checksum; from them the same with an error byte in place
+of the instruction. LeRobot gives a servo 51 ms to answer and never flushes its input: what comes later is taken for the
+answer to its next question. Hence the process, and hence `late` among the faults.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import select
+import signal
+import time
+import tty
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+from .faults import Faults, Line
+from .servo import Servo, Shafts
+
+PING, READ, WRITE, REG_WRITE, ACTION, SYNC_READ, SYNC_WRITE = 1, 2, 3, 4, 5, 0x82, 0x83
+BROADCAST = 254
+_HEADER = b"\xff\xff"
+_PACKET_TIMEOUT = 0.02  # s
+_REGISTERS_LOGGED = {40: "torque", 42: "goal"}
+
+
+def processes() -> multiprocessing.context.BaseContext:
+    """Where the bench's processes come from: a server that has imported the package, and neither threads nor MuJoCo.
+
+    Importing LeRobot takes 10 s, and a GL context does not survive a fork.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([f"{__package__}.bus"])
+    return context
+
+
+def at_once() -> None:
+    """Let the calling process run as soon as it has something to do, where the system allows that.
+
+    Servos and gravity do not wait for a processor.
+    """
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+
+
+def packet(number: int, code: int, parameters: bytes = b"") -> bytes:
+    """A packet to a servo (`code` is the instruction) or from one (its error byte)."""
+    body = bytes([number, len(parameters) + 2, code]) + parameters
+    return _HEADER + body + bytes([~sum(body) & 0xFF])
+
+
+class Receiver:
+    """Cuts what comes over the line into packets."""
+
+    def __init__(self):
+        self._buffer = b""
+        self._last = 0.0
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Whole packets, header to checksum, whose checksum may still be wrong.
+
+        A packet that stops halfway is given up, or a spoilt length would swallow what is sent next.
+        """
+        now = time.monotonic()
+        self._buffer = data if now - self._last > _PACKET_TIMEOUT else self._buffer + data
+        self._last = now
+        while (start := self._buffer.find(_HEADER)) >= 0:
+            self._buffer = self._buffer[start:].lstrip(b"\xff")  # an id is never FF: the last two are the header
+            length = self._buffer[1] if len(self._buffer) > 1 else None
+            if length is None or len(self._buffer) < length + 2:
+                self._buffer = _HEADER + self._buffer
+                return
+            body, self._buffer = self._buffer[: length + 2], self._buffer[length + 2 :]
+            yield _HEADER + body
+        self._buffer = self._buffer[-1:]
+
+
+def intact(raw: bytes) -> bool:
+    """Whether a packet's checksum is right and its length possible."""
+    return len(raw) >= 6 and ~sum(raw[2:-1]) & 0xFF == raw[-1]
+
+
+class Servos:
+    """The servos of one bus: what they do and answer when a packet reaches them."""
+
+    def __init__(self, shafts: Shafts, count: int = 6):
+        self.shafts = shafts
+        self.all = [Servo(i + 1, shafts, i) for i in range(count)]
+        self.silent: set[int] = set()
+
+    def __getitem__(self, number: int) -> Servo:
+        return next(servo for servo in self.all if servo.number == number)
+
+    def _answering(self) -> dict[int, Servo]:
+        return {servo.number: servo for servo in self.all if servo.number not in self.silent}
+
+    def handle(self, number: int, instruction: int, parameters: bytes) -> list[bytes]:
+        """Replies, in the order in which they are sent. Servos that are not there say nothing."""
+        servos = self._answering()
+        if instruction == SYNC_READ:
+            asked = [servos[n] for n in parameters[2:] if n in servos]
+            return [packet(s.number, s.error, s.read(parameters[0], parameters[1])) for s in asked]
+        if instruction == SYNC_WRITE:
+            address, length, rest = parameters[0], parameters[1], parameters[2:]
+            for at in range(0, len(rest), length + 1):
+                if rest[at] in servos:
+                    servos[rest[at]].write(address, rest[at + 1 : at + 1 + length])
+            return []
+        addressed = list(servos.values()) if number == BROADCAST else [servos[n] for n in (number,) if n in servos]
+        replies = [packet(number if number != BROADCAST else s.number, *self._one(s, instruction, parameters))
+                   for s in addressed]  # fmt: skip
+        return replies if number != BROADCAST or instruction == PING else []
+
+    @staticmethod
+    def _one(servo: Servo, instruction: int, parameters: bytes) -> tuple[int, bytes]:
+        """Error byte and data of one servo's reply."""
+        data = b""
+        if instruction == READ:
+            data = servo.read(parameters[0], parameters[1])
+        elif instruction == WRITE:
+            servo.write(parameters[0], parameters[1:])
+        elif instruction == REG_WRITE:
+            servo.stage(parameters[0], parameters[1:])
+        elif instruction == ACTION:
+            servo.act()
+        return servo.error, data
+
+
+class _Port:
+    """The bus's end of the pseudo-terminal, with the faults of the line and the log."""
+
+    def __init__(self, servos: Servos, log: Path | None):
+        self._servos, self._line, self._receiver = servos, Line(Faults()), Receiver()
+        self._master, self._slave = os.openpty()  # the slave stays open here: no hang-up when LeRobot closes it
+        tty.setraw(self._slave)
+        self.name = os.ttyname(self._slave)
+        self._log = None if log is None else log.open("a", buffering=1)
+        self._out: deque[tuple[float, bytes]] = deque()
+        self._faults, self._first_goal, self._due = Faults(), None, False
+
+    def fileno(self) -> int:
+        """For select."""
+        return self._master
+
+    def inject(self, faults: Faults) -> None:
+        """From now on, or `after` the first goal position, these faults and no others."""
+        self._faults, self._line, self._due = faults, Line(Faults()), True
+        self._servos.silent.clear()
+        self._servos.shafts.jammed[:] = 0
+        for servo in self._servos.all:
+            servo.voltage_error = False
+        self._arm_faults()
+
+    def _arm_faults(self) -> None:
+        """Let the faults begin when their time has come."""
+        faults = self._faults
+        if not self._due or (
+            faults.after and (self._first_goal is None or time.monotonic() - self._first_goal < faults.after)
+        ):
+            return
+        self._due, self._line = False, Line(faults)
+        if faults.missing is not None:
+            self._servos.silent.add(faults.missing)
+        if faults.jammed is not None:
+            self._servos.shafts.jammed[faults.jammed - 1] = 1
+        if faults.voltage is not None:
+            self._servos[faults.voltage].voltage_error = True
+        if faults != Faults():
+            self._write_log(fault="begins", faults=vars(faults))
+
+    def _write_log(self, **entry) -> None:
+        if self._log is not None:
+            self._log.write(json.dumps({"t": time.monotonic(), **entry}) + "\n")
+
+    def receive(self) -> None:
+        """Take what LeRobot sent, and line up the answers."""
+        for raw in self._receiver.feed(os.read(self._master, 4096)):
+            self._arm_faults()
+            raw, fault = self._line.command(raw)
+            if not intact(raw):
+                self._write_log(fault=fault or "bad checksum", packet=raw.hex())
+                continue
+            number, instruction, parameters = raw[2], raw[4], raw[5:-1]
+            self._note(number, instruction, parameters)
+            for reply in self._servos.handle(number, instruction, parameters):
+                self._answer(reply)
+        self.send()
+
+    def _answer(self, reply: bytes) -> None:
+        arriving, delay, fault = self._line.reply(reply)
+        if fault:
+            self._write_log(fault=fault, servo=reply[2])
+        due = max(time.monotonic() + delay, self._out[-1][0] if self._out else 0.0)  # nothing overtakes on a wire
+        self._out.append((due, arriving))
+
+    def send(self) -> None:
+        """Send what is due."""
+        data = b""
+        while self._out and self._out[0][0] <= time.monotonic():
+            data += self._out.popleft()[1]
+        if data:
+            os.write(self._master, data)
+
+    @property
+    def wait(self) -> float | None:
+        """Seconds until something is due; None: nothing is."""
+        return max(0.0, self._out[0][0] - time.monotonic()) if self._out else None
+
+    def _note(self, number: int, instruction: int, parameters: bytes) -> None:
+        """Log goals and torque: {"goal": {id: ticks}} as they were sent, before the servos' limits."""
+        if self._log is None and self._first_goal is not None:
+            return
+        writes: dict[int, bytes] = {}
+        if instruction == SYNC_WRITE:
+            length, rest = parameters[1], parameters[2:]
+            writes = {rest[at]: rest[at + 1 : at + 1 + length] for at in range(0, len(rest), length + 1)}
+        elif instruction in (WRITE, REG_WRITE):
+            writes = {number: parameters[1:]}
+        name = _REGISTERS_LOGGED.get(parameters[0]) if writes else None
+        if name is None:
+            return
+        if name == "goal" and self._first_goal is None:
+            self._first_goal = time.monotonic()
+        self._write_log(**{name: {n: int.from_bytes(data, "little") for n, data in writes.items()}})
+
+    def close(self) -> None:
+        """Hang up."""
+        os.close(self._master)
+        os.close(self._slave)
+
+
+def serve(pipe, shafts: Shafts, log: Path | None) -> None:
+    """Main function of a bus's process: serve the port until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # control-C is for the command at the other end
+    at_once()
+    servos = Servos(shafts)
+    port = _Port(servos, log)
+    pipe.send(port.name)
+    orders = {
+        "inject": port.inject,
+        "registers": lambda number, address, length: servos[number].read(address, length),
+        "program": lambda number, address, data: servos[number].program(address, data),
+    }
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            ready, _, _ = select.select([port, pipe], [], [], port.wait)
+            if port in ready:
+                port.receive()
+            port.send()
+            if pipe in ready:
+                order, arguments = pipe.recv()
+                if order == "close":
+                    break
+                pipe.send(orders[order](*arguments))
+    port.close()
+
+
+class VirtualBus:
+    """One arm's bus, seen from outside: `port` is what `--robot.port` or `--teleop.port` takes.
+
+    Use it as a context manager; the process also ends with the one that made it.
+    """
+
+    def __init__(self, shafts: Shafts | None = None, log: Path | None = None, link: Path | None = None):
+        """`shafts` are allocated unless given; goals, torque and faults go to the file `log`; `link` names the port."""
+        context = processes()
+        self.shafts = shafts or Shafts.allocate(context)
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, self.shafts, log), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.port, self._link = self._pipe.recv(), link
+        if link is not None:
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.unlink(missing_ok=True)
+            link.symlink_to(self.port)
+            self.port = str(link)
+
+    def _order(self, order: str, *arguments):
+        self._pipe.send((order, arguments))
+        return self._pipe.recv()
+
+    def inject(self, faults: Faults) -> None:
+        """These faults from now on; `Faults()` mends everything."""
+        self._order("inject", faults)
+
+    def registers(self, number: int, address: int, length: int = 1) -> bytes:
+        """What stands in a servo's memory."""
+        return self._order("registers", number, address, length)
+
+    def program(self, number: int, address: int, data: bytes) -> None:
+        """Change a servo's memory behind the bus, read-only registers too: another model, another firmware."""
+        self._order("program", number, address, data)
+
+    def calibrate(self, registers: dict[int, dict[int, bytes]]) -> None:
+        """Program {id: {address: bytes}}, such as `calibration.registers`."""
+        for number, entries in registers.items():
+            for address, data in entries.items():
+                self.program(number, address, data)
+
+    def close(self) -> None:
+        """End the process."""
+        with contextlib.suppress(OSError):  # it may have died
+            self._pipe.send(("close", ()))
+        self._process.join(timeout=5)
+        self._pipe.close()
+        if self._link is not None:
+            self._link.unlink(missing_ok=True)
+
+    def __enter__(self) -> "VirtualBus":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
