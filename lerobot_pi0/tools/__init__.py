@@ -1,23 +1,27 @@
 """The command `lerobot-pi0`: one verb a file.
 
 A verb is a module of this package with a dataclass `Options`, whose comments are the help text, and a function
-`run(options)`. It gets a line in `VERBS`.
+`run(options)`, whose result is the exit status where it is an int. It gets a line in `VERBS`.
 """
 
 import importlib
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
 
 import draccus
 from draccus.utils import DecodingError
+from lerobot.configs import PreTrainedConfig, parser
 from lerobot.utils.utils import init_logging
 
-from ..checkpoint import CheckpointError
+from ..checkpoint import CheckpointError, check_config
 
 logger = logging.getLogger(__name__)
 
 VERBS = {
+    "show": "what a checkpoint is, what it was trained on, what it expects, who can load it",
     "convert": "openpi's checkpoints (JAX or PyTorch) to a LeRobot checkpoint",
 }
 
@@ -37,6 +41,26 @@ def usage() -> str:
     )
 
 
+def parse(options: type, args: list[str], prog: str) -> Any:
+    """The options of a verb, written as LeRobot's commands take them.
+
+    `--policy.path` fills the field `policy` from a checkpoint, as it does there; a flag may stand without `=true`.
+
+    Raises:
+        DecodingError: an option has no such value.
+        ToolError: there is no such checkpoint.
+    """
+    flags = {f"--{field.name}" for field in fields(options) if field.type is bool}
+    args = [f"{arg}=true" if arg in flags else arg for arg in args]
+    path = parser.get_path_arg("policy", args)
+    parsed = draccus.parse(options, args=parser.filter_path_args("policy", args), prog=prog)
+    if path is not None:
+        check_config(path)
+        parsed.policy = PreTrainedConfig.from_pretrained(path, cli_overrides=parser.get_cli_overrides("policy", args))
+        parsed.policy.pretrained_path = path
+    return parsed
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run a verb. Returns the exit status: 0, 1 for an error that was explained, 2 for a wrong command line."""
     verb, *rest = [*(sys.argv[1:] if args is None else args)] or ["--help"]
@@ -48,14 +72,21 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2
     init_logging()
     module = importlib.import_module(f"{__name__}.{verb.replace('-', '_')}")
+    if {"-h", "--help"} & {*rest}:
+        print(module.__doc__)
+        parser.print_scoped_help(module.Options, rest)  # draccus' own lists the options of every policy and robot
+        return 0
     try:
-        options = draccus.parse(module.Options, args=rest, prog=f"lerobot-pi0 {verb}")
+        options = parse(module.Options, rest, prog=f"lerobot-pi0 {verb}")
     except DecodingError as error:
         print(f"lerobot-pi0 {verb}: {error}; --help lists the options", file=sys.stderr)
         return 2
-    try:
-        module.run(options)
     except (CheckpointError, ToolError) as error:
         logger.error("%s: %s", type(error).__name__, error)
         return 1
-    return 0
+    try:
+        status = module.run(options)
+    except (CheckpointError, ToolError) as error:
+        logger.error("%s: %s", type(error).__name__, error)
+        return 1
+    return status if isinstance(status, int) else 0
