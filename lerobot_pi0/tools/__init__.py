@@ -16,11 +16,12 @@ from draccus.utils import DecodingError
 from lerobot.configs import PreTrainedConfig, parser
 from lerobot.utils.utils import init_logging
 
-from ..checkpoint import CheckpointError, check_config
+from ..checkpoint import CheckpointError, read_config
 
 logger = logging.getLogger(__name__)
 
 VERBS = {
+    "check": "does a dataset suit a policy, and a robot? Asked before training",
     "show": "what a checkpoint is, what it was trained on, what it expects, who can load it",
     "convert": "openpi's checkpoints (JAX or PyTorch) to a LeRobot checkpoint",
 }
@@ -53,9 +54,9 @@ def parse(options: type, args: list[str], prog: str) -> Any:
     flags = {f"--{field.name}" for field in fields(options) if field.type is bool}
     args = [f"{arg}=true" if arg in flags else arg for arg in args]
     path = parser.get_path_arg("policy", args)
-    parsed = draccus.parse(options, args=parser.filter_path_args("policy", args), prog=prog)
+    parsed: Any = draccus.parse(options, args=parser.filter_path_args("policy", args), prog=prog)
     if path is not None:
-        check_config(path)
+        read_config(path)  # says what is wrong, where LeRobot's own parser raises what it likes
         parsed.policy = PreTrainedConfig.from_pretrained(path, cli_overrides=parser.get_cli_overrides("policy", args))
         parsed.policy.pretrained_path = path
     return parsed
@@ -78,12 +79,12 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     try:
         options = parse(module.Options, rest, prog=f"lerobot-pi0 {verb}")
-    except DecodingError as error:
-        print(f"lerobot-pi0 {verb}: {error}; --help lists the options", file=sys.stderr)
-        return 2
     except (CheckpointError, ToolError) as error:
         logger.error("%s: %s", type(error).__name__, error)
         return 1
+    except (DecodingError, ValueError) as error:  # ValueError: what the policy's options say about themselves
+        print(f"lerobot-pi0 {verb}: {error}; --help lists the options", file=sys.stderr)
+        return 2
     try:
         status = module.run(options)
     except (CheckpointError, ToolError) as error:

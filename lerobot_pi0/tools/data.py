@@ -1,0 +1,107 @@
+"""A LeRobotDataset as the verbs read it.
+
+Axes: N frames, D dims of state or action.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from lerobot.configs import PreTrainedConfig
+from lerobot.datasets import LeRobotDataset
+from lerobot.utils.constants import ACTION, OBS_STATE
+
+from ..configuration_pi0 import PI0Config
+from . import ToolError
+
+
+@dataclass
+class DatasetOptions:
+    """Which dataset."""
+
+    # Hub id of the dataset; any name where `root` says where it is.
+    repo_id: str
+    # Folder of the dataset; by default where LeRobot keeps its datasets.
+    root: str | None = None
+    # A branch, tag or commit on the Hub.
+    revision: str | None = None
+    # Numbers of the episodes to look at.
+    episodes: list[int] | None = None
+
+
+class Columns(NamedTuple):
+    """What a dataset holds beside images, in the order of its frames."""
+
+    state_ND: np.ndarray
+    action_ND: np.ndarray
+    timestamp: np.ndarray
+    episode: np.ndarray
+    frame: np.ndarray
+    task: np.ndarray
+
+
+def open_dataset(options: DatasetOptions, **kwargs: Any) -> LeRobotDataset:
+    """A dataset of a folder, of LeRobot's own place, or of the Hub.
+
+    Raises:
+        ToolError: it cannot be had, or holds no state or no actions.
+    """
+    try:
+        dataset = LeRobotDataset(
+            options.repo_id, root=options.root, episodes=options.episodes, revision=options.revision, **kwargs
+        )
+    except Exception as error:  # what it raises depends on which of its files is not there
+        where = options.root or "LeRobot's datasets and the Hub"
+        raise ToolError(
+            f"the dataset {options.repo_id} cannot be read from {where} ({type(error).__name__}: {error}). Without a "
+            "network, name its folder: --dataset.root=FOLDER, the one that holds `meta` and `data`"
+        ) from error
+    if missing := [key for key in (OBS_STATE, ACTION) if key not in dataset.meta.features]:
+        raise ToolError(f"{options.repo_id} has no {' and no '.join(missing)}, which π₀ learns from")
+    return dataset
+
+
+def read_columns(dataset: LeRobotDataset) -> Columns:
+    """State, actions and bookkeeping of all its episodes, float64 and int64; no image is decoded."""
+    names = {
+        "state_ND": OBS_STATE,
+        "action_ND": ACTION,
+        "timestamp": "timestamp",
+        "episode": "episode_index",
+        "frame": "frame_index",
+        "task": "task_index",
+    }
+    table = dataset.hf_dataset.with_format("numpy").select_columns(list(names.values()))[:]
+    arrays = {field: np.asarray(table[column]) for field, column in names.items()}
+    frames = len(arrays["episode"])
+    for field in ("state_ND", "action_ND"):
+        arrays[field] = arrays[field].reshape(frames, -1).astype(np.float64)
+    return Columns(**arrays)
+
+
+def need_pi0(policy: PreTrainedConfig | None) -> PI0Config:
+    """The policy's config.
+
+    Raises:
+        ToolError: none was given, or another policy's.
+    """
+    if policy is None:
+        raise ToolError("no policy: give --policy.path=CHECKPOINT, or --policy.type=pi0 for one that is yet to be made")
+    if not isinstance(policy, PI0Config):
+        raise ToolError(f"--policy.type={policy.type} is another policy; this command knows pi0 alone")
+    return policy
+
+
+def dim_names(dataset: LeRobotDataset, key: str) -> list[str]:
+    """Names of the dims of state or actions, in order; numbers where the dataset has no names."""
+    feature = dataset.meta.features[key]
+    names = feature.get("names")
+    if isinstance(names, dict):  # datasets of before LeRobot 0.4: {"motors": [...]}
+        names = [name for group in names.values() for name in group]
+    return [str(name) for name in names] if names else [f"{key}[{i}]" for i in range(int(np.prod(feature["shape"])))]
+
+
+def some(items: list[Any], most: int = 5) -> str:
+    """A few of many, for a message."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(map(str, items[:most])) + more
