@@ -50,6 +50,11 @@ class PI0Config(BuiltinPI0Config):
     # Write only the trained weights, and which checkpoint the frozen ones come from. None means False.
     save_expert_only: bool | None = None
 
+    # Safety on hardware: at most this far from the measured joints, in the robot's units. None or inf bounds nothing.
+    max_action_step: float | None = None
+    # Safety on hardware: within the range of the data, widened by this part of it. None or inf bounds nothing.
+    action_range_margin: float | None = None
+
     # No option: optimiser steps so far. It is here because of adapters, with which LeRobot saves a config alone.
     updates = 0
 
@@ -82,6 +87,10 @@ class PI0Config(BuiltinPI0Config):
                 raise ValueError(f"{name}={getattr(self, name)} has to be at least 1")
         if self.flow_samples is not None and self.flow_samples < 1:
             raise ValueError(f"flow_samples={self.flow_samples} has to be at least 1")
+        if self.max_action_step is not None and not self.max_action_step > 0:
+            raise ValueError(f"max_action_step={self.max_action_step} has to be more than 0, or inf for no bound")
+        if self.action_range_margin is not None and not self.action_range_margin >= 0:
+            raise ValueError(f"action_range_margin={self.action_range_margin} has to be 0 or more, or inf for no bound")
 
     def architecture(self) -> Architecture:
         """Shapes of the network.

@@ -6,7 +6,8 @@ Axes: B batch, K flow samples, T steps of a chunk, A action dims.
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import ACTION, OBS_STATE, TRAINING_STATE_DIR
 from torch import Tensor, nn
 
-from . import checkpoint, flow
+from . import checkpoint, flow, safety
 from .configuration_pi0 import PLUGIN_CONFIG_NAME, PI0Config
 from .model_card import make_card
 from .network import PI0
@@ -68,6 +69,7 @@ class PI0Policy(PreTrainedPolicy):
         dataset_meta: Any,
         saved: dict[str, Any],
         pretrained: bool,
+        statistics: Callable[[], safety.Statistics | None] = lambda: None,
     ) -> None:
         """Everything but the weights: the network is on the `meta` device, in its final dtypes."""
         if not isinstance(config, PI0Config):
@@ -78,6 +80,7 @@ class PI0Policy(PreTrainedPolicy):
         stats = dataset_stats if dataset_stats is not None else getattr(dataset_meta, "stats", None)
         if dataset_stats is not None or dataset_meta is not None:
             check_statistics(config, stats)
+        self._bounds = safety.make_bounds(config, statistics if stats is None else lambda: stats)
         with torch.device("meta"):
             self.model = PI0(config.architecture(), config.image_size)
         self._freeze()
@@ -158,7 +161,11 @@ class PI0Policy(PreTrainedPolicy):
             _leave_as_saved(config, saved, source)
         base = saved.get("base")
         policy = cls.__new__(cls)
-        policy._build(config, dataset_stats, dataset_meta, saved, pretrained=True)  # type: ignore[arg-type]
+        processors = (source, hub)
+        if config.use_peft and config.pretrained_path:
+            processors = config.pretrained_path, hub | {"revision": config.pretrained_revision}
+        statistics = partial(safety.read_statistics, processors[0], **processors[1])
+        policy._build(config, dataset_stats, dataset_meta, saved, True, statistics)  # type: ignore[arg-type]
         policy._lent = checkpoint.load_weights(policy, source, torch.device(config.device), strict, base, **hub)
         policy._base = base or checkpoint.base_of(source, **hub)
         if not saved or not Path(source).is_dir():  # our own folders know what their run began with
@@ -337,7 +344,7 @@ class PI0Policy(PreTrainedPolicy):
                 "π₀ produced actions that are not finite, so none is returned: check the weights and that the "
                 "statistics of the preprocessor are those of training"
             )
-        return actions
+        return actions if self._bounds is None else self._bounds.chunk(actions, batch[OBS_STATE].to(device))
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
@@ -354,7 +361,8 @@ class PI0Policy(PreTrainedPolicy):
                 f"{len(batch[OBS_STATE])} observations for a chunk that was made for {len(self._queue[0])}: call "
                 "reset() between episodes"
             )
-        return self._queue.popleft()
+        action = self._queue.popleft()
+        return action if self._bounds is None else self._bounds.step(action, batch[OBS_STATE].to(action.device))
 
     def part_sizes(self) -> dict[str, tuple[int, int]]:
         """Per part of the network: how many parameters it has, and how many of them are trained."""

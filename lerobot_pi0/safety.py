@@ -1,0 +1,180 @@
+"""Bounds on actions, for hardware: how far from the measured joints, and how far outside the data.
+
+They are applied by the policy, not by a processor, because a checkpoint's processors are rebuilt from their files,
+where no option of a command arrives: `--policy.max_action_step=5` has to work on a checkpoint that knew nothing of it,
+and a checkpoint with bounds has to load in a LeRobot without this plugin. The policy sees normalised numbers; the
+statistics that turn them into the robot's units are those of the checkpoint's processors, through LeRobot's own steps.
+
+Axes: B batch, T steps of a chunk, A action dims.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from lerobot.configs import NormalizationMode
+from lerobot.lerobot_types import TransitionKey
+from lerobot.processor import NormalizerProcessorStep, RelativeActionsProcessorStep, UnnormalizerProcessorStep
+from lerobot.processor.converters import create_transition
+from lerobot.utils.constants import ACTION, OBS_STATE, POLICY_PREPROCESSOR_DEFAULT_NAME
+from safetensors.torch import load_file
+from torch import Tensor
+
+from . import checkpoint
+from .configuration_pi0 import PI0Config
+
+logger = logging.getLogger(__name__)
+
+Statistics = Mapping[str, Mapping[str, Any]]
+
+SECONDS_BETWEEN_WARNINGS = 1.0
+"""Bounds that act at every tick of a control loop are told of once a second."""
+
+
+def make_bounds(config: PI0Config, statistics: Callable[[], Statistics | None]) -> "ActionBounds | None":
+    """The bounds that the options ask for; None if they ask for none.
+
+    Args:
+        statistics: where to get them; not called if nothing is asked for.
+
+    Raises:
+        ValueError: they cannot be had, or the bounds make no sense with these features.
+    """
+    if all(x in (None, math.inf) for x in (config.max_action_step, config.action_range_margin)):
+        return None
+    return ActionBounds(config, statistics() or {})
+
+
+def read_statistics(source: Any, **hub: Any) -> Statistics:
+    """Statistics that a checkpoint's preprocessor normalises with; empty if it has none.
+
+    Raises:
+        CheckpointError: a file is not there or broken.
+    """
+    file = checkpoint.hub_or_local(source, f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json", **hub)
+    steps = checkpoint.read_json(file).get("steps", []) if file is not None else []
+    names = [step.get("state_file") for step in steps if step.get("registry_name") == "normalizer_processor"]
+    file = checkpoint.hub_or_local(source, names[0], **hub) if names and names[0] else None
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, value in (load_file(file) if file is not None else {}).items():
+        key, _, statistic = name.rpartition(".")
+        found.setdefault(key, {})[statistic] = value
+    return found
+
+
+class ActionBounds:
+    """Keeps normalised actions within bounds that are meant in the robot's units, and says when it does."""
+
+    def __init__(self, config: PI0Config, stats: Statistics) -> None:
+        self.config = config
+        features = {**config.input_features, **config.output_features}
+        features = {key: x for key, x in features.items() if key in (OBS_STATE, ACTION)}
+        modes = {features[key].type: config.normalization_mapping[features[key].type.value] for key in features}
+        wanted = {key: {k: torch.as_tensor(v) for k, v in stats[key].items()} for key in features if key in stats}
+        self._check(features, modes, wanted)
+        self._to_units = UnnormalizerProcessorStep(features, modes, wanted)
+        self._normalise = NormalizerProcessorStep(features, modes, wanted)
+        dims = features[ACTION].shape[0]
+        self.names = (config.action_feature_names or [f"{ACTION}[{i}]" for i in range(dims)])[:dims]
+        relative = RelativeActionsProcessorStep(
+            config.use_relative_actions, config.relative_exclude_joints, config.action_feature_names
+        )
+        self._relative = torch.tensor(relative._build_mask(dims)) & config.use_relative_actions
+        if config.action_range_margin is not None:
+            low, high = (wanted[ACTION][name].double() for name in ("min", "max"))
+            self._range = torch.stack([low, high]) + torch.tensor([[-1], [1]]) * config.action_range_margin * (
+                high - low
+            )
+        if config.max_action_step is not None:
+            self._check_round_trip(dims, config.max_action_step)
+        self._acted: dict[str, list[Tensor]] = {}
+        self._last_warning = -SECONDS_BETWEEN_WARNINGS
+
+    def _check(self, features: dict[str, Any], modes: dict[Any, NormalizationMode], stats: Statistics) -> None:
+        """Raises ValueError where a bound could not be kept."""
+        asked = "max_action_step and action_range_margin"
+        normalised = {key for key in features if modes[features[key].type] is not NormalizationMode.IDENTITY}
+        if missing := sorted((normalised | {ACTION}) - stats.keys()):
+            raise ValueError(
+                f"{asked} are in the robot's units, but the policy has no statistics of {', '.join(missing)}: load a "
+                "checkpoint with its processors, or leave the bounds away"
+            )
+        if self.config.action_range_margin is not None and not {"min", "max"} <= stats[ACTION].keys():
+            raise ValueError(
+                "action_range_margin needs the data's min and max, which these statistics do not hold: recompute them "
+                "(lerobot-edit-dataset --operation.type=recompute_stats) and train, or use max_action_step alone"
+            )
+        state, action = features.get(OBS_STATE), features[ACTION]
+        if self.config.max_action_step is not None and (state is None or state.shape != action.shape):
+            raise ValueError(
+                f"max_action_step compares actions with measured joints, but actions have {action.shape} dims and the "
+                f"state {None if state is None else state.shape}: use action_range_margin alone"
+            )
+
+    def _check_round_trip(self, dims: int, most: float) -> None:
+        """Raises ValueError for joints whose bounded action does not come out of the postprocessor as it was meant."""
+        probe = self._units(self._to_units, torch.zeros(1, dims)) + most
+        lost = (self._units(self._to_units, self._units(self._normalise, probe)) - probe).abs()[0] > 1e-3 * most
+        if lost.any():
+            fixed = ", ".join(name for name, x in zip(self.names, lost, strict=True) if x)
+            raise ValueError(
+                f"max_action_step cannot hold {fixed}, which never moved in the data: whatever the policy says, the "
+                "processors send the one value they know. Use the robot's own limit (max_relative_target), or "
+                "action_range_margin alone"
+            )
+
+    def step(self, action_BA: Tensor, state_BA: Tensor) -> Tensor:
+        """One action that is about to be executed, bounded by where the joints are now; all are normalised."""
+        return self.chunk(action_BA[:, None], state_BA)[:, 0]
+
+    def chunk(self, actions_BTA: Tensor, state_BA: Tensor) -> Tensor:
+        """A chunk, bounded by where the joints are now and then each action by the one before; all are normalised.
+
+        The range of the data comes first and the measured joints have the last word: an arm that stands outside of the
+        data moves into it slowly.
+        """
+        wanted = self._units(self._to_units, actions_BTA)
+        bounded = wanted
+        if self.config.action_range_margin is not None:
+            low, high = self._range.to(wanted.device)
+            bounded = torch.minimum(torch.maximum(bounded, low), high)
+            self._note("action_range_margin", wanted - bounded)
+        if (most := self.config.max_action_step) is not None:
+            in_range = bounded
+            before = self._units(self._to_units, state_BA, observed=True)
+            offset, steps = before * self._relative.to(wanted.device), []
+            for action in in_range.unbind(dim=1):
+                target = torch.minimum(torch.maximum(action + offset, before - most), before + most)
+                steps.append(target - offset)
+                before = target
+            bounded = torch.stack(steps, dim=1)
+            self._note("max_action_step", in_range - bounded)
+        self._warn()
+        changed = (bounded - wanted).abs() > 1e-6
+        return torch.where(changed, self._units(self._normalise, bounded).to(actions_BTA.dtype), actions_BTA)
+
+    def _units(self, step: Any, x: Tensor, observed: bool = False) -> Tensor:
+        """Through LeRobot's (un)normalisation, in float64, which adds nothing to what is compared."""
+        if observed:
+            made = step(create_transition(observation={OBS_STATE: x.double()}))
+            return made[TransitionKey.OBSERVATION][OBS_STATE].double()
+        return step(create_transition(action=x.double()))[TransitionKey.ACTION].double()
+
+    def _note(self, option: str, cut_BTA: Tensor) -> None:
+        if bool((cut_BTA.abs() > 1e-6).any()):
+            self._acted.setdefault(option, []).append(cut_BTA.abs().flatten(0, -2).cpu())
+
+    def _warn(self) -> None:
+        """Tell, by joint, what was cut off since the last time."""
+        if not self._acted or time.monotonic() - self._last_warning < SECONDS_BETWEEN_WARNINGS:
+            return
+        for option, cuts in self._acted.items():
+            cut_NA = torch.cat(cuts)
+            worst, at = cut_NA.amax(dim=0), (cut_NA > 1e-6).sum(dim=0)
+            joints = [f"{n} {k} times, by up to {x:.3g}" for n, k, x in zip(self.names, at, worst, strict=True) if k]
+            logger.warning("%s=%g bounds actions: %s", option, getattr(self.config, option), "; ".join(joints))
+        self._acted.clear()
+        self._last_warning = time.monotonic()
