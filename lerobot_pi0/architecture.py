@@ -19,7 +19,11 @@ class Gemma:
 
 @dataclass(frozen=True)
 class Vision:
-    """A SigLIP vision tower; `image_size` is the side in pixels that the preset is meant for."""
+    """A SigLIP vision tower; `image_size` is the side in pixels that the preset is meant for.
+
+    `stem`: channels of the convolutions that make the patches of small towers, each but the first with stride 2;
+    () for SigLIP's own single one.
+    """
 
     width: int
     depth: int
@@ -27,6 +31,7 @@ class Vision:
     heads: int
     patch_size: int
     image_size: int
+    stem: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ PALIGEMMA_PRESETS = {
     "gemma_2b": PaliGemma(SO400M, GEMMA_2B, PALIGEMMA_VOCAB),
     "gemma_300m": PaliGemma(SO400M, GEMMA_300M, PALIGEMMA_VOCAB),
     "tiny": PaliGemma(
-        Vision(width=128, depth=2, mlp_dim=256, heads=4, patch_size=8, image_size=64),
+        Vision(width=128, depth=2, mlp_dim=256, heads=4, patch_size=16, image_size=64, stem=(48, 64)),
         Gemma(width=128, depth=3, mlp_dim=256, heads=4, head_dim=32),
         BYTE_VOCAB,
     ),

@@ -22,6 +22,9 @@ from .architecture import Architecture
 from .gemma import Gemma, KeysValues, RMSNorm, additive_mask
 from .vision import image_tokens, initialise, vision_tower
 
+SHARPNESS, LOUDNESS = 3.0, 2.0
+"""How many times larger than unit variance asks queries and the output of attention are begun."""
+
 
 class Observation(NamedTuple):
     """What the network sees: only cameras that exist, no padding beyond the longest prompt."""
@@ -131,6 +134,8 @@ class PI0(nn.Module):
     def initialise(self) -> None:
         """Random weights: every layer keeps unit variance (LeCun normal), norms are the identity.
 
+        Attention is begun sharp and loud (`SHARPNESS`, `LOUDNESS`): from the even, faint mean over a hundred tokens
+        that unit variance gives, a small network takes far longer to learn which token matters (docs/learning.md).
         What is still on the `meta` device is left there: a checkpoint will fill it.
         """
         for module in self.modules():
@@ -140,6 +145,9 @@ class PI0(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, RMSNorm):
                 nn.init.zeros_(module.weight)
+        for layer in (*self.vlm.layers, *self.expert.layers):
+            layer.self_attn.q_proj.weight.mul_(SHARPNESS)
+            layer.self_attn.o_proj.weight.mul_(LOUDNESS)
         nn.init.normal_(self.vlm.embed_tokens.weight, std=1 / math.sqrt(self.vlm.cfg.width))
         initialise(self.vision)
 

@@ -6,11 +6,41 @@ Axes: N images (cameras of all samples), C channels, P patches, W width of the V
 import math
 
 import torch
+import torch.nn.functional as F  # noqa: N812
+from einops import rearrange
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from .architecture import Vision
 from .linear import use_linear
+
+
+class ConvolutionalStem(nn.Module):
+    """Patches through several convolutions in place of one; what small towers begin with.
+
+    One linear map of 16 x 16 pixels tells little about where in it a thing is, and the two layers of a small tower
+    have no room to make up for it (measured in docs/learning.md; Xiao et al. 2021, arXiv 2106.14881). Pictures are
+    brought to zero mean and unit variance, since what differs between patches is small beside what they share.
+    """
+
+    def __init__(self, cfg: Vision) -> None:
+        super().__init__()
+        first, *rest = cfg.stem
+        stride = cfg.patch_size // 2 ** len(cfg.stem)
+        layers: list[nn.Module] = [nn.Conv2d(3, first, stride, stride)]
+        for before, after in zip(cfg.stem, [*rest, cfg.width], strict=True):
+            layers += [nn.SiLU(), nn.Conv2d(before, after, 3, stride=2, padding=1)]
+        self.layers = nn.Sequential(*layers)
+        self.norm = nn.LayerNorm(cfg.width)
+
+    @property
+    def weight(self) -> Tensor:
+        """SigLIP asks its patch embedding for the dtype of its weights."""
+        return self.layers[0].weight  # type: ignore[return-value]
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        x = self.layers(F.instance_norm(images_NCHW))
+        return rearrange(self.norm(rearrange(x, "n c h w -> n h w c")), "n h w c -> n c h w")
 
 
 def vision_tower(cfg: Vision, image_size: int) -> SiglipVisionModel:
@@ -33,6 +63,8 @@ def vision_tower(cfg: Vision, image_size: int) -> SiglipVisionModel:
         attn_implementation="sdpa",
     )
     tower = SiglipVisionModel(siglip)
+    if cfg.stem:
+        tower.vision_model.embeddings.patch_embedding = ConvolutionalStem(cfg)
     use_linear(tower)
     return tower
 
@@ -47,15 +79,16 @@ def sincos_positions(side: int, width: int) -> Tensor:
 
 @torch.no_grad()
 def initialise(tower: SiglipVisionModel) -> None:
-    """Set what the linear layers' common initialisation does not cover: patches, positions, norms."""
+    """Set what the linear layers' common initialisation does not cover: convolutions, positions, norms."""
     embeddings = tower.vision_model.embeddings
-    weight, bias = embeddings.patch_embedding.parameters()
-    nn.init.normal_(weight, std=1 / math.sqrt(weight[0].numel()))
-    nn.init.zeros_(bias)
     side = math.isqrt(embeddings.num_positions)
     embeddings.position_embedding.weight.copy_(sincos_positions(side, embeddings.embed_dim))
     for module in tower.modules():
-        if isinstance(module, nn.LayerNorm):
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, std=1 / math.sqrt(module.weight[0].numel()))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
 

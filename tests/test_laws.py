@@ -19,7 +19,9 @@ from conftest import (
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 
 from lerobot_pi0 import PI0Policy
+from lerobot_pi0.architecture import PALIGEMMA_PRESETS
 from lerobot_pi0.network import Context, block_mask
+from lerobot_pi0.vision import initialise, vision_tower
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("small")
@@ -306,3 +308,19 @@ def test_loss_is_the_squared_error_of_the_velocity():
     torch.nn.init.zeros_(policy.model.action_out_proj.bias)
     expected = (noise[..., :DIMS] - batch[ACTION][:, None]).square()
     torch.testing.assert_close(policy.losses(batch, noise, time), expected)
+
+
+def test_the_small_presets_stem():
+    """Catches a stem whose patches are off the grid that positions are for, or that depends on light and contrast."""
+    torch.manual_seed(0)
+    tower = vision_tower(PALIGEMMA_PRESETS["tiny"].vision, 64)
+    initialise(tower)
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        tokens = tower(images).last_hidden_state
+        assert tokens.shape == (2, 16, 128)
+        torch.testing.assert_close(tower(images * 0.4 - 0.3).last_hidden_state, tokens, rtol=1e-3, atol=1e-3)
+        changed = images.clone()
+        changed[:, :, :16, 48:] = torch.rand(2, 3, 16, 16)  # the patch at the right end of the first row
+        embed = tower.vision_model.embeddings
+        assert ((embed(changed) - embed(images)).norm(dim=-1).argmax(dim=1) == 3).all()

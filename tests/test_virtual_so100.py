@@ -16,11 +16,13 @@ package = pytest.importorskip(
 from lerobot.envs.factory import make_env, make_env_config  # noqa: E402
 from lerobot.envs.utils import NEW_ROLLOUT_OPTION, env_to_policy_features  # noqa: E402
 from lerobot_env_virtual_so100 import constants, record, score  # noqa: E402
-from lerobot_env_virtual_so100.demonstrations import Demonstrator  # noqa: E402
+from lerobot_env_virtual_so100.demonstrations import Demonstrator, cubes_shown  # noqa: E402
 from lerobot_env_virtual_so100.env import VirtualSO100GymEnv  # noqa: E402
 from lerobot_env_virtual_so100.experts import make_expert  # noqa: E402
 from lerobot_env_virtual_so100.tasks import make_task  # noqa: E402
 
+SCENES = (0, 1)
+EPISODES = sum(len(cubes_shown("reach", "train", seed)) for seed in SCENES)
 DELTAS = {"action": [step / constants.FPS for step in range(50)]}
 
 
@@ -28,7 +30,7 @@ DELTAS = {"action": [step / constants.FPS for step in range(50)]}
 def dataset_root(tmp_path_factory):
     """Two scenes of reach, written as two workers do it and joined (in this process: starting two takes long)."""
     root = tmp_path_factory.mktemp("data") / "reach"
-    config = record.RecordConfig(root=root, episodes=6, workers=2)
+    config = record.RecordConfig(root=root, episodes=EPISODES, workers=2)
     shards = record._shards(config)
     for shard in shards:
         record.write_shard(config, *shard, lambda _: None)
@@ -193,8 +195,8 @@ def test_dataset_reloads(dataset_root):
 
     dataset = LeRobotDataset("local/virtual_so100", root=dataset_root, delta_timestamps=DELTAS)
     demonstrator = Demonstrator("reach", constants.FPS, 64, "train")
-    episodes = [episode for seed in (0, 1) for episode in demonstrator.scene(seed)]
-    assert (dataset.num_episodes, dataset.num_frames) == (6, sum(len(e.actions) for e in episodes))
+    episodes = [episode for seed in SCENES for episode in demonstrator.scene(seed)]
+    assert (dataset.num_episodes, dataset.num_frames) == (EPISODES, sum(len(e.actions) for e in episodes))
     episode, at = episodes[0], 5
     left = len(episode.actions) - at
     item = dataset[at]
@@ -219,11 +221,13 @@ def test_streaming_gives_the_same_samples(dataset_root):
             torch.testing.assert_close(items[index][key], mapped[index][key])
 
 
-def test_scenes_show_all_instructions_and_replay(dataset_root):
+def test_scenes_show_all_their_instructions_and_replay(dataset_root):
     """One instruction a scene teaches to ignore words; episodes that do not replay show a hidden state."""
     scenes = [json.loads(line) for line in (dataset_root / record.SCENES_FILE).read_text().splitlines()]
-    for seed in (0, 1):
-        assert {s["target"] for s in scenes if s["seed"] == seed} == {"red", "green", "blue"}
+    for seed in SCENES:
+        shown = set(cubes_shown("reach", "train", seed))
+        assert all(s["cubes"].keys() == shown for s in scenes if s["seed"] == seed)
+        assert {s["target"] for s in scenes if s["seed"] == seed} == shown
         assert len({(*s["start_point"], *s["start_noise"]) for s in scenes if s["seed"] == seed}) == 1
     config = score.ScoreConfig(controls=["replay", "mean"], dataset=dataset_root, episodes=4)
     scores = score.score(config)

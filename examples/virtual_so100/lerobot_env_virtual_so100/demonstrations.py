@@ -11,8 +11,32 @@ from .simulation import Simulation
 from .tasks import Layout, make_task, scene_rng
 
 # The disturbance is executed and not recorded: the data shows the way back from where a policy may stray.
-_NOISE_DEGREES, _NOISE_MEMORY, _NOISE_SECONDS = 2.0, 0.7, 1.2
+_NOISE_DEGREES, _NOISE_MEMORY = 2.0, 0.7
+_NOISE_SECONDS = {"reach": 0.3, "pick_place": 1.2}
+# The arm rests before it moves. What it sees then, and nothing but that, tells where it will be told to go: its
+# posture does not, and does soon when it moves. Where such frames are few, a small policy never learns to look.
+_REST_SECONDS = {"reach": 0.6, "pick_place": 0.0}
+# Of scenes of reach, how many show one, two and three cubes: where they are is learned from the first, words from the
+# last.
+_CUBES_SHOWN = (0.15, 0.35, 0.5)
 _ATTEMPTS = 5
+
+
+def _episodes_rng(split: str, seed: int) -> np.random.Generator:
+    return np.random.default_rng([*scene_rng(split, seed).integers(2**31, size=2), 1])
+
+
+def cubes_shown(task: str, split: str, seed: int) -> list[str]:
+    """The cubes on the table of a demonstrated scene, each of which gives an episode.
+
+    A policy that saw one instruction a scene would learn the scene, not the words.
+    """
+    cubes = make_task(task).spec.cubes
+    if len(cubes) == 1:
+        return list(cubes)
+    rng = np.random.default_rng([*scene_rng(split, seed).integers(2**31, size=2), 2])
+    count = rng.choice(len(cubes), p=_CUBES_SHOWN) + 1
+    return [str(colour) for colour in rng.permutation(cubes)[:count]]
 
 
 @dataclass
@@ -33,28 +57,23 @@ class Demonstrator:
         self._task = make_task(task)
         self._sim = Simulation(self._task.spec, fps)
         self._expert = make_expert(task, self._sim, fps)
-        self._max_steps, self._noise_steps = episode_steps(task, fps), round(_NOISE_SECONDS * fps)
+        self._max_steps, self._noise_steps = episode_steps(task, fps), round(_NOISE_SECONDS[task] * fps)
+        self._rest_steps = round(_REST_SECONDS[task] * fps)
         self._image_size, self._split = image_size, split
-
-    @staticmethod
-    def episodes_per_scene(task: str) -> int:
-        """One for each cube: a policy that saw one instruction a scene learns the scene, not the words."""
-        return len(make_task(task).spec.cubes)
 
     def scene(self, seed: int) -> Iterator[Episode]:
         """The episodes of one scene, one for each cube, in an order of its own.
 
-        All start from the same posture: pictures and joints equal, words different. In every fourth scene that is
-        around home, in the others anywhere above the table. Where all episodes start from one place, the posture soon
-        tells which cube is meant, and a policy learns to read the posture in place of words and pictures: with wide
-        starts only those tell, up to the last steps.
+        All start from the same posture: pictures and joints equal, words different. In every second scene that is
+        around home, in the others anywhere above the table, which is what a policy sees when it looks again.
         """
-        rng = np.random.default_rng([*scene_rng(self._split, seed).integers(2**31, size=2), 1])
-        layout = self._task.sample(self._split, seed, wide_start=seed % 4 != 0)
-        for colour in rng.permutation(self._task.spec.cubes):
+        rng = _episodes_rng(self._split, seed)
+        shown = cubes_shown(self._task.name, self._split, seed)
+        layout = self._task.sample(self._split, seed, wide_start=seed % 2 != 0)
+        layout = replace(layout, cubes={colour: layout.cubes[colour] for colour in shown})
+        for colour in rng.permutation(shown):
             phrase = int(rng.integers(len(self._task.phrases)))
-            episode = self._demonstrate(replace(layout, target=str(colour), phrase=phrase), rng)
-            yield episode
+            yield self._demonstrate(replace(layout, target=str(colour), phrase=phrase), rng)
 
     def _demonstrate(self, layout: Layout, rng: np.random.Generator) -> Episode:
         """One successful episode; what fails under its disturbance is tried again with another."""
@@ -74,13 +93,15 @@ class Demonstrator:
         expert.reset(layout.target)
         states, actions, images = [], [], []
         noise = np.zeros(6)
+        rest = sim.arm.hold(sim.arm.state)
         while len(actions) < self._max_steps and not expert.settled:
             states.append(sim.arm.state)
             images.append(sim.images(self._image_size, self._image_size))
-            actions.append(expert.act())
+            moved = len(actions) - self._rest_steps
+            actions.append(rest if moved < 0 else expert.act())
             fresh = rng.normal(0.0, _NOISE_DEGREES, size=6)
             noise = _NOISE_MEMORY * noise + np.sqrt(1 - _NOISE_MEMORY**2) * fresh
-            disturbed = expert.travelling and len(actions) < self._noise_steps
+            disturbed = expert.travelling and 0 <= moved < self._noise_steps
             sim.advance(actions[-1] + noise * disturbed)
             self._task.observe(sim)
         return Episode(

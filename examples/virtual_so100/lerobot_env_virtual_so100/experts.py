@@ -14,7 +14,7 @@ from .scene import CUBE_HALF
 _REACH_CLEARANCE = 0.014  # m above the cube's top: the fingertips, 7 mm below the grasp point, touch nothing
 _REACH_HOVER = 0.055  # m above the cube's top while still aside of it: clear of all cubes
 _DESCEND_INNER, _DESCEND_OUTER = 0.012, 0.06  # m aside of the cube between which height is lost
-_REACH_SPEED = 60.0  # degrees/s
+_REACH_SPEED = 180.0  # degrees/s
 _TRAVEL_RANGE = 0.03  # m aside of the cube
 _ARRIVED = 0.006  # m between the grasp point and where it should be
 _HOLD_SECONDS = 0.2

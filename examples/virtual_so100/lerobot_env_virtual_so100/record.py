@@ -15,7 +15,9 @@ import logging
 import multiprocessing
 import shutil
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import accumulate, count
 from pathlib import Path
 
 import draccus
@@ -37,7 +39,7 @@ class RecordConfig:
     root: Path
     # What is demonstrated: reach or pick_place.
     task: str = "reach"
-    # Number of episodes (rounded up to whole scenes: reach gives 3 a scene, one for each cube).
+    # Number of episodes (rounded up to whole scenes: reach gives one for each cube that a scene shows).
     episodes: int = 600
     # Name of the dataset.
     repo_id: str = "local/virtual_so100"
@@ -117,11 +119,17 @@ def write_shard(config: RecordConfig, root: Path, seeds: range, progress) -> Non
     (root / SCENES_FILE).write_text("".join(json.dumps(scene) + "\n" for scene in scenes))
 
 
+def _episodes(config: RecordConfig, seeds: Iterable[int]) -> Iterator[int]:
+    """How many episodes each scene gives."""
+    from .demonstrations import cubes_shown
+
+    return (len(cubes_shown(config.task, config.split, seed)) for seed in seeds)
+
+
 def _shards(config: RecordConfig) -> list[tuple[Path, range]]:
     """Folder and scenes of each worker: consecutive, so that joined they are in the order of the seeds."""
-    from .demonstrations import Demonstrator
-
-    scenes = -(-config.episodes // Demonstrator.episodes_per_scene(config.task))
+    totals = accumulate(_episodes(config, count(config.seed)))
+    scenes = next(i for i, total in enumerate(totals, start=1) if total >= config.episodes)
     workers = min(config.workers, scenes)
     bounds = [config.seed + scenes * worker // workers for worker in range(workers + 1)]
     folder = config.root.with_name(config.root.name + ".shards")
@@ -165,13 +173,11 @@ def _run_workers(config: RecordConfig, shards: list[tuple[Path, range]], bar: tq
 
 def record(config: RecordConfig) -> None:
     """Write the dataset that the options describe."""
-    from .demonstrations import Demonstrator
-
     _quiet()
     shards = _shards(config)
     folder = shards[0][0].parent
     shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted run
-    total = sum(len(seeds) for _, seeds in shards) * Demonstrator.episodes_per_scene(config.task)
+    total = sum(sum(_episodes(config, seeds)) for _, seeds in shards)
     start = time.perf_counter()
     try:
         with tqdm(total=total, desc="demonstrations", unit="ep") as bar:

@@ -7,6 +7,8 @@ from .arm import Arm
 from .scene import CUBE_HALF, PHYSICS_DT, SceneSpec, build_model, shared_rig
 from .tasks import Layout
 
+_AWAY = 3.0  # m, where no camera sees the cubes that a scene has not
+
 
 class Simulation:
     """Physics of one cell. Reset with a layout, then advance with joint targets."""
@@ -24,7 +26,8 @@ class Simulation:
     def load(self, layout: Layout) -> None:
         """Place cubes and goal as the layout says and the arm, at rest, in its starting posture."""
         mujoco.mj_resetData(self.model, self.data)
-        for colour, (x, y, yaw) in layout.cubes.items():
+        for i, colour in enumerate(self.spec.cubes):
+            x, y, yaw = layout.cubes.get(colour, (_AWAY + i, _AWAY, 0.0))
             quat = (np.cos(yaw / 2), 0.0, 0.0, np.sin(yaw / 2))
             self.data.joint(colour).qpos[:] = (x, y, CUBE_HALF, *quat)
         if layout.goal is not None:

@@ -28,7 +28,7 @@ _WIDE_LOW, _WIDE_HIGH = (0.14, -0.15, 0.075), (0.29, 0.15, 0.18)
 
 @dataclass(frozen=True)
 class Layout:
-    """One scene: poses (x, y, yaw) of the cubes, goal (x, y), start of the arm, and who is meant."""
+    """One scene: poses (x, y, yaw) of the cubes that are there, goal (x, y), start of the arm, and who is meant."""
 
     split: str
     seed: int
@@ -84,7 +84,7 @@ class Reach:
     _SPACING = 0.085
 
     def sample(self, split: str, seed: int, wide_start: bool = False) -> Layout:
-        """Draw the scene of (split, seed)."""
+        """Draw the scene of (split, seed): all three cubes, as evaluation has them."""
         rng = scene_rng(split, seed)
         points = _apart(rng, self._LOW, self._HIGH, len(self.spec.cubes), self._SPACING)
         yaws = rng.uniform(-np.pi / 4, np.pi / 4, size=len(points))
