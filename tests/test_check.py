@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 
 import numpy as np
@@ -41,12 +42,14 @@ def clean_frame(episode: int, i: int) -> dict:
     return pictures | vectors | {"task": f"reach cube {episode % 2}"}
 
 
-def build(root, change=lambda frame, episode, i: frame, frames=lambda episode: FRAMES, names=NAMES, size=64) -> None:
+def build(
+    root, change=lambda frame, episode, i: frame, frames=lambda episode: FRAMES, names=NAMES, size=64, video=False
+) -> None:
     """Record a dataset with LeRobot's own writer, so that its statistics are of what is in it."""
     vector = {"dtype": "float32", "shape": (DIMS,), "names": names}
-    image = {"dtype": "image", "shape": (size, size, 3), "names": ["height", "width", "channels"]}
+    image = {"dtype": "video" if video else "image", "shape": (size, size, 3), "names": ["height", "width", "channels"]}
     columns = {OBS_STATE: vector, ACTION: vector, FRONT: image, LEFT: image}
-    dataset = LeRobotDataset.create("test/checked", fps=FPS, features=columns, root=root, use_videos=False)
+    dataset = LeRobotDataset.create("test/checked", fps=FPS, features=columns, root=root, use_videos=video)
     for episode in range(EPISODES):
         for i in range(frames(episode)):
             dataset.add_frame(change(clean_frame(episode, i), episode, i))
@@ -209,6 +212,16 @@ def test_planted_afterwards(clean, tmp_path, capsys, damage, about, said):
     status, found = findings(capsys, tmp_path / "data", clean / "policy")
     assert said in serious(found).get(about, ""), serious(found)
     assert status == 1
+
+
+def test_video(tmp_path, capsys):
+    """Catches what a codec adds being taken for motion, and a lossy picture for one that stands still."""
+    build(tmp_path / "clean", video=True)
+    status, found = findings(capsys, tmp_path / "clean", "--policy.type=pi0", *SCRATCH)
+    assert (status, serious(found)) == (0, {})
+    build(tmp_path / "hangs", change=picture_of(lambda e, i: min(i, 9) if e == 1 else i), video=True)
+    status, found = findings(capsys, tmp_path / "hangs", "--policy.type=pi0", *SCRATCH)
+    assert status == 1 and re.search("left is frozen .* episode 1 from frame 1[01]$", serious(found)["error images"])
 
 
 SCRATCH = ["--policy.paligemma_variant=tiny", "--policy.action_expert_variant=tiny", "--policy.chunk_size=8",

@@ -21,8 +21,9 @@ from ..checkpoint import CheckpointError, read_config
 logger = logging.getLogger(__name__)
 
 VERBS = {
-    "check": "does a dataset suit a policy, and a robot? Asked before training",
     "show": "what a checkpoint is, what it was trained on, what it expects, who can load it",
+    "check": "does a dataset suit a policy, and a robot? Asked before training",
+    "open-loop": "chunks beside recorded actions, and what the policy reacts to: an HTML report",
     "convert": "openpi's checkpoints (JAX or PyTorch) to a LeRobot checkpoint",
 }
 

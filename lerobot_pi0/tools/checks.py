@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 from lerobot.configs import NormalizationMode
 from lerobot.datasets import LeRobotDataset
 from lerobot.datasets.compute_stats import compute_relative_action_stats
@@ -31,6 +32,10 @@ TOLERANCE_S = 1e-4
 """By how much LeRobot lets a time stamp miss its frame, in seconds."""
 
 DEGREES_PER_RADIAN = 180 / np.pi
+GRID = 32
+STANDING = 0.02
+"""A picture stands still if no cell of a grid of that many by that many changes by more than this, of a range of 1."""
+
 OUTLIER = 10.0
 """A normalised value beyond this is called an outlier."""
 
@@ -55,7 +60,7 @@ class Trained(NamedTuple):
 
 
 class Look(NamedTuple):
-    """What was seen of one camera: size, range, and by how much each frame differs from the one before."""
+    """What was seen of one camera: size, range, and by how much some cell differs from the frame before."""
 
     height_width: tuple[int, int]
     low: float
@@ -245,7 +250,7 @@ def standing_pictures(subject: Subject, key: str, look: Look) -> Iterable[Findin
     if not moving.any():
         return
     lively = np.quantile(look.change[moving], 0.9)
-    same = moving & (look.change <= 0.05 * lively) if lively > 1e-3 else moving
+    same = moving & (look.change <= 0.05 * lively) if lively > STANDING else moving
     episodes, frames = look.episode, look.frame
     hangs = []
     for episode in np.unique(episodes):
@@ -296,11 +301,12 @@ def look_at_images(subject: Subject) -> dict[str, Look]:
             picture = picture / 255 if item[key].dtype == torch.uint8 else picture
             sizes[key] = (picture.shape[-2], picture.shape[-1])
             ranges[key].append((float(picture.min()), float(picture.max())))
+            small = F.adaptive_avg_pool2d(picture[None], GRID)[0]  # which evens out what a video codec adds
             if joined:
                 step = np.abs(columns.state_ND[i] - columns.state_ND[last]) / spread
-                change = float((picture - previous[key]).abs().mean())
+                change = float((small - previous[key]).abs().max())
                 found[key].append((change, int(columns.episode[i]), int(columns.frame[i]), bool(step.max() > 0.05)))
-            previous[key] = picture
+            previous[key] = small
         last = i
     return {key: _look(sizes[key], ranges[key], found[key]) for key in sizes}
 
@@ -402,36 +408,39 @@ def units(subject: Subject) -> Iterable[Finding]:
         pairs.append((ACTION, subject.columns.action_ND))
     for key, values in pairs:
         stats = subject.trained.stats.get(key, {})
-        if "mean" not in stats or array(stats["mean"]).size != values.shape[1]:
-            continue
-        mean, std = array(stats["mean"]), np.maximum(array(stats["std"]), 1e-9)
-        own_mean, own_std = values.mean(axis=0), np.maximum(values.std(axis=0), 1e-9)
-        ratio = own_std / std
-        names = dim_names(subject.dataset, key)
-        for what, factor in (
-            ("degrees where the weights know radians", DEGREES_PER_RADIAN),
-            ("radians where the weights know degrees", 1 / DEGREES_PER_RADIAN),
-        ):
-            if (np.abs(np.log(ratio / factor)) < np.log(1.6)).mean() >= 2 / 3:
-                message = f"{key} looks like {what} (spread × {np.median(ratio):.3g})"
-                yield Finding(WARNING, "units", message, "convert the dataset, or set the robot to the weights' unit")
-                return
-        order = permutation(np.stack([own_mean, own_std], 1) / std.mean(), np.stack([mean, std], 1) / std.mean(), 0.3)
-        if order is not None:
-            moved = [f"{names[i]} like {names[j]}" for i, j in enumerate(order) if i != j]
-            message = f"{key}: joints are distributed as others were in training ({some(moved)})"
-            yield Finding(WARNING, "joints", message, "check the order of the joints")
-            return
-        far = [
-            n for n, m, o, s, r in zip(names, mean, own_mean, std, ratio, strict=True) if abs(o - m) > 5 * s or r > 5
-        ]
-        if far:
-            message = f"{key}: {some(far)} move where the weights were never trained"
-            yield Finding(
-                WARNING, "units", message, "expected for another robot; otherwise check calibration and units"
-            )
-        else:
-            yield Finding(FINE, "units", f"{key} is distributed as in the training of {subject.trained.source}")
+        if "mean" in stats and array(stats["mean"]).size == values.shape[1]:
+            yield compare_distributions(key, values, stats, dim_names(subject.dataset, key), subject.trained.source)
+
+
+def compare_distributions(
+    key: str, values_ND: np.ndarray, stats: dict[str, Any], names: list[str], source: str | None
+) -> Finding:
+    """The first explanation of how far the values are from those that the weights know."""
+    mean, std = array(stats["mean"]), np.maximum(array(stats["std"]), 1e-9)
+    own_mean, own_std = values_ND.mean(axis=0), np.maximum(values_ND.std(axis=0), 1e-9)
+    ratio = own_std / std
+    for what, factor in (
+        ("degrees where the weights know radians", DEGREES_PER_RADIAN),
+        ("radians where the weights know degrees", 1 / DEGREES_PER_RADIAN),
+    ):
+        if are_near(ratio, factor):
+            message = f"{key} looks like {what} (spread × {np.median(ratio):.3g})"
+            return Finding(WARNING, "units", message, "convert the dataset, or set the robot to the weights' unit")
+    order = permutation(np.stack([own_mean, own_std], 1) / std.mean(), np.stack([mean, std], 1) / std.mean(), 0.3)
+    if order is not None:
+        moved = [f"{names[i]} like {names[j]}" for i, j in enumerate(order) if i != j]
+        message = f"{key}: joints are distributed as others were in training ({some(moved)})"
+        return Finding(WARNING, "joints", message, "check the order of the joints")
+    far = [name for i, name in enumerate(names) if abs(own_mean[i] - mean[i]) > 5 * std[i] or ratio[i] > 5]
+    if far:
+        message = f"{key}: {some(far)} move where the weights were never trained"
+        return Finding(WARNING, "units", message, "expected for another robot; otherwise check calibration and units")
+    return Finding(FINE, "units", f"{key} is distributed as in the training of {source}")
+
+
+def are_near(ratios: np.ndarray, factor: float) -> bool:
+    """Whether most joints move so many times as far, which leaves a gripper its own unit."""
+    return bool((np.abs(np.log(ratios / factor)) < np.log(1.6)).mean() >= 2 / 3)
 
 
 def motion(subject: Subject) -> Iterable[Finding]:
@@ -440,7 +449,7 @@ def motion(subject: Subject) -> Iterable[Finding]:
     if state.shape == action.shape:
         ratio = np.maximum(action.std(axis=0), 1e-9) / np.maximum(state.std(axis=0), 1e-9)
         for factor in (DEGREES_PER_RADIAN, 1 / DEGREES_PER_RADIAN):
-            if (np.abs(np.log(ratio / factor)) < np.log(1.6)).mean() >= 2 / 3:
+            if are_near(ratio, factor):
                 message = (
                     f"actions move {np.median(ratio):.3g} times as far as the state: degrees and radians are mixed"
                 )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from lerobot.configs import PreTrainedConfig
-from lerobot.datasets import LeRobotDataset
+from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from ..configuration_pi0 import PI0Config
@@ -40,25 +40,43 @@ class Columns(NamedTuple):
     task: np.ndarray
 
 
+def open_meta(options: DatasetOptions) -> LeRobotDatasetMetadata:
+    """What is known about a dataset without its data.
+
+    Raises:
+        ToolError: it cannot be had, or holds no state or no actions.
+    """
+    try:
+        meta = LeRobotDatasetMetadata(options.repo_id, root=options.root, revision=options.revision)
+    except Exception as error:
+        raise _unreadable(options, error) from error
+    if missing := [key for key in (OBS_STATE, ACTION) if key not in meta.features]:
+        raise ToolError(f"{options.repo_id} has no {' and no '.join(missing)}, which π₀ learns from")
+    return meta
+
+
 def open_dataset(options: DatasetOptions, **kwargs: Any) -> LeRobotDataset:
     """A dataset of a folder, of LeRobot's own place, or of the Hub.
 
     Raises:
         ToolError: it cannot be had, or holds no state or no actions.
     """
+    open_meta(options)
     try:
-        dataset = LeRobotDataset(
+        return LeRobotDataset(
             options.repo_id, root=options.root, episodes=options.episodes, revision=options.revision, **kwargs
         )
-    except Exception as error:  # what it raises depends on which of its files is not there
-        where = options.root or "LeRobot's datasets and the Hub"
-        raise ToolError(
-            f"the dataset {options.repo_id} cannot be read from {where} ({type(error).__name__}: {error}). Without a "
-            "network, name its folder: --dataset.root=FOLDER, the one that holds `meta` and `data`"
-        ) from error
-    if missing := [key for key in (OBS_STATE, ACTION) if key not in dataset.meta.features]:
-        raise ToolError(f"{options.repo_id} has no {' and no '.join(missing)}, which π₀ learns from")
-    return dataset
+    except Exception as error:
+        raise _unreadable(options, error) from error
+
+
+def _unreadable(options: DatasetOptions, error: Exception) -> ToolError:
+    """What LeRobot raises depends on which of the files is not there."""
+    where = options.root or "LeRobot's datasets and the Hub"
+    return ToolError(
+        f"the dataset {options.repo_id} cannot be read from {where} ({type(error).__name__}: {error}). Without a "
+        "network, name its folder: --dataset.root=FOLDER, the one that holds `meta` and `data`"
+    )
 
 
 def read_columns(dataset: LeRobotDataset) -> Columns:
