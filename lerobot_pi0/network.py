@@ -20,6 +20,7 @@ from transformers import SiglipVisionModel
 
 from .architecture import Architecture
 from .gemma import Gemma, KeysValues, RMSNorm, additive_mask
+from .linear import draw_normal
 from .vision import image_tokens, initialise, vision_tower
 
 SHARPNESS, LOUDNESS = 3.0, 2.0
@@ -140,7 +141,7 @@ class PI0(nn.Module):
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
+                draw_normal(module.weight, 1 / math.sqrt(module.in_features))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, RMSNorm):
@@ -148,7 +149,7 @@ class PI0(nn.Module):
         for layer in (*self.vlm.layers, *self.expert.layers):
             layer.self_attn.q_proj.weight.mul_(SHARPNESS)
             layer.self_attn.o_proj.weight.mul_(LOUDNESS)
-        nn.init.normal_(self.vlm.embed_tokens.weight, std=1 / math.sqrt(self.vlm.cfg.width))
+        draw_normal(self.vlm.embed_tokens.weight, 1 / math.sqrt(self.vlm.cfg.width))
         initialise(self.vision)
 
     def prefix(self, obs: Observation) -> tuple[Tensor, Tensor]:

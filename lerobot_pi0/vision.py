@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from .architecture import Vision
-from .linear import use_linear
+from .linear import draw_normal, use_linear
 
 
 class ConvolutionalStem(nn.Module):
@@ -85,7 +85,7 @@ def initialise(tower: SiglipVisionModel) -> None:
     embeddings.position_embedding.weight.copy_(sincos_positions(side, embeddings.embed_dim))
     for module in tower.modules():
         if isinstance(module, nn.Conv2d):
-            nn.init.normal_(module.weight, std=1 / math.sqrt(module.weight[0].numel()))
+            draw_normal(module.weight, 1 / math.sqrt(module.weight[0].numel()))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
