@@ -1,8 +1,8 @@
 """Weights in and out: which files a checkpoint has, which tensor goes where, and what is refused.
 
-A network is built on the `meta` device and each tensor is read straight into its final dtype and device, so
-that loading takes the memory of the model and one tensor, and no weight is ever random by accident. A
-checkpoint is judged by its names, shapes and configuration before any weight is read.
+A network is built on the `meta` device and each tensor is read straight into its final place, dtype and device,
+so that loading takes the memory of the model, and no weight is ever random by accident. A checkpoint is judged by
+its names, shapes and configuration before any weight is read. How bytes are moved is in `streaming.py`.
 """
 
 import contextlib
@@ -30,9 +30,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import streaming
 from .configuration_pi0 import PLUGIN_CONFIG_NAME, PLUGIN_FIELDS, PI0Config
 
 logger = logging.getLogger(__name__)
@@ -90,16 +90,16 @@ DIGESTS = "lerobot_pi0.digests"
 CONFIG_DIGEST = "lerobot_pi0.config"
 """Keys of a safetensors file's metadata: a digest per tensor, as JSON, and one of the config.json written with it."""
 
-FLOATS = {"F64", "F32", "F16", "BF16"}
-
 
 class Stored(NamedTuple):
-    """Where a tensor of a checkpoint lies."""
+    """Where a tensor of a checkpoint lies, and what its file says about it."""
 
     file: Path
     name: str
     shape: tuple[int, ...]
     dtype: str
+    offset: int = 0  # in the file, in bytes
+    digest: str | None = None  # None where the file carries none
 
 
 class Base(NamedTuple):
@@ -324,6 +324,7 @@ def index_tensors(files: Iterable[Path], prefix: str = "") -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for file in files:
         with _opened(file) as opened:
+            digests, offsets = _digests(opened), streaming.data_offsets(file)
             for name in opened.keys():  # noqa: SIM118  it is no mapping
                 part, canonical = opened.get_slice(name), canonical_name(prefix + name)
                 if canonical in found:
@@ -331,7 +332,9 @@ def index_tensors(files: Iterable[Path], prefix: str = "") -> dict[str, Stored]:
                         f"{found[canonical].name} in {found[canonical].file} and {name} in {file} are the same tensor "
                         "of the network: take one of them out"
                     )
-                found[canonical] = Stored(file, name, tuple(part.get_shape()), part.get_dtype())
+                digest = str(digests.get(name)) if digests else None  # "None" is no tensor's
+                shape, dtype = tuple(part.get_shape()), part.get_dtype()
+                found[canonical] = Stored(file, name, shape, dtype, offsets[name], digest)
     head = found.pop(LM_HEAD, None)  # the same matrix as the embedding, and sometimes the only copy
     if head is not None:
         found.setdefault(EMBEDDING, head)
@@ -371,7 +374,7 @@ def load_weights(
 
     Returns:
         Digests, by name, of the weights that a save of the trained ones may leave to the base, as its files hold
-        them; empty if nobody will ask, as it costs a pass.
+        them; empty if nobody will ask, as hashing costs time.
 
     Raises:
         CheckpointError: the checkpoint is not there, broken, or not this network's; `policy` is of no use then.
@@ -384,34 +387,33 @@ def load_weights(
         lent = wanted.keys() - own.keys()
     else:
         lent = {name for name, p in wanted.items() if policy.config.save_expert_only and not p.requires_grad}
-    missing = [name for name in wanted if name not in found]
     judge(source, wanted, found, strict)
+    missing = [name for name in wanted if name not in found]
     for name in missing:
         set_parameter(policy, name, torch.empty_like(wanted[name], device=device))
     if missing:
         policy.model.initialise()
-    digests: dict[str, str] = {}
-    for name, tensor in read_tensors(found, wanted):
-        if name in lent:
-            digests[name] = digest(name, tensor)
-        set_parameter(policy, name, tensor.to(device, wanted[name].dtype, copy=True))
-        del tensor
-    if base is not None and base.digest != digest_of_digests(digests):
+    digests = fill(policy, wanted.keys() - missing, found, device, lent)
+    if base is not None:
+        _check_base(base, digest_of_digests(digests), source)
+    seconds = time.perf_counter() - started
+    logger.info("loaded %d of %s from %s in %.1f s", len(wanted) - len(missing), _summary(wanted), source, seconds)
+    return digests
+
+
+def _check_base(base: Base, digest: str, source: str | Path) -> None:
+    if digest != base.digest:
         raise CorruptCheckpointError(
             f"{source} holds trained weights alone, over the frozen ones of {base.id} (revision {base.revision}); but "
-            f"what is missing in it has the digest {digest_of_digests(digests)} there, not {base.digest}: the base has "
-            "changed since, or weights were taken out"
+            f"what is missing in it has the digest {digest} there, not {base.digest}: the base has changed since, or "
+            "weights were taken out"
         )
-    logger.info(
-        "loaded %d of %d tensors (%.2f B parameters, %s) from %s in %.1f s",
-        len(wanted) - len(missing),
-        len(wanted),
-        sum(p.numel() for p in wanted.values()) / 1e9,
-        " and ".join(sorted({str(p.dtype).removeprefix("torch.") for p in wanted.values()})),
-        source,
-        time.perf_counter() - started,
-    )
-    return digests
+
+
+def _summary(parameters: Mapping[str, Tensor]) -> str:
+    numbers = sum(p.numel() for p in parameters.values()) / 1e9
+    kinds = " and ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters.values()}))
+    return f"{len(parameters)} tensors ({numbers:.2f} B parameters, {kinds})"
 
 
 def load_vlm(policy: Any, source: str, device: torch.device) -> None:
@@ -428,36 +430,71 @@ def load_vlm(policy: Any, source: str, device: torch.device) -> None:
     rows, width = wanted[EMBEDDING].shape
     embedding = found.get(EMBEDDING)
     if embedding is not None and embedding.shape[0] > rows:
-        found[EMBEDDING] = embedding._replace(shape=(rows, *embedding.shape[1:]))
+        found[EMBEDDING] = embedding._replace(shape=(rows, *embedding.shape[1:]), digest=None)  # of all rows
     if report := _differences(wanted, found):
         raise MismatchedCheckpointError(
             f"vlm_path={source} is not the VLM of paligemma_variant={policy.config.paligemma_variant} for images of "
             f"{policy.config.image_size} pixels. {report}. Take PaliGemma 1 of that size in transformers' format, such "
             f"as google/paligemma-3b-pt-224 ({rows} x {width} embeddings or more)"
         )
-    for name, tensor in read_tensors(found, wanted):
-        part = tensor[:rows] if name == EMBEDDING else tensor
-        set_parameter(policy, name, part.to(device, wanted[name].dtype, copy=True))
+    fill(policy, wanted, found, device)
     logger.info("the VLM is %s's (%d tensors, %.1f s)", source, len(wanted), time.perf_counter() - started)
 
 
-def read_tensors(found: dict[str, Stored], names: Container[str]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of these names, one after the other, each judged as it is read.
+def fill(
+    policy: nn.Module,
+    names: Iterable[str],
+    found: Mapping[str, Stored],
+    device: torch.device,
+    lent: Container[str] = (),
+) -> dict[str, str]:
+    """Put these parameters of a policy on the `meta` device into memory, with what the files hold.
+
+    Returns:
+        Digests of those in `lent`, as the files hold them.
 
     Raises:
         CorruptCheckpointError: one is not what was written, or not finite.
     """
-    for file in sorted({stored.file for stored in found.values()}):
-        with _opened(file) as opened:
-            digests = _digests(opened)
-        for name, stored in found.items():
-            if stored.file == file and name in names:
-                # Opened anew each time: pages of a mapped file count as the process's memory until it is closed.
-                with _opened(file) as opened:
-                    tensor = opened.get_tensor(stored.name)
-                    _check_tensor(tensor, stored, digests)
-                    yield name, tensor
-                    del tensor  # here and where it goes, or there are two while the next one is read
+    parameters = dict(policy.named_parameters())
+    targets = {name: streaming.empty(parameters[name].shape, parameters[name].dtype, device) for name in names}
+    digests = read_tensors(targets, found, lent)
+    for name, tensor in targets.items():
+        set_parameter(policy, name, tensor)
+    return digests
+
+
+def read_tensors(
+    targets: Mapping[str, Tensor], found: Mapping[str, Stored], lent: Container[str] = ()
+) -> dict[str, str]:
+    """Read tensors from files into memory that is there already, each judged as it is read; otherwise as `fill`."""
+
+    def read(name: str) -> str:
+        return _read(targets[name], found[name], name if name in lent else None)
+
+    names = sorted(targets, key=lambda name: -targets[name].numel())  # the largest last would leave one thread alone
+    digests = dict(zip(names, streaming.in_threads(read, names), strict=True))
+    return {name: digest for name, digest in digests.items() if name in lent}
+
+
+def _read(target: Tensor, stored: Stored, digest_as: str | None) -> str:
+    """Read one tensor, and return its digest under the name `digest_as`, if there is one."""
+    dtype = streaming.DTYPES[stored.dtype]
+    checked, asked = (streaming.hash_of(name, dtype, stored.shape) for name in (stored.name, digest_as or ""))
+    hashes = [checked] * (stored.digest is not None) + [asked] * (digest_as is not None)
+    try:
+        finite = streaming.read(target, stored.file, stored.offset, dtype, hashes)
+    except OSError as error:
+        raise CorruptCheckpointError(
+            f"{stored.file} cannot be read where {stored.name} is: {error}. Copy or download it again"
+        ) from error
+    if stored.digest not in (None, checked.hexdigest()):
+        raise CorruptCheckpointError(
+            f"{stored.name} in {stored.file} is not what was written (its digest differs): copy or download it again"
+        )
+    if not finite:
+        raise CorruptCheckpointError(f"{stored.name} in {stored.file} holds NaN or infinity: training had diverged")
+    return asked.hexdigest()
 
 
 def _digests(opened: Any) -> dict[str, str]:
@@ -490,7 +527,7 @@ def _differences(wanted: Mapping[str, Tensor], found: dict[str, Stored]) -> str:
 
 
 def _fits(stored: Stored, wanted: Tensor) -> bool:
-    return stored.shape == tuple(wanted.shape) and stored.dtype in FLOATS
+    return stored.shape == tuple(wanted.shape) and stored.dtype in streaming.DTYPES
 
 
 def judge(source: str | Path, wanted: Mapping[str, Tensor], found: dict[str, Stored], strict: bool) -> None:
@@ -515,29 +552,6 @@ def judge(source: str | Path, wanted: Mapping[str, Tensor], found: dict[str, Sto
     logger.warning("%s. strict=False: the missing ones are random", report)
 
 
-def _check_tensor(tensor: Tensor, stored: Stored, digests: dict[str, str]) -> None:
-    """Raises CorruptCheckpointError if the tensor is not what was written."""
-    if digests and digests.get(stored.name) != digest(stored.name, tensor):
-        raise CorruptCheckpointError(
-            f"{stored.name} in {stored.file} is not what was written (its digest differs): copy or download it again"
-        )
-    if not is_finite(tensor):
-        raise CorruptCheckpointError(f"{stored.name} in {stored.file} holds NaN or infinity: training had diverged")
-
-
-def digest(name: str, tensor: Tensor) -> str:
-    """XXH3 of a tensor under its name: finds flipped bytes, swapped tensors and a changed dtype or shape."""
-    hashed = xxhash.xxh3_64(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    if tensor.numel():
-        hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return hashed.hexdigest()
-
-
-def is_finite(x: Tensor) -> bool:
-    """Whether a tensor holds no NaN, no infinity and nothing beyond float32; one pass, no copy (NaN is an extreme)."""
-    return x.numel() == 0 or all(bool(extreme.float().isfinite()) for extreme in x.aminmax())
-
-
 def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
     """Replace a parameter by one of another device or dtype that is trained if the old one was."""
     owner, _, leaf = name.rpartition(".")
@@ -551,10 +565,11 @@ def published_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     The embedding goes under the name of the VLM's head, from which the built-in fills both; the expert's head,
     which nothing reads and the built-in nevertheless demands, is zeros.
     """
-    state = {name: x.detach().contiguous() for name, x in state.items()}
+    state = dict(state)
     embedding = state.pop(EMBEDDING)
     width = len(state[NETWORK + "gemma_expert.model.norm.weight"])
-    return state | {LM_HEAD: embedding, EXPERT_HEAD: torch.zeros(len(embedding), width, dtype=embedding.dtype)}
+    zeros = embedding.new_zeros(()).expand(len(embedding), width)  # one number: they take no memory
+    return state | {LM_HEAD: embedding, EXPERT_HEAD: zeros}
 
 
 def save(folder: Path, configs: dict[str, dict[str, Any]], tensors: dict[str, Tensor]) -> None:
@@ -569,16 +584,14 @@ def save(folder: Path, configs: dict[str, dict[str, Any]], tensors: dict[str, Te
     """
     finish_interrupted_save(folder)  # one that was committed is the old checkpoint
     texts = {name: json.dumps(content, indent=4) + "\n" for name, content in configs.items()}
-    metadata = {
-        "format": "pt",
-        DIGESTS: json.dumps({name: digest(name, x) for name, x in tensors.items()}),
-        CONFIG_DIGEST: xxhash.xxh3_64_hexdigest(texts[CONFIG_NAME].encode()),
-    }
+    metadata = {"format": "pt", CONFIG_DIGEST: xxhash.xxh3_64_hexdigest(texts[CONFIG_NAME].encode())}
     for name in (*texts, SAFETENSORS_SINGLE_FILE):
         (folder / (name + NEW)).unlink(missing_ok=True)  # of an earlier save that was cut off
     for name, text in texts.items():
         _write_whole(folder / (name + NEW), lambda part, text=text: part.write_text(text))
-    _write_whole(folder / (SAFETENSORS_SINGLE_FILE + NEW), lambda part: save_file(tensors, part, metadata=metadata))
+    _write_whole(
+        folder / (SAFETENSORS_SINGLE_FILE + NEW), lambda part: streaming.write(tensors, part, metadata, DIGESTS)
+    )
     (folder / (CONFIG_NAME + NEW)).replace(folder / CONFIG_NAME)
     finish_interrupted_save(folder)
 

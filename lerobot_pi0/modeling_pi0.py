@@ -186,7 +186,7 @@ class PI0Policy(PreTrainedPolicy):
         if self.config.save_expert_only:
             lent, base = self._lent_to(save_directory)
             configs[PLUGIN_CONFIG_NAME]["base"] = base._asdict()
-            tensors = {name: x.detach().contiguous() for name, x in state.items() if name not in lent}
+            tensors = {name: x for name, x in state.items() if name not in lent}
         else:
             tensors = checkpoint.published_state(state)
         checkpoint.save(save_directory, configs, tensors)

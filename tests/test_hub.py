@@ -22,7 +22,8 @@ from test_processor import word_tokenizer
 from test_registration import finish, start
 
 from lerobot_pi0 import PI0Policy
-from lerobot_pi0.checkpoint import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, digest, read_config
+from lerobot_pi0.checkpoint import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, read_config
+from lerobot_pi0.streaming import digest
 
 COMMAND = """
 import sys

@@ -141,8 +141,9 @@ def open_source(options: Options) -> Source:
         ) from error
 
     def tensors(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in checkpoint.read_tensors(found, found):
-            yield name, tensor.to(dtype, copy=True)
+        state = {name: torch.empty(stored.shape, dtype=dtype) for name, stored in found.items()}
+        checkpoint.read_tensors(state, found)
+        yield from state.items()
 
     return Source(root, found, tensors, has_lora=False)
 
