@@ -25,6 +25,7 @@ from torch._subclasses import FakeTensorMode
 import lerobot_pi0.configuration_pi0 as our_configuration
 from lerobot_pi0 import PI0Config, PI0Policy, flow
 from lerobot_pi0.architecture import GEMMA_2B, GEMMA_300M, PALIGEMMA_VOCAB, SO400M, Gemma, PaliGemma, Vision
+from lerobot_pi0.calls import Calls
 from lerobot_pi0.network import PI0
 
 CAMERAS = ("observation.images.front", "observation.images.left", "observation.images.wrist")
@@ -173,8 +174,7 @@ class Ours:
         obs = policy._observe(batch, torch.device("cpu"))
         noise = flow.sample_noise((len(obs.state_BA), 1, CHUNK, policy.config.max_action_dim), torch.device("cpu"))
         with torch.no_grad():
-            context, times = net.context(obs), net.embed_time(flow.euler_times(steps, noise.device))
-            return flow.euler(lambda x, i: net.velocity(x, times[i], context), noise, steps)
+            return Calls().chunk(net, obs, noise, steps=steps)
 
 
 class Builtin:

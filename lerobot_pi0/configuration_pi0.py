@@ -27,6 +27,9 @@ BYTE_TOKENIZER = "bytes"
 """Name of transformers' ByT5 tokenizer, which is made in place: no vocabulary to download."""
 
 DTYPES = ("bfloat16", "float32")
+SOLVERS = ("euler", "midpoint", "heun", "adaptive")
+GUIDANCE = ("vjp", "identity", "trained")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 @dataclass
@@ -49,6 +52,14 @@ class PI0Config(BuiltinPI0Config):
     save_tokenizer: bool | None = None
     # Write only the trained weights, and which checkpoint the frozen ones come from. None means False.
     save_expert_only: bool | None = None
+    # How noise becomes actions: euler, midpoint, heun or adaptive, in num_inference_steps steps. None means euler.
+    solver: str | None = None
+    # Error per step of the adaptive solver, root mean square in units of normalised actions. None means 0.01.
+    solver_tolerance: float | None = None
+    # Real-time chunking: vjp, identity or trained. None takes trained after rtc_training_max_delay, or else identity.
+    rtc_guidance: str | None = None
+    # Train chunks that begin with up to so many known actions, for real-time chunking. None means 0.
+    rtc_training_max_delay: int | None = None
 
     # Safety on hardware: at most this far from the measured joints, in the robot's units. None or inf bounds nothing.
     max_action_step: float | None = None
@@ -91,6 +102,25 @@ class PI0Config(BuiltinPI0Config):
             raise ValueError(f"max_action_step={self.max_action_step} has to be more than 0, or inf for no bound")
         if self.action_range_margin is not None and not self.action_range_margin >= 0:
             raise ValueError(f"action_range_margin={self.action_range_margin} has to be 0 or more, or inf for no bound")
+        self._check_control()
+
+    def _check_control(self) -> None:
+        for name, known in (("solver", SOLVERS), ("rtc_guidance", GUIDANCE), ("compile_mode", COMPILE_MODES)):
+            if getattr(self, name) not in (None, *known):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
+        if self.solver_tolerance is not None and not self.solver_tolerance > 0:
+            raise ValueError(f"solver_tolerance={self.solver_tolerance} has to be more than 0")
+        most = self.rtc_training_max_delay
+        if most is not None and not 0 <= most < self.chunk_size:
+            raise ValueError(
+                f"rtc_training_max_delay={most} has to be from 0 to chunk_size - 1 = {self.chunk_size - 1}: one "
+                "action at least has to be learnt"
+            )
+        if most == 0 and self.rtc_guidance == "trained":
+            raise ValueError(
+                "rtc_guidance=trained needs a policy that was trained with rtc_training_max_delay: train it so, or "
+                "take identity or vjp"
+            )
 
     def architecture(self) -> Architecture:
         """Shapes of the network.
@@ -120,6 +150,11 @@ class PI0Config(BuiltinPI0Config):
             return self.text_tokenizer_name
         return BYTE_TOKENIZER if self.paligemma_variant == "tiny" else PALIGEMMA_TOKENIZER
 
+    @property
+    def guidance(self) -> str:
+        """`rtc_guidance`, or what the policy was trained for."""
+        return self.rtc_guidance or ("trained" if self.rtc_training_max_delay else "identity")
+
     def settle(self, saved: dict[str, Any], vlm_is_pretrained: bool) -> None:
         """Give a value to every option that is still unset: the checkpoint's, or else the default."""
         for name in PLUGIN_FIELDS:
@@ -127,12 +162,9 @@ class PI0Config(BuiltinPI0Config):
                 setattr(self, name, saved.get(name))
         if self.text_tokenizer_name is None:
             self.text_tokenizer_name = self.tokenizer
-        if self.flow_samples is None:
-            self.flow_samples = 1
-        if self.save_expert_only is None:
-            self.save_expert_only = False
-        if self.save_tokenizer is None:
-            self.save_tokenizer = True
+        for name, default in DEFAULTS.items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
         if self.train_expert_only is None:
             self.train_expert_only = vlm_is_pretrained
             logger.info(
@@ -154,3 +186,13 @@ class PI0Config(BuiltinPI0Config):
 
 
 PLUGIN_FIELDS = tuple(sorted({f.name for f in fields(PI0Config)} - {f.name for f in fields(BuiltinPI0Config)}))
+
+DEFAULTS = {
+    "flow_samples": 1,
+    "save_expert_only": False,
+    "save_tokenizer": True,
+    "solver": "euler",
+    "solver_tolerance": 1e-2,
+    "rtc_training_max_delay": 0,
+}
+"""What an option of the plugin means that nobody has set."""

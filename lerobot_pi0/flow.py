@@ -7,7 +7,7 @@ Here t = 1 is noise and t = 0 is data, as in openpi and LeRobot: the reverse of 
 Axes: B batch, K flow samples of one observation, T steps of a chunk, A action dim.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,22 +40,33 @@ def sample_noise(shape: Sequence[int], device: torch.device, generator: torch.Ge
 
 
 def repeatable_draws(
-    seed: int, update: int, samples: Sequence[int], shape_KTA: Sequence[int], time: BetaTime
-) -> tuple[Tensor, Tensor]:
-    """Noise (B, K, T, A) and time (B, K) that depend on nothing but seed, update and sample; on the CPU.
+    seed: int, update: int, samples: Sequence[int], shape_KTA: Sequence[int], time: BetaTime, max_delay: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise (B, K, T, A), time (B, K) and delay (B, K) that depend on nothing but seed, update and sample; on the CPU.
 
     A run that is resumed, or split over processes, so draws what the uninterrupted, single one would.
 
     Args:
         samples: a number per observation, such as its index in the dataset.
+        max_delay: largest delay, see `sample_delay`.
     """
-    noise, times = [], []
+    noise, times, delays = [], [], []
     for sample in samples:
         key = xxhash.xxh3_64_intdigest(f"{seed} {update} {sample}".encode())
         generator = torch.Generator().manual_seed(key & (2**63 - 1))
         times.append(time.sample(shape_KTA[:1], torch.device("cpu"), generator))
         noise.append(sample_noise(shape_KTA, torch.device("cpu"), generator))
-    return torch.stack(noise), torch.stack(times)
+        delays.append(sample_delay(shape_KTA[:1], max_delay, torch.device("cpu"), generator))
+    return torch.stack(noise), torch.stack(times), torch.stack(delays)
+
+
+def sample_delay(
+    shape: Sequence[int], most: int, device: torch.device, generator: torch.Generator | None = None
+) -> Tensor:
+    """How many actions of a chunk are known already, uniform over 0 … `most` (arXiv 2512.05964, section III)."""
+    if most == 0:
+        return torch.zeros(tuple(shape), dtype=torch.long, device=device)
+    return torch.randint(most + 1, tuple(shape), device=device, generator=generator)
 
 
 def interpolate(actions: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,18 +74,99 @@ def interpolate(actions: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, T
     return time * noise + (1 - time) * actions, noise - actions
 
 
-def euler_times(steps: int, device: torch.device) -> Tensor:
-    """Times of the Euler steps from noise to data: 1, 1 - 1/N, ..., 1/N; float32 (N,)."""
-    return 1.0 - torch.arange(steps, dtype=torch.float32, device=device) / steps
+Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x_BKTA, time, term) -> v of x's shape. Times are float32 and broadcast against (B, K, T); a term is what `Embed`
+made of them."""
+
+Embed = Callable[[Tensor], Tensor]
+"""What the network makes of times alone: (*, T) -> (*, T, W)."""
 
 
-def euler(velocity: Callable[[Tensor, int], Tensor], noise: Tensor, steps: int) -> Tensor:
-    """Integrate dx/dt = v from t = 1 to t = 0 in equal steps; the sum is float32.
+class Tableau(NamedTuple):
+    """An explicit Runge-Kutta method: where in a step slopes are taken, from which earlier ones, and their mean."""
+
+    nodes: tuple[float, ...]
+    stages: tuple[tuple[float, ...], ...]
+    weights: tuple[float, ...]
+
+
+FIXED = {
+    "euler": Tableau((0.0,), ((),), (1.0,)),
+    "midpoint": Tableau((0.0, 0.5), ((), (0.5,)), (0.0, 1.0)),
+    "heun": Tableau((0.0, 1.0), ((), (1.0,)), (0.5, 0.5)),
+}
+"""Solvers with equal steps."""
+
+
+def fixed_times(solver: str, steps: int, device: torch.device) -> Tensor:
+    """Times at which `solver` asks for a velocity, in order: float32 (steps · stages,)."""
+    nodes = torch.tensor(FIXED[solver].nodes, dtype=torch.float32, device=device)
+    step = torch.arange(steps, dtype=torch.float32, device=device)[:, None]
+    return (1.0 - (step + nodes) / steps).flatten()
+
+
+def integrate(
+    velocity: Velocity,
+    embed: Embed,
+    noise_BKTA: Tensor,
+    solver: str = "euler",
+    steps: int = 10,
+    tolerance: float = 1e-2,
+    dims: int | None = None,
+) -> Tensor:
+    """Integrate dx/dt = v from t = 1 to t = 0; the sum is float32.
 
     Args:
-        velocity: (x_t, index of the step in `euler_times`) -> v, of x_t's shape.
+        solver: one of `FIXED`, whose terms are embedded in one call, or "adaptive".
+        steps: steps of a fixed solver, the most steps that the adaptive one tries.
+        tolerance, dims: of the adaptive solver.
     """
-    x = noise.float()
-    for i in range(steps):
-        x = x - velocity(x, i).float() / steps
+    x = noise_BKTA.float()
+    if solver == "adaptive":
+        return _adaptive(velocity, embed, x, steps, tolerance, dims)
+    method, times = FIXED[solver], fixed_times(solver, steps, x.device)[:, None, None, None]
+    moments: Iterator[tuple[Tensor, Tensor]] = zip(times, embed(times), strict=True)
+    for _ in range(steps):
+        slopes: list[Tensor] = []
+        for row in method.stages:
+            slopes.append(velocity(x - _mean(row, slopes) / steps, *next(moments)).float())
+        x = x - _mean(method.weights, slopes) / steps
+    return x
+
+
+def _mean(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor | float:
+    return sum((w * k for w, k in zip(weights, slopes, strict=True) if w), start=0.0)
+
+
+def _adaptive(velocity: Velocity, embed: Embed, x: Tensor, steps: int, tolerance: float, dims: int | None) -> Tensor:
+    """Bogacki and Shampine's method of third order, with its second-order one to control the step.
+
+    Each observation has steps of its own, so that its chunk does not depend on the others in the batch; those that
+    arrive first wait. At most `steps` steps are tried, of three evaluations each, and one evaluation comes before: a
+    step is never shorter than an equal share of what is left, and such a step is not refused. Whether all have arrived
+    is asked once a step, which a GPU has to be waited for.
+
+    Args:
+        tolerance: root mean square of a step's error, over the first `dims` dims of the chunk.
+    """
+    t = x.new_ones(len(x), 1, 1)
+    h = t / steps
+    k1 = velocity(x, t, embed(t)).float()
+    for left in range(steps, 0, -1):
+        shortest = t / left
+        h = torch.minimum(h, t).maximum(shortest)
+        h_ = h[..., None]
+        middle, late, end = (t - c * h for c in (0.5, 0.75, 1.0))
+        k2 = velocity(x - h_ * (0.5 * k1), middle, embed(middle)).float()
+        k3 = velocity(x - h_ * (0.75 * k2), late, embed(late)).float()
+        ahead = x - h_ * (2 * k1 + 3 * k2 + 4 * k3) / 9
+        k4 = velocity(ahead, end, embed(end)).float()
+        gap = h_ * (-5 * k1 + 6 * k2 + 8 * k3 - 9 * k4) / 72
+        error = gap[..., :dims].square().mean(dim=(1, 2, 3)).sqrt()[:, None, None] / tolerance
+        good = ~(error > 1) | (h <= shortest)  # NaN passes, to be found in the chunk
+        t = torch.where(good, end, t)
+        x, k1 = (torch.where(good[..., None], new, old) for new, old in ((ahead, x), (k4, k1)))
+        h = h * (0.9 * error.clamp(min=1e-6) ** (-1 / 3)).clamp(0.2, 5.0)
+        if not (t > 0).any():
+            break
     return x

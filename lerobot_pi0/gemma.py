@@ -159,7 +159,7 @@ class Gemma(nn.Module):
         cache = []
         for i, layer in enumerate(self.layers):
             args = (x, rope, mask, None if past is None else past[i], cache_only and i == self.cfg.depth - 1)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 x, kv = checkpoint(layer, *args, use_reentrant=False)
             else:
                 x, kv = layer(*args)

@@ -18,7 +18,8 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import ACTION, OBS_STATE, TRAINING_STATE_DIR
 from torch import Tensor, nn
 
-from . import checkpoint, flow, safety
+from . import checkpoint, flow, guidance, safety
+from .calls import Calls
 from .configuration_pi0 import PLUGIN_CONFIG_NAME, PI0Config
 from .model_card import make_card
 from .network import PI0
@@ -89,7 +90,9 @@ class PI0Policy(PreTrainedPolicy):
         for p in self.parameters():
             p.data = p.data.to(torch.float32 if trains and p.requires_grad else storage)
         self._observe = ObservationMaker(config)
+        self._calls = Calls(config.compile_mode if config.compile_model else None)
         self._base: checkpoint.Base | None = None
+        self._warned_of_delay = False
         self._lent: dict[str, str] = {}  # digests of the weights that the base has
         self._seed = torch.initial_seed()
         config.updates = saved.get("updates", 0)
@@ -240,11 +243,28 @@ class PI0Policy(PreTrainedPolicy):
         return [p for p in self.parameters() if p.requires_grad]
 
     def supports_rtc(self) -> bool:
-        """Real-time chunking is not there yet."""
-        return False
+        """Chunks that continue the one being executed: `predict_action_chunk` with `prev_chunk_left_over`."""
+        return True
+
+    def init_rtc_processor(self) -> None:
+        """LeRobot calls this once it has set `config.rtc_config`: complain before a robot moves.
+
+        Raises:
+            ValueError: a horizon that leaves nothing to guide, or an unknown schedule.
+        """
+        rtc = self.config.rtc_config
+        if rtc is None or not rtc.enabled:
+            return
+        if rtc.execution_horizon < 1:
+            raise ValueError(
+                f"execution_horizon={rtc.execution_horizon} leaves no action to continue: set "
+                "--inference.rtc.execution_horizon to more than the delay, counted in actions"
+            )
+        guidance.prefix_weights(rtc.prefix_attention_schedule.value, 0, torch.ones(1, 1), 1)
+        logger.info("real-time chunking: rtc_guidance=%s", self.config.guidance)
 
     def reset(self) -> None:
-        """Forget the chunk that is being executed."""
+        """Forget the chunk that is being executed: with it goes all that one call leaves to the next."""
         self._queue: deque[Tensor] = deque()
 
     @property
@@ -257,6 +277,7 @@ class PI0Policy(PreTrainedPolicy):
         reduction: Literal["mean", "none"] = "mean",
         noise: Tensor | None = None,
         time: Tensor | None = None,
+        delay: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
         """The flow-matching loss of a preprocessed batch.
 
@@ -264,6 +285,7 @@ class PI0Policy(PreTrainedPolicy):
             reduction: "mean" gives a scalar, "none" a loss per sample, (B,).
             noise: ε to use in place of random draws, (B, K, T, max_action_dim).
             time: t to use in place of random draws, (B, K).
+            delay: how many actions are known, in place of random draws, (B, K); read if `rtc_training_max_delay`.
 
         Returns:
             The loss, and numbers to log.
@@ -273,28 +295,45 @@ class PI0Policy(PreTrainedPolicy):
         """
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction={reduction!r} is not one of mean, none")
-        losses_BKTA = self.losses(batch, noise, time)
+        losses_BKTA = self.losses(batch, noise, time, delay)
         per_sample = losses_BKTA.mean(dim=(1, 2, 3))
         loss = per_sample.mean()
         return (loss if reduction == "mean" else per_sample), {"loss": loss.item()}
 
-    def losses(self, batch: dict[str, Any], noise: Tensor | None = None, time: Tensor | None = None) -> Tensor:
-        """Squared errors of the velocity, float32 (B, K, T, dims of the robot's actions)."""
+    def losses(
+        self,
+        batch: dict[str, Any],
+        noise: Tensor | None = None,
+        time: Tensor | None = None,
+        delay: Tensor | None = None,
+    ) -> Tensor:
+        """Squared errors of the velocity, float32 (B, K, T, dims of the robot's actions).
+
+        With `rtc_training_max_delay` the first `delay` actions are known (arXiv 2512.05964): they enter as they are, at
+        t = 0, and their errors are zero; the others' are scaled so that the mean over T is theirs.
+        """
         cfg, device = self.config, self._device
         obs = self._observe(batch, device)
         actions = self._observe.actions(batch, device)[:, None]
-        if noise is None or time is None:
+        if noise is None or time is None or (delay is None and cfg.rtc_training_max_delay):
             drawn = self._draw(batch, (cfg.flow_samples, *actions.shape[2:]), device)
-            noise, time = (drawn[0] if noise is None else noise), (drawn[1] if time is None else time)
-        x_t, target = flow.interpolate(actions, noise, time[..., None, None])
+            given = zip((noise, time, delay), drawn, strict=True)
+            noise, time, delay = (new if old is None else old for old, new in given)
+        time, free = time[..., None], torch.ones(1, device=device)
+        if cfg.rtc_training_max_delay and delay is not None:
+            free = (torch.arange(cfg.chunk_size, device=device) >= delay[..., None]).float()
+            time = time * free
+        x_t, target = flow.interpolate(actions, noise, time[..., None])
+        self._calls.begin()
         with self._precision():
-            context = self.model.context(obs)
-            velocity = self.model.velocity(x_t, self.model.embed_time(time)[:, :, None], context)
-        return (velocity - target)[..., : self._action_dims].square()
+            context = self._calls.context(self.model, obs)
+            velocity = self._calls.velocity(self.model, x_t, time, self.model.embed_time(time), context)
+        errors = (velocity - target)[..., : self._action_dims].square()
+        return errors * (free / free.mean(dim=-1, keepdim=True))[..., None]
 
-    def _draw(self, batch: dict[str, Any], shape_KTA: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Noise and times of a batch: a function of seed, update and sample; in evaluation of the sample alone, so
-        that held-out losses compare. A batch without LeRobot's `index` is drawn from torch's own generator."""
+    def _draw(self, batch: dict[str, Any], shape_KTA: tuple[int, ...], device: torch.device) -> list[Tensor]:
+        """Noise, times and delays of a batch: a function of seed, update and sample; in evaluation of the sample alone,
+        so that held-out losses compare. A batch without LeRobot's `index` is drawn from torch's own generator."""
         cfg = self.config
         distribution = flow.BetaTime(
             cfg.time_sampling_beta_alpha,
@@ -302,13 +341,14 @@ class PI0Policy(PreTrainedPolicy):
             cfg.time_sampling_scale,
             cfg.time_sampling_offset,
         )
+        most = cfg.rtc_training_max_delay
         if "index" not in batch:
             shape = (len(batch[ACTION]), *shape_KTA)
-            return flow.sample_noise(shape, device), distribution.sample(shape[:2], device)
+            noise, time = flow.sample_noise(shape, device), distribution.sample(shape[:2], device)
+            return [noise, time, flow.sample_delay(shape[:2], most, device)]
         seed, update = (self._seed, cfg.updates) if self.training else (0, -1)
         index = torch.as_tensor(batch["index"]).reshape(-1).tolist()
-        noise, time = flow.repeatable_draws(seed, update, index, shape_KTA, distribution)
-        return noise.to(device), time.to(device)
+        return [x.to(device) for x in flow.repeatable_draws(seed, update, index, shape_KTA, distribution, most)]
 
     def update(self) -> None:
         """LeRobot calls this after each optimiser step."""
@@ -318,12 +358,27 @@ class PI0Policy(PreTrainedPolicy):
     def _action_dims(self) -> int:
         return self.config.output_features[ACTION].shape[0]
 
+    @torch.compiler.disable  # lerobot-rollout compiles this method from outside; what gains by it is compiled inside
+    @torch.inference_mode(False)  # tensors of inference mode cannot be differentiated, which guidance does
     @torch.no_grad()
-    def predict_action_chunk(self, batch: dict[str, Any], noise: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def predict_action_chunk(
+        self,
+        batch: dict[str, Any],
+        noise: Tensor | None = None,
+        *,
+        inference_delay: int | None = None,
+        prev_chunk_left_over: Tensor | None = None,
+        execution_horizon: int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         """A chunk of (normalised) actions, float32 (B, T, dims of the robot's actions).
 
         Args:
             noise: where the integration starts, (B, T, max_action_dim); random by default.
+            inference_delay: actions that the robot will have executed by the time the chunk is there.
+            prev_chunk_left_over: what the robot has still to execute, as this method returned it: (steps, dims) or
+                (B, steps, dims). Read while `config.rtc_config` is enabled.
+            execution_horizon: in place of `config.rtc_config`'s.
 
         Raises:
             ObservationError: the batch is not what the policy was made for.
@@ -333,11 +388,10 @@ class PI0Policy(PreTrainedPolicy):
         obs = self._observe(batch, device)
         if noise is None:
             noise = flow.sample_noise((len(obs.state_BA), cfg.chunk_size, cfg.max_action_dim), device)
-        steps = cfg.num_inference_steps
+        guide = self._guide(prev_chunk_left_over, inference_delay or 0, execution_horizon, noise[:, None])
+        solver = {"solver": cfg.solver, "steps": cfg.num_inference_steps, "tolerance": cfg.solver_tolerance}
         with self._precision():
-            context = self.model.context(obs)
-            times = self.model.embed_time(flow.euler_times(steps, device))
-            chunk = flow.euler(lambda x, i: self.model.velocity(x, times[i], context), noise[:, None], steps)
+            chunk = self._calls.chunk(self.model, obs, noise[:, None], guide, dims=self._action_dims, **solver)
         actions = chunk[:, 0, :, : self._action_dims]
         if not actions.isfinite().all():
             raise FloatingPointError(
@@ -345,6 +399,35 @@ class PI0Policy(PreTrainedPolicy):
                 "statistics of the preprocessor are those of training"
             )
         return actions if self._bounds is None else self._bounds.chunk(actions, batch[OBS_STATE].to(device))
+
+    def _guide(
+        self, left_over: Tensor | None, delay: int, horizon: int | None, noise_BKTA: Tensor
+    ) -> guidance.Guide | None:
+        cfg, rtc = self.config, self.config.rtc_config
+        if rtc is None or not rtc.enabled:
+            return None
+        if cfg.guidance == "trained" and delay > cfg.rtc_training_max_delay:
+            self._warn_of_delay(delay)
+            delay = cfg.rtc_training_max_delay
+        return guidance.make_guide(
+            cfg.guidance,
+            left_over,
+            delay,
+            rtc.execution_horizon if horizon is None else horizon,
+            noise_BKTA,
+            rtc.prefix_attention_schedule.value,
+            rtc.max_guidance_weight,
+        )
+
+    def _warn_of_delay(self, delay: int) -> None:
+        if not self._warned_of_delay:
+            self._warned_of_delay = True
+            logger.warning(
+                "a chunk comes %d actions late, the policy was trained for %d: seams may jerk. Train with a larger "
+                "rtc_training_max_delay, or give --policy.rtc_guidance=identity",
+                delay,
+                self.config.rtc_training_max_delay,
+            )
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:

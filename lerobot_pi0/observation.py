@@ -46,6 +46,11 @@ def pad_last(x: Tensor, dims: int) -> Tensor:
     return F.pad(x, (0, dims - x.shape[-1]))
 
 
+def bucket(length: int, most: int) -> int:
+    """16, 32, 64, … or `most`, whichever holds `length` first: a compiled network is to see few lengths."""
+    return min(max(16, 1 << (length - 1).bit_length()), most)
+
+
 class ObservationMaker:
     """Makes observations for one policy; remembers which warnings it has given."""
 
@@ -68,6 +73,8 @@ class ObservationMaker:
         facts = self._facts(cameras, mask, state)
         self._check_facts(facts, batch, cameras)
         longest = int(facts["longest prompt"])
+        if self.config.compile_model:
+            longest = bucket(longest, tokens.shape[1])
         side = self.config.image_size
         return Observation(
             images_BNCHW=torch.stack([resize_with_pad(x, side) for x in cameras.values()], dim=1) * 2 - 1,

@@ -21,6 +21,7 @@ from conftest import (
     stats,
     tiny_config,
 )
+from lerobot.rollout.inference.rtc import supports_rtc_inference
 
 from lerobot_pi0 import PI0Policy
 from lerobot_pi0.observation import ObservationError
@@ -312,11 +313,12 @@ def test_padded_dims_may_be_anything(small):
 
 
 def test_callers_may_pass_more(small):
-    """Catches a refusal of keyword arguments that LeRobot's real-time loop passes; there is no RTC yet."""
+    """Catches a refusal of keyword arguments that LeRobot's loops pass, or will pass, and a policy that LeRobot's
+    real-time loop does not take for one that can do it."""
     policy, batch = small_policy(num_inference_steps=2), make_batch()
-    chunk = policy.predict_action_chunk(batch, inference_delay=3, prev_chunk_left_over=None)
+    chunk = policy.predict_action_chunk(batch, inference_delay=3, prev_chunk_left_over=None, of_a_later_version=1)
     assert chunk.shape == (2, 50, DIMS)
-    assert policy.supports_rtc() is False
+    assert supports_rtc_inference(policy)
 
 
 def test_train_and_eval_return_the_policy(small):

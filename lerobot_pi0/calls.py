@@ -1,0 +1,79 @@
+"""The network's two calls as training and control make them: as they are, or compiled (`compile_model`).
+
+What is compiled are the functions and not the policy: they take the network as an argument, whole graphs without a
+break, with shapes that stay from chunk to chunk. All that depends on values (checks, the length of prompts) happens
+before, in `observation.py`, and after.
+
+Axes: B batch, K flow samples, T steps of a chunk, A action dim.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import flow, guidance
+from .network import PI0, Context, Observation
+
+RECOMPILATIONS = 64
+"""Prompts come in at most four lengths, times training and control, times guided and not; PyTorch's limit is eight."""
+
+
+def velocity(
+    model: PI0, x_BKTA: Tensor, time: Tensor, term: Tensor, context: Context, guide: guidance.Guide | None = None
+) -> Tensor:
+    """`PI0.velocity`, guided if there is a guide.
+
+    Args:
+        time: broadcasts against (B, K, T).
+        term: `embed_time` of the tokens' times.
+    """
+    if guide is None:
+        return model.velocity(x_BKTA, term, context)
+    return guidance.guided(lambda x: model.velocity(x, term, context), x_BKTA, time, guide)
+
+
+class Calls:
+    """`context` and `velocity` of a network that is given with each call."""
+
+    context: Callable[[PI0, Observation], Context]
+    velocity: Callable[..., Tensor]
+
+    def __init__(self, compile_mode: str | None = None) -> None:
+        """
+        Args:
+            compile_mode: torch.compile's mode; None compiles nothing.
+        """
+        self.context, self.velocity = PI0.context, velocity
+        self.compiled = compile_mode is not None
+        if self.compiled:
+            limit = torch._dynamo.config.recompile_limit
+            torch._dynamo.config.recompile_limit = max(limit, RECOMPILATIONS)
+            how: dict[str, Any] = {"fullgraph": True, "dynamic": False, "mode": compile_mode}
+            self.context = torch.compile(self.context, **how)
+            self.velocity = torch.compile(self.velocity, **how)
+
+    def begin(self) -> None:
+        """To be called before the first call of a chunk or a loss: what CUDA graphs returned before may be reused."""
+        if self.compiled:
+            torch.compiler.cudagraph_mark_step_begin()
+
+    def chunk(
+        self, model: PI0, obs: Observation, noise_BKTA: Tensor, guide: guidance.Guide | None = None, **solver: Any
+    ) -> Tensor:
+        """From noise to actions, float32 (B, K, T, A).
+
+        Args:
+            solver: arguments of `flow.integrate`.
+        """
+        self.begin()
+        context = self.context(model, obs)
+
+        def embed(time: Tensor) -> Tensor:
+            return model.embed_time(guidance.token_times(time, guide))
+
+        def field(x: Tensor, time: Tensor, term: Tensor) -> Tensor:
+            return self.velocity(model, x, time, term, context, guide)
+
+        return flow.integrate(field, embed, guidance.begin(noise_BKTA, guide), **solver)

@@ -1,0 +1,84 @@
+"""A robot for LeRobot's own loops: joints that follow their goals, and one camera. LeRobot finds the class beside its
+config, by name, as it does for the robots of plugins."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from conftest import CAMERAS, DIMS, stats, tiny_config
+from lerobot.robots import Robot, RobotConfig
+
+from lerobot_pi0 import PI0Policy, make_pi0_pre_post_processors
+
+JOINTS = [f"joint_{i}.pos" for i in range(DIMS)]
+
+
+@RobotConfig.register_subclass("stand_in")
+@dataclass
+class StandInConfig(RobotConfig):
+    # Side of the camera's square images.
+    size: int = 64
+    # Actions after which somebody presses ctrl-C; 0 means that nobody does.
+    stop_after: int = 0
+
+
+class StandIn(Robot):
+    """Keeps what it is told in `received`, over all robots of the class: LeRobot makes the object itself."""
+
+    config_class = StandInConfig
+    name = "stand_in"
+    received: ClassVar[list[np.ndarray]] = []
+
+    def __init__(self, config: StandInConfig) -> None:
+        super().__init__(config)
+        self.config, self.size, self.connected = config, config.size, False
+        self.position = np.zeros(DIMS)
+        self.draw = np.random.default_rng(0)
+
+    @property
+    def observation_features(self) -> dict:
+        return dict.fromkeys(JOINTS, float) | {"front": (self.size, self.size, 3)}
+
+    @property
+    def action_features(self) -> dict:
+        return dict.fromkeys(JOINTS, float)
+
+    @property
+    def is_connected(self) -> bool:
+        return self.connected
+
+    is_calibrated = is_connected
+
+    def connect(self, calibrate: bool = True) -> None:
+        self.connected = True
+
+    def disconnect(self) -> None:
+        self.connected = False
+
+    def calibrate(self) -> None:
+        """Nothing to calibrate."""
+
+    def configure(self) -> None:
+        """Nothing to configure."""
+
+    def get_observation(self) -> dict:
+        image = self.draw.integers(0, 256, (self.size, self.size, 3), dtype=np.uint8)
+        return dict(zip(JOINTS, self.position.tolist(), strict=True)) | {"front": image}
+
+    def send_action(self, action: dict) -> dict:
+        goal = np.array([action[joint] for joint in JOINTS])
+        type(self).received.append(goal)
+        if len(self.received) == self.config.stop_after:
+            raise KeyboardInterrupt
+        self.position += 0.3 * (goal - self.position)
+        return action
+
+
+def save_policy(folder, **options) -> PI0Policy:
+    """A checkpoint of the tiny preset for this robot, with its processors, as lerobot-train leaves one."""
+    policy = PI0Policy(tiny_config(CAMERAS[:1], **{"num_inference_steps": 2, **options}))
+    policy.config.action_feature_names = JOINTS
+    policy.save_pretrained(folder)
+    for processor in make_pi0_pre_post_processors(policy.config, stats(cameras=CAMERAS[:1])):
+        processor.save_pretrained(folder)
+    return policy
