@@ -32,9 +32,13 @@ def _take_over() -> None:
     only logs what raises: the built-in would run in silence.
     """
     from .processor_pi0 import register_tokenizer_step
+    from .prompt import register_prompt_step
+    from .relative import register_relative_step
 
     PreTrainedConfig.get_known_choices()["pi0"] = PI0Config
     register_tokenizer_step()
+    register_prompt_step()
+    register_relative_step()
     # A warning, because LeRobot sets logging up after it has imported the plugins: an info line is lost.
     logging.getLogger(__name__).warning(
         "policy type 'pi0' is lerobot_policy_pi0 %s, in place of LeRobot's own (%s=0 leaves LeRobot's)",

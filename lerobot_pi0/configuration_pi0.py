@@ -15,9 +15,13 @@ from typing import Any
 import draccus
 from huggingface_hub.constants import CONFIG_NAME
 from lerobot.configs import PreTrainedConfig
+from lerobot.optim import AdamWConfig, LRSchedulerConfig
 from lerobot.policies.pi0.configuration_pi0 import PI0Config as BuiltinPI0Config
+from lerobot.utils.constants import ACTION
 
 from .architecture import EXPERT_PRESETS, PALIGEMMA_PRESETS, Architecture
+from .ema import AveragedAdamWConfig
+from .schedule import WarmupCosineConfig
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +34,9 @@ DTYPES = ("bfloat16", "float32")
 SOLVERS = ("euler", "midpoint", "heun", "adaptive")
 GUIDANCE = ("vjp", "identity", "trained")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+RECIPES = ("lerobot", "openpi")
+OF_THE_RUN = ("ema_decay", "augment_images", "mask_padded_actions", "recipe")
+"""Options that a checkpoint remembers, but does not hand on to the runs that begin with it."""
 
 
 @dataclass
@@ -48,6 +55,16 @@ class PI0Config(BuiltinPI0Config):
     vlm_path: str | None = None
     # Noise and time draws per observation in training; they share one pass over the images. None means 1.
     flow_samples: int | None = None
+    # Decay of the average of the trained weights that is deployed; 0 deploys the weights. None means 0.
+    ema_decay: float | None = None
+    # openpi's augmentation of the images in training. None means False.
+    augment_images: bool | None = None
+    # Leave steps after the end of an episode out of the loss. None means False.
+    mask_padded_actions: bool | None = None
+    # Strip prompts and put spaces for underscores and line breaks, as openpi does. None: as the checkpoint, or False.
+    clean_prompts: bool | None = None
+    # "openpi" takes its schedule, weight decay, average, augmentation and prompts as defaults. None means "lerobot".
+    recipe: str | None = None
     # Put the tokenizer's files into checkpoints, for robots without a network. None means True.
     save_tokenizer: bool | None = None
     # Write only the trained weights, and which checkpoint the frozen ones come from. None means False.
@@ -82,6 +99,10 @@ class PI0Config(BuiltinPI0Config):
             self.image_resolution = (PALIGEMMA_PRESETS[self.paligemma_variant].vision.image_size,) * 2
         if self.tokenizer_max_length is None:
             self.tokenizer_max_length = 128 if self.tokenizer == BYTE_TOKENIZER else 48
+        if self.recipe == "openpi":
+            self.ema_decay = 0.99 if self.ema_decay is None else self.ema_decay
+            self.augment_images = True if self.augment_images is None else self.augment_images
+            self.clean_prompts = True if self.clean_prompts is None else self.clean_prompts
         self._check()
 
     def _check(self) -> None:
@@ -102,6 +123,10 @@ class PI0Config(BuiltinPI0Config):
             raise ValueError(f"max_action_step={self.max_action_step} has to be more than 0, or inf for no bound")
         if self.action_range_margin is not None and not self.action_range_margin >= 0:
             raise ValueError(f"action_range_margin={self.action_range_margin} has to be 0 or more, or inf for no bound")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay} has to be at least 0 and below 1; openpi's is 0.99")
+        if self.recipe not in (None, *RECIPES):
+            raise ValueError(f"recipe={self.recipe!r} is not one of {', '.join(RECIPES)}")
         self._check_control()
 
     def _check_control(self) -> None:
@@ -158,7 +183,7 @@ class PI0Config(BuiltinPI0Config):
     def settle(self, saved: dict[str, Any], vlm_is_pretrained: bool) -> None:
         """Give a value to every option that is still unset: the checkpoint's, or else the default."""
         for name in PLUGIN_FIELDS:
-            if getattr(self, name) is None:
+            if getattr(self, name) is None and name not in OF_THE_RUN:
                 setattr(self, name, saved.get(name))
         if self.text_tokenizer_name is None:
             self.text_tokenizer_name = self.tokenizer
@@ -173,6 +198,18 @@ class PI0Config(BuiltinPI0Config):
                 "pretrained" if vlm_is_pretrained else "random",
             )
         self._check()
+
+    def get_optimizer_preset(self) -> AdamWConfig:
+        """LeRobot's; openpi's recipe hardly decays weights, and averages have to travel with the optimizer."""
+        preset = super().get_optimizer_preset()
+        if self.recipe == "openpi" and preset.weight_decay == BuiltinPI0Config.optimizer_weight_decay:
+            preset.weight_decay = 1e-10
+        return AveragedAdamWConfig(**vars(preset)) if self.ema_decay else preset
+
+    def get_scheduler_preset(self) -> LRSchedulerConfig:
+        """LeRobot's, or openpi's: the same numbers, but never rescaled, and the decay begins after the warm-up."""
+        preset = super().get_scheduler_preset()
+        return WarmupCosineConfig(**vars(preset)) if self.recipe == "openpi" else preset
 
     def to_files(self) -> dict[str, dict[str, Any]]:
         """Content of a checkpoint's config.json, LeRobot's keys alone, and of this plugin's file."""
@@ -194,5 +231,16 @@ DEFAULTS = {
     "solver": "euler",
     "solver_tolerance": 1e-2,
     "rtc_training_max_delay": 0,
+    "ema_decay": 0.0,
+    "augment_images": False,
+    "clean_prompts": False,
+    "mask_padded_actions": False,
+    "recipe": "lerobot",
 }
 """What an option of the plugin means that nobody has set."""
+
+
+def dim_name(config: PI0Config, key: str, i: int) -> str:
+    """What the dataset calls a dimension of a feature, or its number."""
+    names = (config.action_feature_names or []) if key == ACTION else []
+    return names[i] if i < len(names) else f"{key}[{i}]"

@@ -39,6 +39,12 @@ def sample_noise(shape: Sequence[int], device: torch.device, generator: torch.Ge
     return torch.randn(tuple(shape), device=device, generator=generator)
 
 
+def generator_of(*key: object) -> torch.Generator:
+    """A generator on the CPU whose draws depend on nothing but the key."""
+    seed = xxhash.xxh3_64_intdigest(" ".join(map(str, key)).encode())
+    return torch.Generator().manual_seed(seed & (2**63 - 1))
+
+
 def repeatable_draws(
     seed: int, update: int, samples: Sequence[int], shape_KTA: Sequence[int], time: BetaTime, max_delay: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,8 +58,7 @@ def repeatable_draws(
     """
     noise, times, delays = [], [], []
     for sample in samples:
-        key = xxhash.xxh3_64_intdigest(f"{seed} {update} {sample}".encode())
-        generator = torch.Generator().manual_seed(key & (2**63 - 1))
+        generator = generator_of(seed, update, sample)
         times.append(time.sample(shape_KTA[:1], torch.device("cpu"), generator))
         noise.append(sample_noise(shape_KTA, torch.device("cpu"), generator))
         delays.append(sample_delay(shape_KTA[:1], max_delay, torch.device("cpu"), generator))

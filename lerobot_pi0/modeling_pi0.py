@@ -18,13 +18,17 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import ACTION, OBS_STATE, TRAINING_STATE_DIR
 from torch import Tensor, nn
 
-from . import checkpoint, flow, guidance, safety
+from . import augment, checkpoint, flow, guidance, lora, safety
 from .calls import Calls
-from .configuration_pi0 import PLUGIN_CONFIG_NAME, PI0Config
+from .configuration_pi0 import PLUGIN_CONFIG_NAME, PI0Config, dim_name
+from .ema import Ema, check_averaging
 from .model_card import make_card
 from .network import PI0
 from .observation import ObservationMaker
 from .processor_pi0 import check_statistics
+from .prompt import PromptStep
+from .relative import Anchor, check_relative_statistics
+from .watch import HeldOut, Watch
 
 logger = logging.getLogger(__name__)
 
@@ -77,20 +81,27 @@ class PI0Policy(PreTrainedPolicy):
             raise TypeError(f"config is a {type(config).__name__}, expected lerobot_pi0.PI0Config")
         super().__init__(config)
         config.validate_features()
+        trains = dataset_stats is not None or dataset_meta is not None
+        if trains:
+            PromptStep.asked = config.clean_prompts
+        self._expert_only_asked = config.train_expert_only is True  # and not because the VLM is pretrained
         config.settle(saved, vlm_is_pretrained=pretrained)
         stats = dataset_stats if dataset_stats is not None else getattr(dataset_meta, "stats", None)
-        if dataset_stats is not None or dataset_meta is not None:
+        if trains:
             check_statistics(config, stats)
+            check_relative_statistics(config, stats or {}, dataset_meta)
         self._bounds = safety.make_bounds(config, statistics if stats is None else lambda: stats)
         with torch.device("meta"):
             self.model = PI0(config.architecture(), config.image_size)
         self._freeze()
         storage = getattr(torch, config.dtype)
-        trains = dataset_stats is not None or dataset_meta is not None
         for p in self.parameters():
             p.data = p.data.to(torch.float32 if trains and p.requires_grad else storage)
         self._observe = ObservationMaker(config)
         self._calls = Calls(config.compile_mode if config.compile_model else None)
+        self._watch, self._held_out = Watch(self.parameters), HeldOut()
+        self._ema: Ema | None = None
+        self._told = False
         self._base: checkpoint.Base | None = None
         self._warned_of_delay = False
         self._lent: dict[str, str] = {}  # digests of the weights that the base has
@@ -185,7 +196,7 @@ class PI0Policy(PreTrainedPolicy):
         """
         configs = self.config.to_files()
         configs[PLUGIN_CONFIG_NAME]["start"] = self._start
-        state = self.state_dict() if state_dict is None else state_dict
+        state = self._deployed_state(state_dict)
         if self.config.save_expert_only:
             lent, base = self._lent_to(save_directory)
             configs[PLUGIN_CONFIG_NAME]["base"] = base._asdict()
@@ -193,6 +204,14 @@ class PI0Policy(PreTrainedPolicy):
         else:
             tensors = checkpoint.published_state(state)
         checkpoint.save(save_directory, configs, tensors)
+
+    def _deployed_state(self, gathered: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        """All weights; of those that are averaged, the average."""
+        if self._ema is None:
+            return self.state_dict() if gathered is None else gathered
+        if gathered is not None:
+            raise ValueError("ema_decay does not go together with weights that are gathered from several processes")
+        return self.state_dict() | self._ema.deployed_state(self.named_parameters())
 
     def _lent_to(self, folder: Path) -> tuple[set[str], checkpoint.Base]:
         """Which weights a checkpoint in `folder` need not hold, and where they are: frozen, and the base's own."""
@@ -230,17 +249,50 @@ class PI0Policy(PreTrainedPolicy):
         return torch.autocast(device, torch.bfloat16) if self._mixed else contextlib.nullcontext()
 
     def train(self, mode: bool = True) -> "PI0Policy":
-        """Switch to training, where trained weights are float32; LeRobot calls this at every step."""
-        if mode and not self.training:
-            for p in self.parameters():
-                if p.requires_grad and p.is_floating_point():
-                    p.data = p.data.float()
+        """Switch to training and its weights, or to what is deployed; LeRobot calls this at every step."""
+        if mode == self.training:
+            return self
+        if self._ema is not None:
+            self._ema.deploy(not mode)
+        if mode:
+            self._set_dtypes()
             self._note_mixed_precision()
-        return self if mode == self.training else super().train(mode)
+            self._held_out.report(self._joints)
+            self._tell_what_is_trained()
+        return super().train(mode)
+
+    def _set_dtypes(self) -> None:
+        """Trained weights in float32. What an adapter has frozen after it was loaded in float32: as at inference."""
+        storage = getattr(torch, self.config.dtype)
+        for p in self.parameters():
+            if p.is_floating_point() and (p.requires_grad or p.dtype == torch.float32):
+                p.data = p.data.to(torch.float32 if p.requires_grad else storage)
+
+    def _tell_what_is_trained(self) -> None:
+        if not self._told:
+            parts = [f"{name} {own / 1e6:.2f} of {n / 1e6:.2f} M" for name, (n, own) in self.part_sizes().items()]
+            logger.info("trained: %s", ", ".join(parts))
+            self._told = True
 
     def get_optim_params(self) -> list[nn.Parameter]:  # type: ignore[override]
-        """The parameters that are trained, and no others."""
-        return [p for p in self.parameters() if p.requires_grad]
+        """The parameters that are trained, and no others.
+
+        Raises:
+            ValueError: there are none, or they are to be averaged where that cannot be kept.
+        """
+        for p in self.model.unread_parameters():  # adapters may be hung there
+            p.requires_grad_(False)
+        trained = [p for p in self.parameters() if p.requires_grad]
+        if not trained:
+            raise ValueError(
+                "nothing would be trained: the targets of the adapter (--peft.target_modules) are layers whose output "
+                "π₀ never reads (queries, attention output and MLP of the VLM's last layer)"
+            )
+        if not self.config.ema_decay:
+            return trained
+        check_averaging(self.config.use_peft)
+        self._ema = Ema(trained, self.config.ema_decay)
+        return self._ema
 
     def supports_rtc(self) -> bool:
         """Chunks that continue the one being executed: `predict_action_chunk` with `prev_chunk_left_over`."""
@@ -266,6 +318,7 @@ class PI0Policy(PreTrainedPolicy):
     def reset(self) -> None:
         """Forget the chunk that is being executed: with it goes all that one call leaves to the next."""
         self._queue: deque[Tensor] = deque()
+        self._anchor = Anchor()
 
     @property
     def _device(self) -> torch.device:
@@ -298,7 +351,21 @@ class PI0Policy(PreTrainedPolicy):
         losses_BKTA = self.losses(batch, noise, time, delay)
         per_sample = losses_BKTA.mean(dim=(1, 2, 3))
         loss = per_sample.mean()
-        return (loss if reduction == "mean" else per_sample), {"loss": loss.item()}
+        numbers = torch.cat([loss[None], losses_BKTA.mean(dim=(0, 1, 2))]).tolist()  # one wait for the device
+        self._watch.check_loss(numbers[0], per_sample, batch)
+        info = dict(zip(["loss", *(f"loss_{joint}" for joint in self._joints)], numbers, strict=True))
+        if not (self.training or torch.is_grad_enabled()):
+            info["chunk_error"] = self._chunk_error(batch)
+        return (loss if reduction == "mean" else per_sample), info
+
+    def _chunk_error(self, batch: dict[str, Any]) -> float:
+        """Mean squared error of chunks sampled from fixed noise: the loss says little of what a robot would do."""
+        actions = self._observe.actions(batch, self._device)
+        noise, *_ = self._draw(batch, (1, *actions.shape[1:]), self._device)
+        chunk = self.predict_action_chunk(batch, noise=noise[:, 0])
+        pad = f"{ACTION}_is_pad" in batch
+        valid = self._observe.valid(batch, self._device) if pad else actions.new_ones(actions.shape[:2])
+        return self._held_out.add(chunk, actions[..., : self._action_dims], valid)
 
     def losses(
         self,
@@ -313,7 +380,8 @@ class PI0Policy(PreTrainedPolicy):
         t = 0, and their errors are zero; the others' are scaled so that the mean over T is theirs.
         """
         cfg, device = self.config, self._device
-        obs = self._observe(batch, device)
+        change = (lambda x, keys: self._augment(batch, x, keys)) if self.training and cfg.augment_images else None
+        obs = self._observe(batch, device, change)
         actions = self._observe.actions(batch, device)[:, None]
         if noise is None or time is None or (delay is None and cfg.rtc_training_max_delay):
             drawn = self._draw(batch, (cfg.flow_samples, *actions.shape[2:]), device)
@@ -329,7 +397,20 @@ class PI0Policy(PreTrainedPolicy):
             context = self._calls.context(self.model, obs)
             velocity = self._calls.velocity(self.model, x_t, time, self.model.embed_time(time), context)
         errors = (velocity - target)[..., : self._action_dims].square()
-        return errors * (free / free.mean(dim=-1, keepdim=True))[..., None]
+        errors = errors * (free / free.mean(dim=-1, keepdim=True))[..., None]
+        if cfg.mask_padded_actions:  # they count as zero, so that every other step weighs the same in all batches
+            errors = errors * self._observe.valid(batch, device)[:, None, :, None]
+        return errors
+
+    def _augment(self, batch: dict[str, Any], images_BNCHW: Tensor, cameras: list[str]) -> Tensor:
+        """Images of these cameras, each changed at random: a function of seed, update, sample and camera."""
+        if "index" in batch:
+            index, every = torch.as_tensor(batch["index"]).reshape(-1).tolist(), list(self.config.image_features)
+            uniform = augment.draw(self._seed, self.config.updates, index, len(every))
+            uniform = uniform[..., [every.index(key) for key in cameras]].to(images_BNCHW.device)
+        else:
+            uniform = torch.rand(6, *images_BNCHW.shape[:2], device=images_BNCHW.device)
+        return augment.apply(images_BNCHW, augment.change_of(uniform, ["wrist" in key for key in cameras]))
 
     def _draw(self, batch: dict[str, Any], shape_KTA: tuple[int, ...], device: torch.device) -> list[Tensor]:
         """Noise, times and delays of a batch: a function of seed, update and sample; in evaluation of the sample alone,
@@ -353,10 +434,16 @@ class PI0Policy(PreTrainedPolicy):
     def update(self) -> None:
         """LeRobot calls this after each optimiser step."""
         self.config.updates += 1
+        if self._ema is not None:
+            self._ema.update()
 
     @property
     def _action_dims(self) -> int:
         return self.config.output_features[ACTION].shape[0]
+
+    @property
+    def _joints(self) -> list[str]:
+        return [dim_name(self.config, ACTION, i) for i in range(self._action_dims)]
 
     @torch.compiler.disable  # lerobot-rollout compiles this method from outside; what gains by it is compiled inside
     @torch.inference_mode(False)  # tensors of inference mode cannot be differentiated, which guidance does
@@ -439,13 +526,17 @@ class PI0Policy(PreTrainedPolicy):
         if not self._queue:
             chunk = self.predict_action_chunk(batch, **kwargs)
             self._queue.extend(chunk[:, : self.config.n_action_steps].unbind(dim=1))
+            self._anchor.set(batch)
+        origin = self._anchor.restore(batch)
         if OBS_STATE in batch and len(batch[OBS_STATE]) != len(self._queue[0]):
             raise RuntimeError(
                 f"{len(batch[OBS_STATE])} observations for a chunk that was made for {len(self._queue[0])}: call "
                 "reset() between episodes"
             )
         action = self._queue.popleft()
-        return action if self._bounds is None else self._bounds.step(action, batch[OBS_STATE].to(action.device))
+        if self._bounds is None:
+            return action
+        return self._bounds.step(action, batch[OBS_STATE].to(action.device), origin.to(action.device))
 
     def part_sizes(self) -> dict[str, tuple[int, int]]:
         """Per part of the network: how many parameters it has, and how many of them are trained."""
@@ -468,12 +559,11 @@ class PI0Policy(PreTrainedPolicy):
         return make_card(self.config, self.part_sizes(), self._start, dataset_repo_id, cfg, dataset_meta)
 
     def _get_default_peft_targets(self) -> dict[str, Any]:
-        """LeRobot's defaults for π₀: queries and values of the expert, and the projections."""
-        projections = "state_proj|action_in_proj|action_out_proj|action_time_mlp_in|action_time_mlp_out"
-        return {
-            "target_modules": rf"(.*\.gemma_expert\..*\.self_attn\.(q|v)_proj|model\.({projections}))",
-            "modules_to_save": [],
-        }
+        """openpi's recipe (`lora.py`); of a VLM that is to stay frozen, nothing."""
+        return lora.targets(self.model.vlm.cfg.depth, with_vlm=not self._expert_only_asked)
+
+    def _build_peft_config(self, cli_overrides: dict[str, Any]) -> Any:
+        return super()._build_peft_config(lora.with_ranks(cli_overrides))
 
 
 def _saved_beside(source: str | Path, config: PreTrainedConfig, **hub: Any) -> dict[str, Any]:

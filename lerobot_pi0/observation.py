@@ -7,7 +7,7 @@ read at once: one host synchronisation per batch, before anything that is compil
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -58,8 +58,16 @@ class ObservationMaker:
         self.config = config
         self._warned: set[str] = set()
 
-    def __call__(self, batch: Mapping[str, Any], device: torch.device) -> Observation:
+    def __call__(
+        self,
+        batch: Mapping[str, Any],
+        device: torch.device,
+        augment: Callable[[Tensor, list[str]], Tensor] | None = None,
+    ) -> Observation:
         """Check a preprocessed batch and turn it into what the network sees.
+
+        Args:
+            augment: changes images (B, N, C, H, W) in [0, 1] of the cameras that it is told the keys of.
 
         Raises:
             ObservationError: a key is missing, has the wrong shape, or holds values out of range.
@@ -75,9 +83,11 @@ class ObservationMaker:
         longest = int(facts["longest prompt"])
         if self.config.compile_model:
             longest = bucket(longest, tokens.shape[1])
-        side = self.config.image_size
+        images = torch.stack([resize_with_pad(x, self.config.image_size) for x in cameras.values()], dim=1)
+        if augment is not None:
+            images = augment(images, list(cameras))
         return Observation(
-            images_BNCHW=torch.stack([resize_with_pad(x, side) for x in cameras.values()], dim=1) * 2 - 1,
+            images_BNCHW=images * 2 - 1,
             tokens_BL=tokens[:, :longest],
             token_mask_BL=mask[:, :longest],
             state_BA=pad_last(state, self.config.max_state_dim),
@@ -96,6 +106,18 @@ class ObservationMaker:
                 "dataset with the delta_timestamps of this config, as lerobot-train does"
             )
         return pad_last(actions, self.config.max_action_dim)
+
+    def valid(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:
+        """Which steps of the chunks lie within their episodes, boolean (B, T): LeRobot repeats an episode's last
+        action beyond its end.
+
+        Raises:
+            ObservationError: the batch does not say.
+        """
+        key = f"{ACTION}_is_pad"
+        if key not in batch:
+            raise ObservationError(f"no {key!r} in the batch, which mask_padded_actions needs: LeRobotDataset has it")
+        return ~torch.as_tensor(batch[key]).to(device, torch.bool)
 
     def _vector(
         self, batch: Mapping[str, Any], key: str, most: tuple[int, str], device: torch.device, ndim: int = 2

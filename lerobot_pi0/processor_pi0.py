@@ -11,21 +11,20 @@ from typing import Any
 import numpy as np
 import torch
 from lerobot.configs import FeatureType, NormalizationMode
-from lerobot.policies.pi0.processor_pi0 import Pi0NewLineProcessor
 from lerobot.processor import (
     AbsoluteActionsProcessorStep,
     PolicyAction,
     PolicyProcessorPipeline,
     ProcessorStepRegistry,
-    RelativeActionsProcessorStep,
     TokenizerProcessorStep,
     make_default_policy_processor_steps,
     make_policy_processor_pipelines,
 )
-from lerobot.utils.constants import ACTION
 from torch import Tensor
 
-from .configuration_pi0 import BYTE_TOKENIZER, PALIGEMMA_TOKENIZER, PI0Config
+from .configuration_pi0 import BYTE_TOKENIZER, PALIGEMMA_TOKENIZER, PI0Config, dim_name
+from .prompt import PromptStep
+from .relative import AnchoredRelativeStep
 
 logger = logging.getLogger(__name__)
 
@@ -165,18 +164,13 @@ def check_statistics(config: PI0Config, stats: Mapping[str, Mapping[str, Any]] |
         spread = high if mode is NormalizationMode.MEAN_STD else high - low
         flat = np.flatnonzero(spread <= max(NEAR_CONSTANT * spread.max(initial=0), 1e-8))
         if len(flat):
-            dims = ", ".join(f"{_dim_name(config, key, i)} (spread {spread[i]:.3g})" for i in flat)
+            dims = ", ".join(f"{dim_name(config, key, i)} (spread {spread[i]:.3g})" for i in flat)
             logger.warning(
                 "near-constant dimensions of %r: %s. Normalised, their smallest change becomes a large one; "
                 "leave them out of the dataset unless they are meant to be fixed",
                 key,
                 dims,
             )
-
-
-def _dim_name(config: PI0Config, key: str, i: int) -> str:
-    names = (config.action_feature_names or []) if key == ACTION else []
-    return names[i] if i < len(names) else f"{key}[{i}]"
 
 
 def make_pi0_pre_post_processors(
@@ -201,7 +195,7 @@ def make_pi0_pre_post_processors(
         carry=config.save_tokenizer is not False,
     )
     _ = tokenizer.input_tokenizer  # a tokenizer that cannot be had is an error now, not at the first prompt
-    relative = RelativeActionsProcessorStep(
+    relative = AnchoredRelativeStep(
         enabled=config.use_relative_actions,
         exclude_joints=config.relative_exclude_joints,
         action_names=config.action_feature_names,
@@ -211,7 +205,7 @@ def make_pi0_pre_post_processors(
         input_steps=[
             steps.rename_observations,
             steps.add_batch_dim,
-            Pi0NewLineProcessor(),
+            PromptStep(cleans=bool(config.clean_prompts)),
             tokenizer,
             steps.to_device,
             relative,

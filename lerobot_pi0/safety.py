@@ -126,11 +126,15 @@ class ActionBounds:
                 "action_range_margin alone"
             )
 
-    def step(self, action_BA: Tensor, state_BA: Tensor) -> Tensor:
-        """One action that is about to be executed, bounded by where the joints are now; all are normalised."""
-        return self.chunk(action_BA[:, None], state_BA)[:, 0]
+    def step(self, action_BA: Tensor, state_BA: Tensor, origin_BA: Tensor | None = None) -> Tensor:
+        """One action that is about to be executed, bounded by where the joints are now; all are normalised.
 
-    def chunk(self, actions_BTA: Tensor, state_BA: Tensor) -> Tensor:
+        Args:
+            origin_BA: the state that a relative action is added to, which is its chunk's; by default `state_BA`.
+        """
+        return self.chunk(action_BA[:, None], state_BA, origin_BA)[:, 0]
+
+    def chunk(self, actions_BTA: Tensor, state_BA: Tensor, origin_BA: Tensor | None = None) -> Tensor:
         """A chunk, bounded by where the joints are now and then each action by the one before; all are normalised.
 
         The range of the data comes first and the measured joints have the last word: an arm that stands outside of the
@@ -145,7 +149,8 @@ class ActionBounds:
         if (most := self.config.max_action_step) is not None:
             in_range = bounded
             before = self._units(self._to_units, state_BA, observed=True)
-            offset, steps = before * self._relative.to(wanted.device), []
+            origin = before if origin_BA is None else self._units(self._to_units, origin_BA, observed=True)
+            offset, steps = origin * self._relative.to(wanted.device), []
             for action in in_range.unbind(dim=1):
                 target = torch.minimum(torch.maximum(action + offset, before - most), before + most)
                 steps.append(target - offset)

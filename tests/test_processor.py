@@ -32,6 +32,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from lerobot_pi0 import PI0Policy, make_pi0_pre_post_processors
 from lerobot_pi0.processor_pi0 import NOT_CARRIED, PI0TokenizerStep, check_statistics
+from lerobot_pi0.prompt import PromptStep
 
 # The preprocessor of lerobot/pi0_base, as published.
 PUBLISHED = json.loads("""
@@ -339,3 +340,50 @@ def test_config_is_not_changed():
     before = replace(config)
     make_pi0_pre_post_processors(config, stats())
     assert config == before
+
+
+# --- prompts ------------------------------------------------------------------------------------------------
+
+
+DIRTY, CLEAN = " pick_up\nthe_cube\n", "pick up the cube\n"
+
+
+def prompts_of(pipeline) -> list[str]:
+    return pipeline(sample() | {"task": DIRTY})["task"]
+
+
+@pytest.mark.parametrize("cleans", [True, False])
+def test_clean_prompts(tmp_path, cleans):
+    """Catches prompts that are read in one way in training and in another at the robot, or another cleaning."""
+    config = tiny_config(clean_prompts=cleans)
+    made = make_pi0_pre_post_processors(config, stats())
+    expected = [CLEAN] if cleans else [DIRTY]
+    assert prompts_of(made[0]) == expected
+    for pipeline in made:
+        pipeline.save_pretrained(tmp_path)
+    assert prompts_of(make_pre_post_processors(config, pretrained_path=str(tmp_path))[0]) == expected
+    for text in ("take the cube", "take_the cube", "\n a_b\nc "):  # openpi: PaligemmaTokenizer.tokenize
+        assert prompts_of(made[0]) == expected
+        if cleans:
+            found = made[0](sample() | {"task": text})["task"]
+            assert found == [text.strip().replace("_", " ").replace("\n", " ") + "\n"]
+
+
+@pytest.mark.parametrize(("before", "asked", "after"), [
+    (False, None, False), (False, True, True), (True, None, True), (True, False, False),
+])  # fmt: skip
+def test_clean_prompts_of_a_fine_tuned_checkpoint(tmp_path, before, asked, after):
+    """Catches an option without effect where most runs begin: LeRobot rebuilds the checkpoint's pipeline."""
+    config = tiny_config(clean_prompts=before)
+    PI0Policy(config).save_pretrained(tmp_path)
+    for pipeline in make_pi0_pre_post_processors(config, stats()):
+        pipeline.save_pretrained(tmp_path)
+    policy = PI0Policy.from_pretrained(tmp_path, config=tiny_config(clean_prompts=asked), dataset_stats=stats())
+    assert policy.config.clean_prompts is after
+    pipelines = make_pre_post_processors(policy.config, pretrained_path=str(tmp_path))
+    assert prompts_of(pipelines[0]) == ([CLEAN] if after else [DIRTY])
+    assert PromptStep.asked is None  # the next pipeline of this process is another one
+    for pipeline in pipelines:
+        pipeline.save_pretrained(tmp_path / "saved")
+    pipeline, _ = make_pre_post_processors(policy.config, pretrained_path=str(tmp_path / "saved"))
+    assert prompts_of(pipeline) == ([CLEAN] if after else [DIRTY])

@@ -309,8 +309,8 @@ def test_every_adapter_counts(base):
     model.train()
     model.forward(batch, noise=noise, time=time)[0].backward()
     adapters = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert adapters == {name for name, _ in model.named_parameters() if "lora_" in name}
-    assert len(adapters) == 2 * (5 + 2 * 3)
+    assert adapters == {name for name, _ in model.named_parameters() if "lora_" in name or "modules_to_save" in name}
+    assert len(adapters) == 2 * (7 * 3) + 2 * 5
     found = gradients(model)
     assert {name for name in adapters if not (name in found and found[name].any())} == set()
 

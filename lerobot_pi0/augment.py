@@ -1,0 +1,85 @@
+"""openpi's augmentation of training images: a crop, a rotation, brightness, contrast and saturation, per image.
+
+Cameras on the wrist move with the hand, so their geometry is left alone. Crop and rotation are one resampling here
+(two in openpi), and what lies outside the picture is black. Source: openpi `models/model.py: preprocess_observation`,
+`models_pytorch/preprocessing_pytorch.py`.
+
+Axes: B batch, N cameras, C channels, H height, W width.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from einops import rearrange
+from torch import Tensor
+
+from .flow import generator_of
+
+CROP = 0.95
+"""Side of the crop, as a part of the image's."""
+DEGREES = 5.0
+BRIGHTNESS, CONTRAST, SATURATION = 0.3, 0.4, 0.5
+"""Factors are drawn from 1 ± these."""
+
+
+class Change(NamedTuple):
+    """What happens to images; each field (B, N)."""
+
+    side: Tensor  # of the crop, as a part of the image's
+    x: Tensor  # centre of the crop, where the image reaches from -1 to 1
+    y: Tensor
+    angle: Tensor  # radians, counterclockwise as the picture is seen
+    brightness: Tensor
+    contrast: Tensor
+    saturation: Tensor
+
+
+def change_of(uniform_FBN: Tensor, fixed: Sequence[bool]) -> Change:
+    """The change that numbers between 0 and 1 stand for: six of them per image.
+
+    Args:
+        fixed: per camera, whether its geometry is left alone.
+    """
+    u = 2 * uniform_FBN - 1
+    moves = 1 - torch.tensor(fixed, dtype=u.dtype, device=u.device)
+    margin = (1 - CROP) * moves
+    return Change(
+        side=(1 - margin).expand_as(u[0]),
+        x=u[0] * margin,
+        y=u[1] * margin,
+        angle=u[2] * math.radians(DEGREES) * moves,
+        brightness=1 + u[3] * BRIGHTNESS,
+        contrast=1 + u[4] * CONTRAST,
+        saturation=1 + u[5] * SATURATION,
+    )
+
+
+def draw(seed: int, update: int, samples: Sequence[int], cameras: int) -> Tensor:
+    """Uniform numbers (F, B, N) for `change_of` that depend on nothing but seed, update and sample; on the CPU.
+
+    Args:
+        samples: a number per observation, such as its index in the dataset.
+    """
+    draws = [torch.rand(6, cameras, generator=generator_of("images", seed, update, sample)) for sample in samples]
+    return torch.stack(draws, dim=1)
+
+
+def apply(images_BNCHW: Tensor, change: Change) -> Tensor:
+    """Square images in [0, 1], changed each in its own way, in [0, 1]."""
+    batch = len(images_BNCHW)
+    images = rearrange(images_BNCHW, "b n c h w -> (b n) c h w")
+    side, x, y, angle, *factors = (rearrange(field.to(images.dtype), "b n -> (b n)") for field in change)
+    cos, sin = side * angle.cos(), side * angle.sin()
+    where = torch.stack([cos, -sin, x, sin, cos, y], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(where, list(images.shape), align_corners=False)
+    images = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    brightness, contrast, saturation = (factor[:, None, None, None] for factor in factors)
+    images = images * brightness
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    images = mean + (images - mean) * contrast
+    grey = images.mean(dim=1, keepdim=True)
+    images = (grey + (images - grey) * saturation).clamp(0, 1)
+    return rearrange(images, "(b n) c h w -> b n c h w", b=batch)

@@ -1,0 +1,36 @@
+"""What LoRA adapts by default: openpi's recipe (`models/gemma.py: gemma_2b_lora, gemma_300m_lora`).
+
+Attention and MLP of VLM and expert, with rank and alpha of 16 in the VLM and of 32 in the expert; the projections of
+states and actions are trained whole. (openpi trains the vision tower too, which LeRobot's `--peft.*` leaves frozen.)
+"""
+
+from typing import Any
+
+EXPERT = r".*\.gemma_expert\..*"
+PROJECTIONS = ["state_proj", "action_in_proj", "action_out_proj", "action_time_mlp_in", "action_time_mlp_out"]
+LINEAR = r"(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
+
+
+def targets(depth: int, with_vlm: bool) -> dict[str, Any]:
+    """peft's options for the expert and, `with_vlm`, for the VLM: all that π₀ reads of its `depth` layers."""
+    last = depth - 1
+    vlm = rf"|.*\.language_model\.layers\.((?!{last}\.)\d+\.{LINEAR}|{last}\.self_attn\.(k|v)_proj)"
+    return {
+        "target_modules": rf"(.*\.gemma_expert\..*\.{LINEAR}{vlm if with_vlm else ''})",
+        "modules_to_save": list(PROJECTIONS),
+    }
+
+
+def with_ranks(overrides: dict[str, Any]) -> dict[str, Any]:
+    """Options of `--peft.*`, completed: alpha is the rank, and the expert has twice the rank of the VLM.
+
+    Who names target modules chooses everything: their rank is `--peft.r` everywhere.
+    """
+    if (overrides.get("method_type") or "lora").lower() != "lora":
+        return overrides
+    rank = overrides.get("r") or 16
+    alpha = overrides.get("lora_alpha") or rank
+    both = {"r": rank, "lora_alpha": alpha}
+    if overrides.get("target_modules") is None:
+        both |= {"rank_pattern": {EXPERT: 2 * rank}, "alpha_pattern": {EXPERT: 2 * alpha}}
+    return overrides | both

@@ -1,0 +1,81 @@
+"""Learning as LeRobot's own π₀ does: equal weights, data and noise give the same curve of losses.
+
+In float64, where rounding stays small for hundreds of steps. Both networks take norms, rotations and times in
+float32 whatever their weights are; the fixture makes those float64 too, or the curves would part by rounding alone.
+"""
+
+import pytest
+import torch
+from conftest import CAMERAS, copy_weights, make_batch, small_builtin, small_policy
+from lerobot.utils.constants import ACTION
+from torch.optim.lr_scheduler import LRScheduler
+
+CHUNK, BATCH, BATCHES = 10, 2, 8
+OPTIONS = {
+    "chunk_size": CHUNK, "n_action_steps": CHUNK, "optimizer_lr": 1e-3, "scheduler_decay_lr": 1e-4,
+    "scheduler_warmup_steps": 10, "scheduler_decay_steps": 200,
+}  # fmt: skip
+MODES = {"VLM frozen": {"train_expert_only": True}, "everything": {"train_expert_only": False}}
+
+
+@pytest.fixture
+def double(small, monkeypatch) -> None:
+    """The sizes of `small`; where either network asks for float32, it gets float64."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(torch, "float32", torch.float64)
+
+
+def their_loss(policy, batch: dict, noise: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+    """LeRobot's loss for given draws."""
+    policy.model.sample_noise = lambda shape, device: noise[:, 0]
+    policy.model.sample_time = lambda batch_size, device: time[:, 0]
+    return policy.forward(batch)[0]
+
+
+def our_loss(policy, batch: dict, noise: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+    return policy.forward(batch, noise=noise, time=time)[0]
+
+
+def learn(policy, loss_of, steps: int) -> list[float]:
+    """Losses of a training run as LeRobot runs it: its preset of optimizer and schedule, clipped gradients."""
+    config = policy.config
+    preset = config.get_optimizer_preset()
+    optimizer = preset.build(policy.train().get_optim_params())
+    schedule: LRScheduler = config.get_scheduler_preset().build(optimizer, 200)
+    losses = []
+    for step in range(steps):
+        draw = torch.Generator().manual_seed(step % BATCHES)
+        batch = make_batch(step % BATCHES, BATCH, CAMERAS[: 1 + step % 3], prompt=(4, 7), chunk=CHUNK, length=8)
+        batch[ACTION] = batch[ACTION].cumsum(dim=1) / 3  # smooth, so that there is something to learn
+        noise = torch.randn(BATCH, 1, CHUNK, 32, generator=draw, dtype=torch.float64)
+        time = torch.rand(BATCH, 1, generator=draw, dtype=torch.float64) * 0.99 + 0.005
+        loss = loss_of(policy, batch, noise, time)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), preset.grad_clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("steps", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_same_curve(double, mode, steps):
+    """Catches a gradient, a frozen part, a decay or a schedule that differs: small errors of a step add up in a run."""
+    torch.manual_seed(0)
+    theirs, ours = (make(**MODES[mode], **OPTIONS).double() for make in (small_builtin, small_policy))
+    copy_weights(theirs, ours)
+    before = {name: p.clone() for name, p in theirs.named_parameters()}
+    expected, found = (
+        torch.tensor(learn(policy, loss_of, steps), dtype=torch.float64)
+        for policy, loss_of in ((theirs, their_loss), (ours, our_loss))
+    )
+    assert ((found - expected).abs() / expected).max() < 1e-7
+    assert expected[-BATCHES:].mean() < expected[:BATCHES].mean()  # it is learning, not standing still
+    after = dict(theirs.named_parameters())
+    for name, p in ours.named_parameters():
+        if p.requires_grad:  # LeRobot's decay moves what nothing reads, too
+            moved = (after[name] - before[name]).norm()
+            assert moved > 0, name
+            assert (p - after[name]).norm() <= 1e-5 * moved, name

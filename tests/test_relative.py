@@ -1,0 +1,175 @@
+"""Relative actions: which statistics are refused, and which absolute actions reach the robot."""
+
+import shlex
+
+import numpy as np
+import pytest
+import torch
+from conftest import ACTION, CAMERAS, DIMS, stats, tiny_config, write_dataset
+from lerobot.datasets import LeRobotDataset
+from lerobot.policies import make_policy, make_pre_post_processors
+from lerobot.rollout.inference.sync import SyncInferenceEngine
+from lerobot.scripts import lerobot_edit_dataset
+from lerobot.utils.constants import OBS_STATE
+
+from lerobot_pi0 import PI0Policy, make_pi0_pre_post_processors
+from lerobot_pi0.safety import make_bounds
+
+CHUNK, CAMERA = 4, CAMERAS[:1]
+NAMES = [f"joint_{i}" for i in range(DIMS)]
+
+
+def config_of(**options):
+    sizes = {"chunk_size": CHUNK, "n_action_steps": 3, "use_relative_actions": True}
+    return tiny_config(CAMERA, **sizes | {"relative_exclude_joints": ["joint_5"]} | options)
+
+
+def train_on(root, **options) -> PI0Policy:
+    """The policy as lerobot-train makes it for this dataset."""
+    return make_policy(config_of(**options), ds_meta=LeRobotDataset("test/tiny", root=root).meta)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A dataset as it is recorded: two episodes of six frames."""
+    root = tmp_path_factory.mktemp("relative") / "recorded"
+    write_dataset(root, cameras=CAMERA)
+    return root
+
+
+def edited(error: Exception, monkeypatch, to) -> None:
+    """Run the command that the error names, into the folder `to`."""
+    command = shlex.split(str(error).rsplit("train on that: ", 1)[1])
+    monkeypatch.setattr("sys.argv", [*command, f"--new_root={to}"])
+    lerobot_edit_dataset.main()
+
+
+@pytest.fixture(scope="module")
+def relative(recorded, tmp_path_factory):
+    """The same with statistics of relative actions, made by the command of the error."""
+    root = tmp_path_factory.mktemp("relative") / "edited"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        with pytest.raises(ValueError, match=r"use_relative_actions=true.*absolute") as refused:
+            train_on(recorded)
+        edited(refused.value, monkeypatch, root)
+    return root
+
+
+def test_the_command_makes_what_is_wanted(relative):
+    """Catches a command that LeRobot does not take, or that makes statistics which are refused again."""
+    policy = train_on(relative)
+    assert policy.config.action_feature_names == NAMES
+    data = LeRobotDataset("test/tiny", root=relative)
+    columns = {key: torch.stack(list(data.hf_dataset[key])) for key in (ACTION, OBS_STATE)}
+    episode = torch.tensor(data.hf_dataset["episode_index"])
+    moves = []
+    for start in range(len(episode) - CHUNK + 1):
+        if episode[start] == episode[start + CHUNK - 1]:
+            state = columns[OBS_STATE][start] * (torch.arange(DIMS) < 5)
+            moves.append(columns[ACTION][start : start + CHUNK] - state)
+    moves = torch.cat(moves).numpy()
+    found = data.meta.stats[ACTION]
+    np.testing.assert_allclose(found["mean"], moves.mean(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(found["std"], moves.std(axis=0), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"use_relative_actions": False}, "use_relative_actions=false.*of relative"),
+        ({"chunk_size": 5}, "24 steps.*chunk_size=5"),
+        ({"relative_exclude_joints": []}, "of joint_5 are not"),
+        ({"relative_exclude_joints": ["joint_4", "joint_5"]}, "of joint_4 are not"),
+        ({"relative_exclude_joints": ["joint_0"]}, "of joint_0, joint_5 are not"),
+    ],
+)
+def test_statistics_of_something_else(relative, tmp_path, monkeypatch, options, problem):
+    """Catches statistics of other chunks or joints, which normalise just as silently; the command mends it."""
+    with pytest.raises(ValueError, match=problem) as refused:
+        train_on(relative, **options)
+    edited(refused.value, monkeypatch, tmp_path / "mended")
+    train_on(tmp_path / "mended", **options)
+
+
+def test_absolute_actions_and_their_statistics(recorded):
+    """Catches a refusal of what nearly everybody trains on."""
+    train_on(recorded, use_relative_actions=False)
+
+
+def observation(seed: int) -> dict:
+    draw = torch.Generator().manual_seed(seed)
+    return {
+        CAMERA[0]: torch.rand(1, 3, 64, 64, generator=draw),
+        OBS_STATE: torch.randn(1, DIMS, generator=draw) * 40,
+        "task": "reach",
+    }
+
+
+@pytest.fixture(params=["new", "saved"])
+def rollout(request, tmp_path):
+    """A policy with relative actions and its processors, as made and as rebuilt from a checkpoint."""
+    torch.manual_seed(0)
+    config = config_of(action_feature_names=NAMES)
+    policy, numbers = PI0Policy(config), stats(cameras=CAMERA)
+    pre, post = make_pi0_pre_post_processors(config, numbers)
+    if request.param == "saved":
+        for part in (policy, pre, post):
+            part.save_pretrained(tmp_path)
+        policy = PI0Policy.from_pretrained(tmp_path)
+        pre, post = make_pre_post_processors(policy.config, pretrained_path=str(tmp_path))
+    return policy, pre, post, numbers[ACTION]
+
+
+def by_hand(policy, pre, observations, noises, numbers) -> list[torch.Tensor]:
+    """Absolute actions of a rollout: each relative to the state in which its chunk began."""
+    actions = []
+    for tick, seen in enumerate(observations):
+        if tick % 3 == 0:
+            chunk = policy.predict_action_chunk(pre(dict(seen)), noise=noises[tick // 3])[0]
+            start = seen[OBS_STATE][0] * (torch.arange(DIMS) < 5)
+        actions.append(chunk[tick % 3] * numbers["std"] + numbers["mean"] + start)
+    return actions
+
+
+def test_sync_rollout(rollout, monkeypatch):
+    """Catches actions of a chunk that are added to the state of the tick in which they are executed."""
+    policy, pre, post, numbers = rollout
+    observations, noises = [observation(i) for i in range(7)], torch.randn(3, 1, CHUNK, 32)
+    expected = by_hand(policy, pre, observations, noises, numbers)
+    draws = iter(noises)
+    monkeypatch.setattr("lerobot_pi0.flow.sample_noise", lambda *args: next(draws))
+    features = {ACTION: {"dtype": "float32", "shape": (DIMS,), "names": NAMES}}
+    engine = SyncInferenceEngine(policy, pre, post, features, NAMES, "reach", "cpu", "so100")
+    for seen, action in zip(observations, expected, strict=True):
+        frame = {CAMERA[0]: (seen[CAMERA[0]][0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()}
+        frame[OBS_STATE] = seen[OBS_STATE][0].numpy()
+        found = engine.get_action(frame)
+        torch.testing.assert_close(found, action, rtol=1e-2, atol=0.2)  # images of 8 bits
+        assert (found - action).abs().max() < 0.2
+
+
+def test_lerobot_evals_loop(rollout, monkeypatch):
+    """Catches the same in the loop of lerobot-eval, exactly, and an anchor that survives the end of an episode."""
+    policy, pre, post, numbers = rollout
+    draws = torch.randn(4, 1, CHUNK, 32)
+    for episode in range(2):
+        observations = [observation(10 * episode + i) for i in range(5)]
+        noises = draws[2 * episode : 2 * episode + 2]
+        expected = by_hand(policy, pre, observations, noises, numbers)
+        queue = iter(noises)
+        monkeypatch.setattr("lerobot_pi0.flow.sample_noise", lambda *args, queue=queue: next(queue))
+        policy.reset()
+        for seen, action in zip(observations, expected, strict=True):
+            found = post(policy.select_action(pre(dict(seen))))
+            torch.testing.assert_close(found[0], action, rtol=1e-5, atol=1e-4)
+
+
+def test_bounded_rollout(rollout):
+    """Catches a bound of the distance to the measured joints that takes the chunk's state for the one of the tick."""
+    policy, pre, post, numbers = rollout
+    policy.config.max_action_step = 0.5
+    policy._bounds = make_bounds(policy.config, lambda: {ACTION: numbers, OBS_STATE: stats(cameras=CAMERA)[OBS_STATE]})
+    for tick in range(7):
+        seen = observation(tick)
+        found = post(policy.select_action(pre(dict(seen))))
+        assert (found - seen[OBS_STATE]).abs().max() < 0.5 + 1e-3
