@@ -146,8 +146,8 @@ class _Port:
         return self._master
 
     def inject(self, faults: Faults) -> None:
-        """From now on, or `after` the first goal position, these faults and no others."""
-        self._faults, self._line, self._due = faults, Line(Faults()), True
+        """From now on, or `after` the next goal position, these faults and no others."""
+        self._faults, self._line, self._due, self._first_goal = faults, Line(Faults()), True, None
         self._servos.silent.clear()
         self._servos.shafts.jammed[:] = 0
         for servo in self._servos.all:
