@@ -1,5 +1,7 @@
 """The virtual cell: two arms that LeRobot's commands take for real ones.
 
+    python -m lerobot_env_virtual_so100.cell
+
 Four processes share memory: the follower's bus, the leader's bus, the physics (in real time, with the person at the
 leader), and the cameras. LeRobot sees two serial ports and two network cameras and nothing else; scenes, the person and
 the simulator's ground truth are asked for here.
@@ -7,17 +9,21 @@ the simulator's ground truth are asked for here.
 
 import contextlib
 import json
+import shlex
 import signal
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import draccus
 import numpy as np
 
 from . import calibration
 from .bus import VirtualBus, at_once, processes
 from .camera import View, lerobot_cameras
 from .camera import serve as serve_cameras
-from .constants import IMAGE_SIZE
+from .constants import EPISODE_SECONDS, IMAGE_SIZE, SPLITS
+from .faults import Faults
 from .person import LOOKS_A_SECOND, Person
 from .servo import Shafts
 from .simulation import Simulation
@@ -156,7 +162,7 @@ def _serve_physics(pipe, task: str, shafts: dict[str, Shafts], view: View, seed:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     physics = Physics(task, shafts, view, seed)
     pipe.send(None)
-    at_once()
+    at_once(1)
     due = time.monotonic()
     with contextlib.suppress(EOFError, OSError):
         while True:
@@ -274,7 +280,8 @@ class Cell:
         for process, pipe in (self._cameras, self._physics):
             with contextlib.suppress(OSError):  # it may have died
                 pipe.send(("close", ()))
-            process.join(timeout=5)
+            process.join(timeout=2)
+            process.kill()
             pipe.close()
         for bus in self.buses.values():
             bus.close()
@@ -284,3 +291,64 @@ class Cell:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+@dataclass
+class CellConfig:
+    """Two virtual SO-100 arms with two cameras, for LeRobot's commands in another terminal."""
+
+    # Folder for the ports, the calibration files and the logs of the buses.
+    folder: Path = Path("outputs/cell")
+    # What stands on the table: reach or pick_place.
+    task: str = "reach"
+    # Stream of scenes: train, validation or test.
+    split: str = "train"
+    # First scene.
+    seed: int = 0
+    # Height and width of the cameras' pictures in pixels.
+    image_size: int = IMAGE_SIZE
+    # Faults of the follower's bus: --faults.drop=0.1 and so on, see faults.py.
+    faults: Faults = field(default_factory=Faults)
+
+    def __post_init__(self):
+        if self.task not in EPISODE_SECONDS:
+            raise ValueError(f"--task must be one of {', '.join(EPISODE_SECONDS)}, not {self.task!r}")
+        if self.split not in SPLITS:
+            raise ValueError(f"--split must be one of {', '.join(SPLITS)}, not {self.split!r}")
+
+
+def serve(config: CellConfig) -> None:
+    """Run a cell by hand until the input ends."""
+    with Cell(config.folder, config.task, config.image_size) as cell:
+        cell.buses["follower"].inject(config.faults)
+        for name, value in cell.environment.items():
+            print(f"export {name}={shlex.quote(value)}")
+        print(f"\nFOLLOWER: {shlex.join(cell.robot)}\n\nLEADER:   {shlex.join(cell.teleop)}\n")
+        print("ENTER: next scene, d: let the person at the leader do the task, s: say how it stands, q: quit\n")
+        seed = config.seed
+        _next_scene(cell, config.split, seed)
+        while (key := input().strip()) != "q":
+            if key == "d":
+                cell.demonstrate()
+            elif key == "s":
+                print(cell.status()["judgement"] or "the follower has not been commanded yet")
+            else:
+                seed += 1
+                _next_scene(cell, config.split, seed)
+
+
+def _next_scene(cell: Cell, split: str, seed: int) -> None:
+    layout = cell.task.sample(split, seed)
+    cell.load(layout)
+    print(f"scene {seed}: {cell.task.instruction(layout.target, layout.phrase)}")
+
+
+@draccus.wrap()
+def main(config: CellConfig) -> None:
+    """Command line."""
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        serve(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -157,17 +157,19 @@ def so100(config: SO100Config) -> dict[str, dict]:
     """Everything; returns the summaries by policy and control."""
     shutil.rmtree(config.output, ignore_errors=True)
     started = time.perf_counter()
-    with Cell(config.output / "cell", task=config.task, calibrated=False) as cell:
-        way = Way(cell)
-        demonstrate(config, way)
-        policy = config.policy
-        if policy is None:
-            make_dataset(config)
-            recipe = training(config)
-            demo.train(recipe)
-            policy = recipe.policy
-        rows = roll_out(config, way, policy)
+    folder = config.output / "cell"
+    with Cell(folder, task=config.task, calibrated=False) as cell:
+        demonstrate(config, Way(cell))
         skipped = cell.status()["skipped"]
+    policy = config.policy
+    if policy is None:  # without the cell, which runs in real time and would take its share of the processor
+        make_dataset(config)
+        recipe = training(config)
+        demo.train(recipe)
+        policy = recipe.policy
+    with Cell(folder, task=config.task) as cell:
+        rows = roll_out(config, Way(cell), policy)
+        skipped += cell.status()["skipped"]
     rows = fast_path(config, policy) | rows
     (config.output / "scores.json").write_text(json.dumps({"scores": rows, "skipped_s": skipped}, indent=2) + "\n")
     print(f"\n{demo.table(rows)}\n")

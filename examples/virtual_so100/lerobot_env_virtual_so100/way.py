@@ -28,11 +28,10 @@ class Way:
 
     def __init__(self, cell: Cell, fps: int = FPS):
         self.cell, self.fps = cell, fps
-        self._count = 0
 
     def _command(self, *arguments: str) -> Command:
-        self._count += 1
-        log = self.cell.folder / "logs" / f"{self._count:03d}_{arguments[0]}.txt"
+        logs = self.cell.folder / "logs"
+        log = logs / f"{len(list(logs.glob('*.txt'))) + 1:03d}_{arguments[0]}.txt"
         return Command([str(argument) for argument in arguments], log, self.cell.environment)
 
     def _until_done(self, command: Command) -> None:
