@@ -2,10 +2,10 @@
 PYTHON := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: help setup demo test test-all bench lint format clean
+.PHONY: help setup demo so100 test test-all bench lint format clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## / - /' | sort
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## / - /' | sort
 
 setup: $(READY)  ## make .venv and install everything into it
 
@@ -15,6 +15,9 @@ $(READY): pyproject.toml examples/virtual_so100/pyproject.toml scripts/setup.sh
 
 demo: setup  ## simulate an SO-100, record demonstrations, train π₀, evaluate it (ARGS='--help' for options)
 	$(PYTHON) -m lerobot_env_virtual_so100.demo $(ARGS)
+
+so100: setup  ## the way of a user with two arms, virtual ones: record, train, roll out (ARGS='--help' for options)
+	$(PYTHON) -m lerobot_env_virtual_so100.so100 $(ARGS)
 
 test: setup  ## fast tests, on CPU, without network
 	$(PYTHON) -m pytest $(ARGS)

@@ -384,3 +384,15 @@ def test_voltage_error(bus, folder):
     bus.inject(Faults(voltage=2))
     with pytest.raises(RuntimeError, match="Missing motor IDs"):
         follower(bus, folder).connect()
+
+
+def test_torque_stays_on_behind_a_servo_that_is_missing(bus, folder):
+    """What the README warns of: LeRobot switches torque off one by one, and stops at a servo that does not answer."""
+    device = follower(bus, folder)
+    device.connect()
+    bus.inject(Faults(missing=4))
+    with pytest.raises(ConnectionError, match="Torque_Enable"):
+        device.disconnect()
+    assert bus.shafts.torque.tolist() == [0, 0, 0, 1, 1, 1]
+    bus.inject(Faults())
+    device.disconnect()

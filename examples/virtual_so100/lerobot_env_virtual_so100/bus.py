@@ -37,13 +37,13 @@ def processes() -> multiprocessing.context.BaseContext:
     return context
 
 
-def at_once() -> None:
+def at_once(priority: int) -> None:
     """Let the calling process run as soon as it has something to do, where the system allows that.
 
-    Servos and gravity do not wait for a processor.
+    Servos and gravity do not wait for a processor, and servos (2) not for gravity (1).
     """
     with contextlib.suppress(OSError):
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(priority))
 
 
 def packet(number: int, code: int, parameters: bytes = b"") -> bytes:
@@ -146,8 +146,8 @@ class _Port:
         return self._master
 
     def inject(self, faults: Faults) -> None:
-        """From now on, or `after` the first goal position, these faults and no others."""
-        self._faults, self._line, self._due = faults, Line(Faults()), True
+        """From now on, or `after` the next goal position, these faults and no others."""
+        self._faults, self._line, self._due, self._first_goal = faults, Line(Faults()), True, None
         self._servos.silent.clear()
         self._servos.shafts.jammed[:] = 0
         for servo in self._servos.all:
@@ -235,7 +235,7 @@ class _Port:
 def serve(pipe, shafts: Shafts, log: Path | None) -> None:
     """Main function of a bus's process: serve the port until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # control-C is for the command at the other end
-    at_once()
+    at_once(2)
     servos = Servos(shafts)
     port = _Port(servos, log)
     pipe.send(port.name)

@@ -16,7 +16,7 @@ class Faults:
         missing: id of a servo that falls silent, as with a loose cable.
         jammed: id of a servo whose shaft is held fast.
         voltage: id of a servo that reports an input voltage error.
-        after: s after the first goal position from which on all this happens, so that commands connect first.
+        after: s after the next goal position from which on all this happens, so that a command connects first.
         limit: how many replies and commands are spoilt at most.
         seed: of the draws.
     """

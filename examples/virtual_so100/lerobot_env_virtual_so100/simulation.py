@@ -26,13 +26,19 @@ class Simulation:
     def load(self, layout: Layout) -> None:
         """Place cubes and goal as the layout says and the arm, at rest, in its starting posture."""
         mujoco.mj_resetData(self.model, self.data)
+        self.arrange(layout)
+        self.arm.place(layout.start(self.arm))
+        mujoco.mj_forward(self.model, self.data)
+
+    def arrange(self, layout: Layout) -> None:
+        """Place cubes and goal alone, at rest; the arm stays as it is."""
         for i, colour in enumerate(self.spec.cubes):
             x, y, yaw = layout.cubes.get(colour, (_AWAY + i, _AWAY, 0.0))
             quat = (np.cos(yaw / 2), 0.0, 0.0, np.sin(yaw / 2))
             self.data.joint(colour).qpos[:] = (x, y, CUBE_HALF, *quat)
+            self.data.joint(colour).qvel[:] = 0.0
         if layout.goal is not None:
             self.data.mocap_pos[0, :2] = layout.goal
-        self.arm.place(layout.start(self.arm))
         mujoco.mj_forward(self.model, self.data)
 
     def advance(self, target: np.ndarray) -> None:
