@@ -55,7 +55,7 @@ class WrongPolicyError(CheckpointError):
 
 
 class CheckpointConfigError(CheckpointError):
-    """A config.json that does not describe a π₀."""
+    """Options that do not describe a π₀, or that this checkpoint cannot keep."""
 
 
 class MismatchedCheckpointError(CheckpointError):

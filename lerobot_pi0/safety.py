@@ -41,7 +41,7 @@ def make_bounds(config: PI0Config, statistics: Callable[[], Statistics | None]) 
         statistics: where to get them; not called if nothing is asked for.
 
     Raises:
-        ValueError: they cannot be had, or the bounds make no sense with these features.
+        CheckpointConfigError: they cannot be had, or the bounds make no sense with these features.
     """
     if all(x in (None, math.inf) for x in (config.max_action_step, config.action_range_margin)):
         return None
@@ -94,22 +94,22 @@ class ActionBounds:
         self._last_warning = -SECONDS_BETWEEN_WARNINGS
 
     def _check(self, features: dict[str, Any], modes: dict[Any, NormalizationMode], stats: Statistics) -> None:
-        """Raises ValueError where a bound could not be kept."""
+        """Raises CheckpointConfigError (a ValueError) where a bound could not be kept."""
         asked = "max_action_step and action_range_margin"
         normalised = {key for key in features if modes[features[key].type] is not NormalizationMode.IDENTITY}
         if missing := sorted((normalised | {ACTION}) - stats.keys()):
-            raise ValueError(
+            raise checkpoint.CheckpointConfigError(
                 f"{asked} are in the robot's units, but the policy has no statistics of {', '.join(missing)}: load a "
                 "checkpoint with its processors, or leave the bounds away"
             )
         if self.config.action_range_margin is not None and not {"min", "max"} <= stats[ACTION].keys():
-            raise ValueError(
+            raise checkpoint.CheckpointConfigError(
                 "action_range_margin needs the data's min and max, which these statistics do not hold: recompute them "
                 "(lerobot-edit-dataset --operation.type=recompute_stats) and train, or use max_action_step alone"
             )
         state, action = features.get(OBS_STATE), features[ACTION]
         if self.config.max_action_step is not None and (state is None or state.shape != action.shape):
-            raise ValueError(
+            raise checkpoint.CheckpointConfigError(
                 f"max_action_step compares actions with measured joints, but actions have {action.shape} dims and the "
                 f"state {None if state is None else state.shape}: use action_range_margin alone"
             )
@@ -120,7 +120,7 @@ class ActionBounds:
         lost = (self._units(self._to_units, self._units(self._normalise, probe)) - probe).abs()[0] > 1e-3 * most
         if lost.any():
             fixed = ", ".join(name for name, x in zip(self.names, lost, strict=True) if x)
-            raise ValueError(
+            raise checkpoint.CheckpointConfigError(
                 f"max_action_step cannot hold {fixed}, which never moved in the data: whatever the policy says, the "
                 "processors send the one value they know. Use the robot's own limit (max_relative_target), or "
                 "action_range_margin alone"
