@@ -34,6 +34,9 @@ NEAR_CONSTANT = 1e-3
 NOT_CARRIED = "not_carried"
 """Name of the one tensor in the state of a tokenizer step whose checkpoint must not hold the tokenizer."""
 
+MANY_PROMPTS = 1000
+"""After so many different ones, what is remembered of prompts is forgotten."""
+
 STATISTICS = {
     NormalizationMode.MEAN_STD: ("mean", "std"),
     NormalizationMode.MIN_MAX: ("min", "max"),
@@ -88,6 +91,7 @@ class PI0TokenizerStep(TokenizerProcessorStep):
             raise ValueError("tokenizer_processor needs a tokenizer_name")
         self._loaded = self.tokenizer
         self._files: dict[str, Tensor] = {}
+        self._known: dict[str, dict[str, Tensor]] = {}  # tokens of prompts that came before
 
     @property
     def input_tokenizer(self) -> Any:  # type: ignore[override]
@@ -95,6 +99,17 @@ class PI0TokenizerStep(TokenizerProcessorStep):
         if self._loaded is None:
             self._loaded = load_tokenizer(str(self.tokenizer_name))
         return self._loaded
+
+    def _tokenize_text(self, text: str | list[str]) -> dict[str, Tensor]:
+        """LeRobot's, but for each prompt once: a dataset has few, and the byte tokenizer takes 1 ms for one."""
+        texts = [text] if isinstance(text, str) else list(text)
+        if self.padding != "max_length":  # lengths depend on the batch
+            return super()._tokenize_text(texts)
+        if len(self._known) > MANY_PROMPTS:
+            self._known.clear()
+        for prompt in {*texts} - self._known.keys():
+            self._known[prompt] = dict(super()._tokenize_text([prompt]))
+        return {key: torch.cat([self._known[prompt][key] for prompt in texts]) for key in self._known[texts[0]]}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tokenizer's files, as bytes; nothing for the byte tokenizer, which has none."""
@@ -116,6 +131,7 @@ class PI0TokenizerStep(TokenizerProcessorStep):
         self.carry = NOT_CARRIED not in state
         if not self.carry:
             return
+        self._known.clear()
         self._files = dict(state)
         with TemporaryDirectory() as folder:
             for name, content in state.items():

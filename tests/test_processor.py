@@ -163,6 +163,22 @@ def test_byte_tokens():
     assert tokens.max() < 384
 
 
+def test_prompts_are_remembered_as_they_are(tmp_path, monkeypatch):
+    """Catches a prompt that gets another one's tokens, or the tokens of a tokenizer that has been replaced."""
+    monkeypatch.setattr("lerobot_pi0.processor_pi0.MANY_PROMPTS", 2)
+    step = PI0TokenizerStep("bytes", max_length=9)
+    prompts = ["red", "a green one", "red", "blue", ""]
+    for texts in (prompts, prompts[::-1], ["more", "and", "more"], prompts, "red"):
+        expected = ByT5Tokenizer()(
+            texts, max_length=9, truncation=True, padding="max_length", padding_side="right", return_tensors="pt"
+        )
+        for key, tokens in step._tokenize_text(texts).items():
+            assert torch.equal(tokens, expected[key])
+    other = PI0TokenizerStep(word_tokenizer(tmp_path / "words"), max_length=9)
+    step.load_state_dict(other.state_dict())
+    assert torch.equal(step._tokenize_text(TASK)["input_ids"], other._tokenize_text(TASK)["input_ids"])
+
+
 def test_byte_pipeline_survives_saving(tmp_path, monkeypatch):
     """Catches a checkpoint of a small preset that needs a network, or another file, to be loaded."""
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", None)
