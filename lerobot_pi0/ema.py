@@ -85,10 +85,14 @@ class Ema(list[nn.Parameter]):
         return {name: tensors[id(p)] for name, p in parameters if id(p) in tensors}
 
     def _store(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        """Add both sets to a state that is about to be saved."""
+        """Add both sets to a state that is about to be saved.
+
+        Where no step has been made they are equal, and there is no state: torch does not load one without moments.
+        """
         for i, (p, average) in enumerate(zip(self, self.averages, strict=True)):
-            own = (p.data, average) if self.deployed else (average, p.data)
-            state["state"][i] = {**state["state"].get(i, {}), AVERAGE: own[0], WEIGHTS: own[1]}
+            if i in state["state"]:
+                own = (p.data, average) if self.deployed else (average, p.data)
+                state["state"][i] = {**state["state"][i], AVERAGE: own[0], WEIGHTS: own[1]}
 
     @torch.no_grad()
     def _restore(self, optimizer: Optimizer) -> None:
