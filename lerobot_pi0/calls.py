@@ -37,7 +37,7 @@ def velocity(
 class Calls:
     """`context` and `velocity` of a network that is given with each call."""
 
-    context: Callable[[PI0, Observation], Context]
+    context: Callable[..., Context]
     velocity: Callable[..., Tensor]
 
     def __init__(self, compile_mode: str | None = None) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .architecture import Gemma as GemmaConfig
-from .linear import Linear
+from .linear import Linear, gated
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys (rotated) and values of one layer, each (B, S, D): one head serves all query heads."""
@@ -89,7 +89,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(cfg.mlp_dim, cfg.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        return self.down_proj(gated(self.gate_proj, self.up_proj, x))
 
 
 class Layer(nn.Module):

@@ -394,7 +394,7 @@ class PI0Policy(PreTrainedPolicy):
         x_t, target = flow.interpolate(actions, noise, time[..., None])
         self._calls.begin()
         with self._precision():
-            context = self._calls.context(self.model, obs)
+            context = self._calls.context(self.model, obs, with_state=False)
             velocity = self._calls.velocity(self.model, x_t, time, self.model.embed_time(time), context)
         errors = (velocity - target)[..., : self._action_dims].square()
         errors = errors * (free / free.mean(dim=-1, keepdim=True))[..., None]

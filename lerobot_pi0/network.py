@@ -41,6 +41,7 @@ class Context(NamedTuple):
 
     cache: list[KeysValues]  # per layer, each (B, S, D)
     mask_BS: Tensor  # False on padding
+    state_B1W: Tensor | None = None  # the state's token, where it is not in the cache but runs with the actions
 
     @property
     def length_B(self) -> Tensor:
@@ -48,24 +49,29 @@ class Context(NamedTuple):
         return self.mask_BS.sum(dim=1)
 
 
-def block_mask(mask_BS: Tensor, samples: int, steps: int, heads: int) -> Tensor:
+def block_mask(mask_BS: Tensor, samples: int, steps: int, heads: int, with_state: bool = False) -> Tensor:
     """What K samples of T action tokens see: the context where it is not padding, and their own sample.
 
     One sample sees all of itself, so its queries share one row, (B, 1, S + T). Two samples of two tokens,
-    after a context of three with one padded (rows: queries; heads left out):
+    after a context of three with one padded (rows: queries; heads left out), and the same behind the state's token,
+    which sees no action:
 
-        1 1 0   1 1 0 0
-        1 1 0   1 1 0 0
-        1 1 0   0 0 1 1
-        1 1 0   0 0 1 1
+        1 1 0   1 1 0 0          1 1 0   1 0 0 0 0
+        1 1 0   1 1 0 0          1 1 0   1 1 1 0 0
+        1 1 0   0 0 1 1          1 1 0   1 1 1 0 0
+        1 1 0   0 0 1 1          1 1 0   1 0 0 1 1
+                                 1 1 0   1 0 0 1 1
 
     Returns:
-        boolean (B, 1, S + T) for one sample, (B, K·T·H, S + K·T) for more.
+        boolean (B, 1, S + T) for one sample without the state, (B, Q·H, S + Q) for Q = K·T or 1 + K·T queries.
     """
-    own = torch.eye(samples, dtype=torch.bool, device=mask_BS.device)
-    own = repeat(own, "k l -> (k repeat) (l steps)", repeat=steps * heads if samples > 1 else 1, steps=steps)
-    batch, rows = len(mask_BS), len(own)
-    return torch.cat([mask_BS[:, None].expand(-1, rows, -1), own.expand(batch, -1, -1)], dim=2)
+    own = repeat(torch.eye(samples, device=mask_BS.device), "k l -> (k t) (l u)", t=steps, u=steps)
+    if with_state:
+        own = F.pad(F.pad(own, (0, 0, 1, 0)), (1, 0), value=1.0)
+    shared = samples == 1 and not with_state
+    own = own[:1] if shared else own.repeat_interleave(heads, dim=0)
+    seen = mask_BS[:, None].expand(-1, len(own), -1)
+    return torch.cat([seen, own.bool().expand(len(mask_BS), -1, -1)], dim=2)
 
 
 class PI0(nn.Module):
@@ -161,11 +167,15 @@ class PI0(nn.Module):
         mask = torch.cat([obs.token_mask_BL.new_ones(images_BSW.shape[:2]), obs.token_mask_BL], dim=1)
         return torch.cat([images_BSW.to(prompt_BLW.dtype), prompt_BLW], dim=1), mask
 
-    def context(self, obs: Observation) -> Context:
+    def context(self, obs: Observation, with_state: bool = True) -> Context:
         """Keys and values of prefix and state: once per observation.
 
         A frozen VLM runs without autograd: nothing of it is kept, nothing is propagated through it. The
         check is made at each call, since PEFT and users set `requires_grad` after construction.
+
+        Args:
+            with_state: False leaves the state's token to `velocity`. Training asks for that: where `velocity` runs
+                once, state and actions meet each weight of the expert together, and its gradient is made once.
         """
         trains_vlm = torch.is_grad_enabled() and any(p.requires_grad for p in self.paligemma.parameters())
         with torch.set_grad_enabled(trains_vlm):
@@ -173,6 +183,8 @@ class PI0(nn.Module):
             cache = self.vlm.cache(x, mask.cumsum(dim=1) - 1, additive_mask(mask[:, None], x.dtype))
 
         state = self.state_proj(obs.state_BA.to(self.state_proj.weight.dtype))[:, None]
+        if not with_state:
+            return Context(cache, mask, state)
         position = mask.sum(dim=1, keepdim=True)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         cache = self.expert.cache(state, position, additive_mask(mask[:, None], state.dtype), past=cache)
@@ -206,8 +218,12 @@ class PI0(nn.Module):
         h = F.silu(h - self.action_time_mlp_in.bias.to(h.dtype) + time)  # both halves come with the bias
         h = rearrange(self.action_time_mlp_out(h), "b k t w -> b (k t) w")
 
-        positions = context.length_B[:, None] + torch.arange(steps, device=h.device).repeat(samples)
-        mask = additive_mask(block_mask(context.mask_BS, samples, steps, self.expert.cfg.heads), h.dtype)
-        h = self.expert(h, positions, mask, context.cache)
+        own = torch.arange(steps, device=h.device).repeat(samples)
+        state = context.state_B1W
+        if state is not None:
+            h, own = torch.cat([state.to(h.dtype), h], dim=1), F.pad(own + 1, (1, 0))
+        visible = block_mask(context.mask_BS, samples, steps, self.expert.cfg.heads, state is not None)
+        h = self.expert(h, context.length_B[:, None] + own, additive_mask(visible, h.dtype), context.cache)
+        h = h if state is None else h[:, 1:]
         velocity = self.action_out_proj(h.to(self.action_out_proj.weight.dtype))
         return rearrange(velocity, "b (k t) a -> b k t a", k=samples).float()

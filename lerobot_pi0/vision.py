@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from .architecture import Vision
-from .linear import draw_normal, use_linear
+from .linear import Linear, draw_normal, gelu_linear, use_linear
 
 
 class ConvolutionalStem(nn.Module):
@@ -43,6 +43,18 @@ class ConvolutionalStem(nn.Module):
         return rearrange(self.norm(rearrange(x, "n c h w -> n h w c")), "n h w c -> n c h w")
 
 
+class MLP(nn.Module):
+    """SigLIP's MLP, which transformers computes in the same way but for the fusion."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(gelu_linear(self.fc1, x))
+
+
 def vision_tower(cfg: Vision, image_size: int) -> SiglipVisionModel:
     """A SigLIP tower without the pooling head, which PaliGemma does not have.
 
@@ -65,6 +77,8 @@ def vision_tower(cfg: Vision, image_size: int) -> SiglipVisionModel:
     tower = SiglipVisionModel(siglip)
     if cfg.stem:
         tower.vision_model.embeddings.patch_embedding = ConvolutionalStem(cfg)
+    for layer in tower.vision_model.encoder.layers:
+        layer.mlp = MLP(cfg.width, cfg.mlp_dim)
     use_linear(tower)
     return tower
 

@@ -139,6 +139,21 @@ def test_context_does_not_see_actions():
         assert all(torch.equal(x, y) for x, y in zip(now, then, strict=True))
 
 
+@pytest.mark.parametrize("samples", [1, 3])
+def test_state_runs_ahead_or_with_the_actions(samples):
+    """Catches a state token that has other positions, masks or gradients where it shares the actions' pass."""
+    policy, batch, (noise, time) = shaken_policy().double(), make_batch(prompt=(9, 5)), draws(0, 2, samples)
+    velocities, gradients = [], []
+    for ahead in (True, False):
+        policy.zero_grad()
+        context = policy.model.context(policy._observe(batch, CPU), ahead)
+        velocities.append(policy.model.velocity(noise, policy.model.embed_time(time)[:, :, None], context))
+        velocities[-1].square().sum().backward()
+        gradients.append({name: p.grad for name, p in policy.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(*velocities)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)  # norms and rotations are float32
+
+
 @pytest.mark.parametrize("step", [0, 25, 49])
 def test_actions_see_each_other(step):
     """Catches a causal mask among the actions: each changes the velocity of all, earlier ones included."""
@@ -288,6 +303,9 @@ def test_block_mask_example(heads):
     expected = [[1, 1, 0, 1, 1, 0, 0]] * 2 + [[1, 1, 0, 0, 0, 1, 1]] * 2
     rows = torch.tensor(expected, dtype=torch.bool).repeat_interleave(heads, dim=0)
     assert torch.equal(block_mask(context, 2, 2, heads), rows[None])
+    behind = [[1, 1, 0, 1, 0, 0, 0, 0]] + [[1, 1, 0, 1, 1, 1, 0, 0]] * 2 + [[1, 1, 0, 1, 0, 0, 1, 1]] * 2
+    rows = torch.tensor(behind, dtype=torch.bool).repeat_interleave(heads, dim=0)
+    assert torch.equal(block_mask(context, 2, 2, heads, with_state=True), rows[None])
     assert torch.equal(block_mask(context, 1, 2, heads), torch.tensor([[[True, True, False, True, True]]]))
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from lerobot_pi0 import linear
 from lerobot_pi0.linear import MANY_TOKENS, PART, Linear, draw_normal
@@ -43,6 +44,49 @@ def test_only_where_it_pays(no_amx, monkeypatch):
     monkeypatch.setattr(linear, "BFLOAT16_IS_SLOW", False)
     with torch.no_grad():
         narrow(torch.randn(MANY_TOKENS, 8).bfloat16())
+
+
+@pytest.fixture
+def fast_bfloat16(monkeypatch):
+    """Behave as on a CPU with products of bfloat16, whatever this one has: oneDNN then emulates them."""
+    monkeypatch.setattr(linear, "BFLOAT16_IS_SLOW", False)
+
+
+@pytest.mark.parametrize("tokens", [1, 200])
+def test_fused_is_the_more_accurate_one(fast_bfloat16, tokens):
+    """Catches a fusion with the other GELU, without the bias, or that multiplies before it activates."""
+    torch.manual_seed(0)
+    gate, up, biased = (Linear(64, 96, bias=bias).bfloat16() for bias in (False, False, True))
+    x = (4 * torch.randn(1, tokens, 64)).bfloat16()
+    with torch.no_grad():
+        fused = [linear.gated(gate, up, x), linear.gelu_linear(biased, x)]
+        exact = [gelu_of(gate, x) * up.double()(x.double()), gelu_of(biased, x)]
+        for layer in (gate, up, biased):
+            layer.bfloat16()
+    plain = [linear.gated(gate, up, x), linear.gelu_linear(biased, x)]
+    assert plain[0].requires_grad and not fused[0].requires_grad
+    for a, b, c in zip(fused, plain, exact, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert (a - c).norm() <= (b - c).norm() and (a - c).norm() < 5e-3 * c.norm()
+
+
+def gelu_of(layer: Linear, x: torch.Tensor) -> torch.Tensor:
+    """In float64."""
+    return torch.nn.functional.gelu(layer.double()(x.double()), approximate="tanh")
+
+
+def test_fused_only_where_nobody_looks(fast_bfloat16):
+    """Catches a fusion that passes over an adapter, a gradient or a counter of operations."""
+    layer, x = Linear(64, 96).bfloat16(), torch.randn(2, 64).bfloat16()
+    assert not linear.fuses(layer, x)
+    with torch.no_grad():
+        assert linear.fuses(layer, x) == torch.backends.mkldnn.is_available()
+        assert not linear.fuses(layer, x.float())
+        assert not linear.fuses(Linear(64, 96), x)
+        assert not linear.fuses(torch.nn.Sequential(layer), x)
+        with FlopCounterMode(display=False) as counter:
+            linear.gated(layer, layer, x)
+        assert counter.get_total_flops() == 2 * 2 * 2 * 64 * 96
 
 
 def test_bfloat16_draws_are_float32_draws_rounded():
