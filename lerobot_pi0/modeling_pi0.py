@@ -405,7 +405,7 @@ class PI0Policy(PreTrainedPolicy):
     def _augment(self, batch: dict[str, Any], images_BNCHW: Tensor, cameras: list[str]) -> Tensor:
         """Images of these cameras, each changed at random: a function of seed, update, sample and camera."""
         if "index" in batch:
-            index, every = torch.as_tensor(batch["index"]).reshape(-1).tolist(), list(self.config.image_features)
+            index, every = _index(batch), list(self.config.image_features)
             uniform = augment.draw(self._seed, self.config.updates, index, len(every))
             uniform = uniform[..., [every.index(key) for key in cameras]].to(images_BNCHW.device)
         else:
@@ -428,8 +428,8 @@ class PI0Policy(PreTrainedPolicy):
             noise, time = flow.sample_noise(shape, device), distribution.sample(shape[:2], device)
             return [noise, time, flow.sample_delay(shape[:2], most, device)]
         seed, update = (self._seed, cfg.updates) if self.training else (0, -1)
-        index = torch.as_tensor(batch["index"]).reshape(-1).tolist()
-        return [x.to(device) for x in flow.repeatable_draws(seed, update, index, shape_KTA, distribution, most)]
+        drawn = flow.repeatable_draws(seed, update, _index(batch), shape_KTA, distribution, most)
+        return [x.to(device) for x in drawn]
 
     def update(self) -> None:
         """LeRobot calls this after each optimiser step."""
@@ -564,6 +564,11 @@ class PI0Policy(PreTrainedPolicy):
 
     def _build_peft_config(self, cli_overrides: dict[str, Any]) -> Any:
         return super()._build_peft_config(lora.with_ranks(cli_overrides))
+
+
+def _index(batch: dict[str, Any]) -> list[int]:
+    """The number that LeRobot gave each sample in its dataset."""
+    return torch.as_tensor(batch["index"]).reshape(-1).tolist()
 
 
 def _saved_beside(source: str | Path, config: PreTrainedConfig, **hub: Any) -> dict[str, Any]:

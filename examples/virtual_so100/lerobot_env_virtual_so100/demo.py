@@ -38,7 +38,7 @@ class Recipe:
 
 
 RECIPES = {
-    "reach": Recipe(episodes=2500, steps=6000, n_action_steps=10),
+    "reach": Recipe(episodes=2500, steps=5000, n_action_steps=10),
     "pick_place": Recipe(episodes=600, steps=20_000, n_action_steps=10),
 }
 
@@ -100,7 +100,7 @@ def _environment() -> dict[str, str]:
     return {**os.environ, **quiet, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
-def _run(title: str, command: list[str], log: Path) -> float:
+def _run(title: str, command: list[str], log: Path, **environment: str) -> float:
     """Run a command, keep its output in a file, show its progress bar. Returns seconds.
 
     Raises:
@@ -110,7 +110,9 @@ def _run(title: str, command: list[str], log: Path) -> float:
     started = time.perf_counter()
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as kept:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=_environment())
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=_environment() | environment
+        )
         assert process.stdout is not None
         while chunk := process.stdout.read1():
             kept.write(chunk)
@@ -183,7 +185,10 @@ def train(config: DemoConfig) -> float:
         "output_dir": config.run,
     }
     command = ["lerobot-train", *(f"--{name}={value}" for name, value in options.items())]
-    return _run(f"{config.steps} training steps", command, _log(config, "train"))
+    # A step of this size is too short to be shared: a second thread gains nothing, and waits for the first where other
+    # programs run. The other core loads data.
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    return _run(f"{config.steps} training steps", command, _log(config, "train"), OMP_NUM_THREADS=threads)
 
 
 def evaluate(config: DemoConfig, instruction: str) -> tuple[dict, float]:
