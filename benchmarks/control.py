@@ -1,0 +1,336 @@
+"""What control costs and gains on the demo's task: delays and seams, solvers, replanning.
+
+    python benchmarks/control.py --policy=DIR --what=rtc --trained=DIR     # real-time chunking with injected delays
+    python benchmarks/control.py --policy=DIR --what=solvers               # error, success and time by evaluations
+    python benchmarks/control.py --policy=DIR --what=replanning            # n_action_steps
+
+A policy that `make demo` trained acts in the simulator, which waits for it; a delay is so many control steps for which
+the arm goes on with what it has. `sync` holds still meanwhile, `none` changes over to the new chunk without guidance,
+the others guide it. `lerobot` is LeRobot's own RTCProcessor around this network.
+
+Success is the simulator's, with Wilson's 95 % interval over scenes. The jump at a seam is how far, in degrees, the
+first action of a new chunk is from what the arm was about to be told (mean over joints and seams); jerk is the root
+mean square third difference of commanded joint angles. Axes: B scenes, T steps of a chunk, A joints.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lerobot.policies import make_pre_post_processors
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
+from lerobot.policies.rtc.modeling_rtc import RTCProcessor
+from lerobot.utils.constants import OBS_IMAGES, OBS_STATE
+from lerobot_env_virtual_so100.constants import CAMERAS, FPS, JOINTS, episode_steps
+from lerobot_env_virtual_so100.env import VirtualSO100GymEnv
+from lerobot_env_virtual_so100.score import summary
+from torch import Tensor
+
+from lerobot_pi0 import PI0Policy, flow
+
+DELAYS = (0, 2, 4, 8, 12)
+GUIDES = ("sync", "none", "lerobot", "identity", "vjp", "trained")
+SOLVERS = [("euler", n) for n in (1, 2, 3, 5, 10, 20)] + [(s, n) for s in ("midpoint", "heun") for n in (1, 2, 3, 5)]
+SOLVERS += [("adaptive", n) for n in (3, 6, 10)]
+ARM = slice(0, len(JOINTS) - 1)  # the gripper has no degrees
+FREE_AFTER = 10  # actions behind the delay up to which a chunk is guided
+
+Chunk = Callable[..., Tensor]
+
+
+@dataclass
+class Driver:
+    """A policy with its processors, and the scenes it acts in."""
+
+    folder: Path
+    scenes: int
+    seed: int = 1000
+    batch: int = 25
+    policy: PI0Policy = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.policy = PI0Policy.from_pretrained(self.folder)
+        self.pre, self.post = make_pre_post_processors(self.policy.config, pretrained_path=str(self.folder))
+
+    def groups(self) -> Iterator[list[VirtualSO100GymEnv]]:
+        """Environments at the start of their scenes, `batch` at a time."""
+        seeds = range(self.seed, self.seed + self.scenes)
+        for first in range(0, self.scenes, self.batch):
+            envs = [VirtualSO100GymEnv("reach") for _ in seeds[first : first + self.batch]]
+            for env, seed in zip(envs, seeds[first : first + self.batch], strict=True):
+                env.reset(seed=seed)
+            yield envs
+
+    def observe(self, envs: list[VirtualSO100GymEnv]) -> dict[str, Any]:
+        """What the policy would be handed by lerobot-eval."""
+        seen = [env._observation() for env in envs]
+        images = {
+            f"{OBS_IMAGES}.{name}": torch.from_numpy(np.stack([s["pixels"][name] for s in seen])).permute(0, 3, 1, 2)
+            / 255
+            for name in CAMERAS
+        }
+        state = torch.from_numpy(np.stack([s["agent_pos"] for s in seen]))
+        return self.pre({**images, OBS_STATE: state, "task": [env.task_description for env in envs]})
+
+
+@dataclass
+class Track:
+    """What one group of scenes was told: commanded actions per tick, jumps at seams, and how its scenes ended."""
+
+    actions: list[np.ndarray] = field(default_factory=list)
+    jumps: list[np.ndarray] = field(default_factory=list)
+    infos: list[dict] = field(default_factory=list)
+
+    @property
+    def jerk(self) -> np.ndarray:
+        """Root mean square third difference of each scene, degrees / tick³ (B,)."""
+        third = np.diff(np.stack(self.actions)[..., ARM], n=3, axis=0)
+        return np.sqrt((third**2).mean(axis=(0, 2)))
+
+
+def lerobots(policy: PI0Policy, batch: dict, noise: Tensor, left: Tensor | None, delay: int, horizon: int) -> Tensor:
+    """A chunk by LeRobot's RTCProcessor around this network's velocity."""
+    processor = RTCProcessor(RTCConfig(execution_horizon=horizon))
+    with torch.no_grad():
+        context = policy.model.context(policy._observe(batch, noise.device))
+        x, steps = noise, policy.config.num_inference_steps
+        for t in flow.fixed_times("euler", steps, noise.device):
+            term = policy.model.embed_time(t)
+
+            def velocity(x: Tensor, term: Tensor = term) -> Tensor:
+                return policy.model.velocity(x[:, None], term, context)[:, 0]
+
+            x = x - processor.denoise_step(x, left, delay, t.item(), velocity, horizon) / steps
+    return x[..., : len(JOINTS)]
+
+
+def chunk_of(driver: Driver, guide: str) -> Chunk:
+    """(batch, left over, delay) -> normalised chunk (B, T, A), with noise from a generator of its own."""
+    policy, generator = driver.policy, torch.Generator().manual_seed(0)
+    cfg = policy.config
+    guided = guide in ("identity", "vjp", "trained")
+    cfg.rtc_guidance, cfg.rtc_config = (guide, RTCConfig(enabled=True)) if guided else (None, None)
+
+    def chunk(batch: dict, left: Tensor | None, delay: int) -> Tensor:
+        shape = (len(batch[OBS_STATE]), cfg.chunk_size, cfg.max_action_dim)
+        noise = flow.sample_noise(shape, torch.device("cpu"), generator)
+        horizon = delay + FREE_AFTER
+        if guide == "lerobot":
+            return lerobots(policy, batch, noise, None if left is None else left[:, :horizon], delay, horizon)
+        how = {"prev_chunk_left_over": left, "inference_delay": delay, "execution_horizon": horizon}
+        return policy.predict_action_chunk(batch, noise=noise, **(how if guided else {}))
+
+    return chunk
+
+
+def drive(driver: Driver, envs: list, chunk: Chunk, delay: int, every: int, sync: bool) -> Track:
+    """One group of scenes to the end of its episodes.
+
+    Args:
+        delay: control steps between an observation and the chunk it leads to.
+        every: actions after which a new chunk is asked for, at the soonest.
+        sync: nothing is executed while a chunk is computed.
+    """
+    track = Track()
+    plan: Tensor | None = None  # normalised, (B, T, A)
+    told = np.stack([env.simulation.arm.state for env in envs])
+    at = asked = 0
+    coming: tuple[int, Tensor] | None = None
+    for tick in range(episode_steps("reach", FPS)):
+        if coming is None and (plan is None or tick - asked >= every + (delay if sync else 0)):
+            left = None if plan is None or sync else plan[:, at:]
+            coming, asked = (tick + delay, chunk(driver.observe(envs), left, delay)), tick
+        if coming is not None and coming[0] == tick:
+            before = told if sync or plan is None else actions_of(driver, plan, at)
+            first, plan = plan is None, coming[1]
+            at, coming = 0 if sync or first else delay, None
+            if not first:
+                track.jumps.append(np.abs(actions_of(driver, plan, at) - before)[:, ARM].mean(axis=1))
+        if plan is not None and not (sync and coming is not None):
+            told = actions_of(driver, plan, at)
+            at += 1
+        track.actions.append(told)
+        last = [env.step(action) for env, action in zip(envs, told, strict=True)]
+    track.infos = [info for *_, info in last]
+    return track
+
+
+def actions_of(driver: Driver, plan: Tensor, at: int) -> np.ndarray:
+    """The action at one step of a chunk in the robot's units, (B, A)."""
+    return np.asarray(driver.post(plan[:, min(at, plan.shape[1] - 1)]), dtype=np.float64)
+
+
+def measure(driver: Driver, guide: str, delay: int, every: int) -> dict:
+    """All scenes; success with its interval, jump and jerk with standard errors over scenes."""
+    chunk = chunk_of(driver, guide)
+    tracks = [drive(driver, envs, chunk, delay, every, guide == "sync") for envs in driver.groups()]
+    row = summary([info for track in tracks for info in track.infos])
+    jumps = np.concatenate([np.stack(track.jumps).mean(axis=0) if track.jumps else [] for track in tracks])
+    jerks = np.concatenate([track.jerk for track in tracks])
+    row |= {"guide": guide, "delay": delay, "every": every}
+    for name, values in (("jump", jumps), ("jerk", jerks)):
+        row[name] = float(values.mean()) if len(values) else None
+        row[f"{name}_se"] = float(values.std() / np.sqrt(len(values))) if len(values) else None
+    return row
+
+
+def measure_rtc(driver: Driver, trained: Driver | None, every: int) -> list[dict]:
+    """Each way of real-time chunking at each delay."""
+    rows = []
+    for delay in DELAYS:
+        for guide in GUIDES:
+            own = trained if guide == "trained" else driver
+            if own is not None:
+                rows.append(measure(own, guide, delay, every))
+                print(line(rows[-1]), flush=True)
+    return rows
+
+
+def measure_replanning(driver: Driver) -> list[dict]:
+    """Success by the number of actions that are executed of each chunk, without delay."""
+    rows = []
+    for every in (1, 2, 4, 6, 10, 14, 28):
+        rows.append(measure(driver, "none", 0, every))
+        print(line(rows[-1]), flush=True)
+    return rows
+
+
+def measure_solvers(driver: Driver, every: int, batches: int = 4) -> list[dict]:
+    """Distance of chunks to a 200-step reference from equal noise, success, and seconds a chunk, by solver."""
+    policy, cfg = driver.policy, driver.policy.config
+    observed = [driver.observe(envs) for envs in driver.groups()][:batches]
+    generator = torch.Generator().manual_seed(1)
+    shape = (driver.batch, cfg.chunk_size, cfg.max_action_dim)
+    noise = [flow.sample_noise(shape, torch.device("cpu"), generator)[: len(o[OBS_STATE])] for o in observed]
+
+    def chunks(solver: str, steps: int) -> tuple[Tensor, float]:
+        cfg.solver, cfg.num_inference_steps = solver, steps
+        started = time.perf_counter()
+        found = [policy.predict_action_chunk(o, noise=n) for o, n in zip(observed, noise, strict=True)]
+        return torch.cat(found), (time.perf_counter() - started) / len(found)
+
+    reference, _ = chunks("midpoint", 200)
+    rows = []
+    for solver, steps in SOLVERS:
+        found, _ = chunks(solver, steps)
+        seconds = min(chunks(solver, steps)[1] for _ in range(3))
+        error = (found - reference).square().mean().sqrt().item()
+        calls = evaluations(policy, lambda solver=solver, steps=steps: chunks(solver, steps)) / len(observed)
+        row = measure(driver, "none", 0, every) | {"solver": solver, "steps": steps, "evaluations": calls}
+        rows.append(row | {"error": error, "milliseconds": seconds * 1e3})
+        low, high = row["interval_95"]
+        print(
+            f"| `{solver}` | {steps} | {calls:.1f} | {error:.4f} | {row['successes']}/{row['episodes']} "
+            f"({low:.0%} – {high:.0%}) | {seconds * 1e3:.0f} |",
+            flush=True,
+        )
+    return rows
+
+
+def evaluations(policy: PI0Policy, run: Callable[[], Any]) -> int:
+    """How often `run` asks the network for a velocity."""
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    handle = policy.model.expert.norm.register_forward_hook(count)
+    run()
+    handle.remove()
+    return calls
+
+
+def line(row: dict) -> str:
+    """One row of the page's table."""
+    low, high = row["interval_95"]
+    jump = "–" if row["jump"] is None else f"{row['jump']:.2f} ± {row['jump_se']:.2f}"
+    return (
+        f"| {row['delay']} | {row['every']} | `{row['guide']}` | {row['successes']}/{row['episodes']} "
+        f"({low:.0%} – {high:.0%}) | {jump} | {row['jerk']:.2f} ± {row['jerk_se']:.2f} |"
+    )
+
+
+def plot_rtc(rows: list[dict], path: Path) -> None:
+    """Success, jump and jerk over the delay, a line for each way."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4))
+    for guide in dict.fromkeys(row["guide"] for row in rows):
+        own = [row for row in rows if row["guide"] == guide]
+        delays = [row["delay"] for row in own]
+        style = {"marker": "o", "markersize": 4, "linestyle": ":" if guide == "lerobot" else "-"}
+        rates = [100 * row["rate"] for row in own]
+        bars = [[100 * (row["rate"] - row["interval_95"][0]) for row in own],
+                [100 * (row["interval_95"][1] - row["rate"]) for row in own]]  # fmt: skip
+        axes[0].errorbar(delays, rates, bars, capsize=2, label=guide, **style)
+        for axis, name in ((axes[1], "jump"), (axes[2], "jerk")):
+            axis.errorbar(delays, [row[name] for row in own], [1.96 * row[f"{name}_se"] for row in own], **style)
+    axes[0].set(ylabel="success, %", ylim=(0, 103))
+    axes[1].set(ylabel="jump at a seam, degrees", ylim=(0, None))
+    axes[2].set(ylabel="jerk, degrees / tick³", ylim=(0, None))
+    for axis in axes:
+        axis.set_xlabel("delay, control steps of 0.1 s")
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def plot_solvers(rows: list[dict], path: Path) -> None:
+    """Error of the chunk over evaluations of the network, a line for each solver."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    for solver in dict.fromkeys(row["solver"] for row in rows):
+        own = [row for row in rows if row["solver"] == solver]
+        calls = [row["evaluations"] for row in own]
+        axes[0].plot(calls, [row["error"] for row in own], marker="o", label=solver)
+        axes[1].plot(calls, [100 * row["rate"] for row in own], marker="o")
+    axes[0].set(ylabel="distance to 200 steps, normalised units", yscale="log", xscale="log")
+    axes[1].set(ylabel="success, %", xscale="log", ylim=(0, 103))
+    for axis in axes:
+        axis.set_xlabel("evaluations of the network per chunk")
+        axis.grid(alpha=0.3, which="both")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policy", type=Path, required=True, help="folder of a policy that make demo trained")
+    parser.add_argument("--trained", type=Path, help="folder of one trained with rtc_training_max_delay")
+    parser.add_argument("--what", choices=["rtc", "solvers", "replanning"], required=True, help="what is measured")
+    parser.add_argument("--scenes", type=int, default=100, help="unseen scenes (default: 100)")
+    parser.add_argument("--every", type=int, default=6, help="actions between chunks, at the soonest (default: 6)")
+    parser.add_argument("--output", type=Path, default=Path("outputs/control"), help="folder of table and plot")
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    driver = Driver(options.policy, options.scenes)
+    if options.what == "rtc":
+        rows = measure_rtc(driver, options.trained and Driver(options.trained, options.scenes), options.every)
+        plot_rtc(rows, options.output / "rtc.png")
+    elif options.what == "solvers":
+        rows = measure_solvers(driver, options.every)
+        plot_solvers(rows, options.output / "solvers.png")
+    else:
+        rows = measure_replanning(driver)
+    (options.output / f"{options.what}.json").write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
