@@ -90,6 +90,15 @@ def test_splits_share_no_scene():
         record.RecordConfig(root="/nowhere", split="test")
 
 
+def test_starts_are_within_the_joints_limits():
+    """A posture that the person at the leader is to bring the arm to, for ever, because a joint does not go there."""
+    env = VirtualSO100GymEnv(pixels=False)
+    arm = env.simulation.arm
+    for seed in range(10_000, 10_040):
+        start = env._task.sample("train", seed).start(arm)
+        assert (arm.low <= start).all() and (start <= arm.high).all(), seed
+
+
 def test_cameras_see_what_they_must():
     """A camera that is dark, upside down or blind to a cube: each cube's colour shows in both pictures."""
     env = VirtualSO100GymEnv()

@@ -42,10 +42,9 @@ class Layout:
     start_gripper: float = _HOME_GRIPPER
 
     def start(self, arm: Arm) -> np.ndarray:
-        """Starting posture (6,), degrees and 0..100."""
+        """Starting posture (6,), degrees and 0..100, within the joints' limits."""
         posture = arm.reach(np.array(self.start_point), self.start_gripper) + self.start_noise
-        posture[-1] = np.clip(posture[-1], 0.0, 100.0)
-        return posture
+        return np.clip(posture, arm.low, arm.high)
 
 
 def scene_rng(split: str, seed: int) -> np.random.Generator:
