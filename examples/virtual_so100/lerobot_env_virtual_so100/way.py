@@ -8,18 +8,23 @@ the episode ended.
 """
 
 import json
+import logging
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from .cell import Cell
-from .commands import PATIENCE, Command
+from .commands import PATIENCE, Command, CommandError
 from .constants import FPS, episode_steps
 from .record import SCENES_FILE
 from .tasks import Layout
 
+logger = logging.getLogger(__name__)
+
 NEXT, PAUSE, CORRECT = "n", " ", "\t"
 _QUIET = ["--play_sounds=false", "--display_data=false"]
+_TRIES = 3
+"""LeRobot waits 51 ms for a servo's reply while it connects, and tries once: a busy machine may let it miss one."""
 _NO_LIMIT = 600  # s an episode or a reset may take: `NEXT` ends them
 
 
@@ -144,10 +149,17 @@ class Way:
 
     def rollout(self, layout: Layout, policy: Path, *options: str) -> dict:
         """One scene with `--strategy.type=base`; the judgement. More options go to the command as they are."""
-        self.cell.load(layout)
         # The arm stays where the policy brought it: the way home is not the policy's.
-        self._rollout(policy, self.instruction(layout), "--strategy.type=base", f"--duration={self.seconds}",
-                      "--return_to_initial_position=false", *options).finish()  # fmt: skip
+        arguments = ["--strategy.type=base", f"--duration={self.seconds}", "--return_to_initial_position=false"]
+        for tries_left in reversed(range(_TRIES)):
+            self.cell.load(layout)
+            try:
+                self._rollout(policy, self.instruction(layout), *arguments, *options).finish()
+                break
+            except CommandError as error:
+                if not tries_left or not self.cell.status()["held"]:
+                    raise
+                logger.warning("the arm was not moved yet, so it is tried again: %s", error)
         return self.cell.status()["judgement"]
 
     def episodic(self, layouts: list[Layout], policy: Path, root: Path, repo_id: str, *options: str) -> list[dict]:
