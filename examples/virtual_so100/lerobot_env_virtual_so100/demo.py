@@ -39,7 +39,7 @@ class Recipe:
 
 RECIPES = {
     "reach": Recipe(episodes=2500, steps=5000, n_action_steps=10),
-    "pick_place": Recipe(episodes=600, steps=20_000, n_action_steps=10),
+    "pick_place": Recipe(episodes=800, steps=16_000, n_action_steps=10),
 }
 
 
