@@ -32,7 +32,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from . import streaming
+from . import quantize, streaming
 from .configuration_pi0 import PLUGIN_CONFIG_NAME, PLUGIN_FIELDS, PI0Config
 
 logger = logging.getLogger(__name__)
@@ -389,6 +389,11 @@ def load_weights(
         lent = {name for name, p in wanted.items() if policy.config.save_expert_only and not p.requires_grad}
     judge(source, wanted, found, strict)
     missing = [name for name in wanted if name not in found]
+    if nowhere := quantize.layers(policy).keys() & missing:
+        raise MismatchedCheckpointError(
+            f"{source} lacks {len(nowhere)} weights of the VLM, such as {min(nowhere)}; they would be random, which "
+            "vlm_quantization does not round: leave it out"
+        )
     for name in missing:
         set_parameter(policy, name, torch.empty_like(wanted[name], device=device))
     if missing:
@@ -456,12 +461,25 @@ def fill(
     Raises:
         CorruptCheckpointError: one is not what was written, or not finite.
     """
-    parameters = dict(policy.named_parameters())
-    targets = {name: streaming.empty(parameters[name].shape, parameters[name].dtype, device) for name in names}
+    parameters, rounded = dict(policy.named_parameters()), quantize.layers(policy)
+    names = set(names)
+
+    def memory(name: str) -> Tensor:
+        return streaming.empty(parameters[name].shape, parameters[name].dtype, device)
+
+    def read_and_round(name: str) -> str:  # a few at a time: all of them unrounded are never in memory
+        weight = memory(name)
+        digest = _read(weight, found[name], name if name in lent else None)
+        rounded[name].put(weight)
+        return digest
+
+    targets = {name: memory(name) for name in names - rounded.keys()}
     digests = read_tensors(targets, found, lent)
     for name, tensor in targets.items():
         set_parameter(policy, name, tensor)
-    return digests
+    last = sorted(names & rounded.keys())
+    of_rounded = zip(last, streaming.in_threads(read_and_round, last), strict=True)
+    return digests | {name: digest for name, digest in of_rounded if name in lent}
 
 
 def read_tensors(

@@ -18,7 +18,7 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import ACTION, OBS_STATE, TRAINING_STATE_DIR
 from torch import Tensor, nn
 
-from . import augment, checkpoint, flow, guidance, lora, safety
+from . import augment, checkpoint, flow, guidance, lora, quantize, safety
 from .calls import Calls
 from .configuration_pi0 import PLUGIN_CONFIG_NAME, PI0Config, dim_name
 from .ema import Ema, check_averaging
@@ -58,6 +58,11 @@ class PI0Policy(PreTrainedPolicy):
         """
         vlm = getattr(config, "vlm_path", None)  # a config of another class is refused below, by name
         self._build(config, dataset_stats, dataset_meta, saved={"start": vlm}, pretrained=vlm is not None)
+        if config.vlm_quantization:
+            raise ValueError(
+                "vlm_quantization rounds the VLM of a checkpoint when it is loaded, and there is none: give "
+                "--policy.path, or leave it out"
+            )
         device = torch.device(config.device)
         for name, p in list(self.named_parameters()):
             if vlm is None or not name.startswith(checkpoint.VLM):
@@ -97,6 +102,8 @@ class PI0Policy(PreTrainedPolicy):
         storage = getattr(torch, config.dtype)
         for p in self.parameters():
             p.data = p.data.to(torch.float32 if trains and p.requires_grad else storage)
+        if config.vlm_quantization:
+            self._quantize(trains)
         self._observe = ObservationMaker(config)
         self._calls = Calls(config.compile_mode if config.compile_model else None)
         self._watch, self._held_out = Watch(self.parameters), HeldOut()
@@ -128,6 +135,21 @@ class PI0Policy(PreTrainedPolicy):
             module.requires_grad_(False)
         for p in self.model.unread_parameters():
             p.requires_grad_(False)
+
+    def _quantize(self, trains: bool) -> None:
+        """Prepare the VLM for weights that are rounded as they are read.
+
+        Raises:
+            ValueError: the device cannot, the VLM is to be trained, or a whole checkpoint is to be written: it would
+                hold rounded weights under the names of the real ones.
+        """
+        quantize.check_device(torch.device(self.config.device))
+        for name in ("train_expert_only", "save_expert_only"):
+            if trains and not getattr(self.config, name):
+                raise ValueError(
+                    f"vlm_quantization trains the expert over a VLM that is rounded in memory: set --policy.{name}=true"
+                )
+        quantize.prepare(self.model)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -192,8 +214,13 @@ class PI0Policy(PreTrainedPolicy):
 
         Raises:
             ValueError: `save_expert_only`, but no weight comes from a checkpoint, none is frozen, or `save_directory`
-                is that checkpoint.
+                is that checkpoint. Without it: the VLM is rounded, and its weights are not here to be written.
         """
+        if self.config.vlm_quantization and not self.config.save_expert_only:
+            raise ValueError(
+                "the VLM is in int8 in memory (vlm_quantization), so a whole checkpoint cannot be written from it: load "
+                "the policy without, and save that; or set save_expert_only=True"
+            )
         configs = self.config.to_files()
         configs[PLUGIN_CONFIG_NAME]["start"] = self._start
         state = self._deployed_state(state_dict)
@@ -283,6 +310,11 @@ class PI0Policy(PreTrainedPolicy):
         for p in self.model.unread_parameters():  # adapters may be hung there
             p.requires_grad_(False)
         trained = [p for p in self.parameters() if p.requires_grad]
+        if self.config.vlm_quantization and any(p.requires_grad for p in self.model.paligemma.parameters()):
+            raise ValueError(
+                "a part of the VLM would be trained (--peft.target_modules?), but it is in int8: leave "
+                "vlm_quantization out, or train the expert alone"
+            )
         if not trained:
             raise ValueError(
                 "nothing would be trained: the targets of the adapter (--peft.target_modules) are layers whose output "
@@ -559,7 +591,16 @@ class PI0Policy(PreTrainedPolicy):
         return make_card(self.config, self.part_sizes(), self._start, dataset_repo_id, cfg, dataset_meta)
 
     def _get_default_peft_targets(self) -> dict[str, Any]:
-        """openpi's recipe (`lora.py`); of a VLM that is to stay frozen, nothing."""
+        """openpi's recipe (`lora.py`); of a VLM that is to stay frozen, nothing.
+
+        Raises:
+            ValueError: it would adapt the VLM, which is in int8.
+        """
+        if self.config.vlm_quantization and not self._expert_only_asked:
+            raise ValueError(
+                "LoRA would adapt the VLM, which is in int8 (vlm_quantization): give --policy.train_expert_only=true "
+                "for LoRA in the expert alone, or leave vlm_quantization out"
+            )
         return lora.targets(self.model.vlm.cfg.depth, with_vlm=not self._expert_only_asked)
 
     def _build_peft_config(self, cli_overrides: dict[str, Any]) -> Any:

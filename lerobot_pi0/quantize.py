@@ -1,0 +1,170 @@
+"""The frozen VLM in int8 (`vlm_quantization`): linear layers of rounded weights, and activations rounded as they come.
+
+    w ≈ scale of the output channel · int8        once, when the weight is read
+    x ≈ scale of the token · int8                 at each call: what a token gives depends on no other token
+    y = both scales · the product of the integers, which is exact
+
+Rounded are the linear layers of the vision tower and of the VLM's decoder. Embeddings, norms, convolutions, the
+projector between the two and all of the action expert stay as they are. What is rounded cannot be trained and is
+never written: a checkpoint holds the trained weights, and names the one that has the others as they were.
+
+Axes: M tokens, K inputs, N outputs.
+"""
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from .linear import Linear
+from .network import PI0
+
+WEIGHT_RANGE = 127
+TOKEN_RANGE = 126
+"""Largest integers. A token's leaves room for its scale, which in bfloat16 may be too small by one part in 512."""
+
+OFFSET = 128
+"""oneDNN has a fast product for activations of uint8 with a zero point; for those of int8 it has its reference alone."""
+
+CUDA_TOKENS = 17
+"""Fewest tokens that `torch._int_mm` takes on CUDA."""
+
+PART = 2**18
+"""Numbers of a weight that are rounded at a time, in float32."""
+
+
+def check_device(device: torch.device) -> None:
+    """Refuse where the product would be slow or wrong: without VNNI, CPUs add products in 16 bits, which overflow.
+
+    Raises:
+        ValueError: neither CUDA nor a CPU with VNNI.
+    """
+    fast = device.type == "cuda" or (
+        device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
+    )
+    if not fast:
+        raise ValueError(
+            f"vlm_quantization=int8 needs CUDA, or a CPU with AVX512-VNNI and PyTorch's oneDNN, and this {device.type} "
+            "device is neither: leave it out"
+        )
+
+
+@torch.no_grad()
+def rounded(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight as int8 (N, K), and the scale of each output channel, float32 (N,)."""
+    whole = torch.empty(weight_NK.shape, dtype=torch.int8, device=weight_NK.device)
+    scale_N = torch.empty(len(weight_NK), device=weight_NK.device)
+    rows = max(1, PART // weight_NK.shape[1])
+    for part, target, scale in zip(*(x.split(rows) for x in (weight_NK, whole, scale_N)), strict=True):
+        part = part.float()
+        scale.copy_((part.abs().amax(dim=1) / WEIGHT_RANGE).clamp_(min=torch.finfo(torch.float32).tiny))
+        target.copy_((part / scale[:, None]).round_())
+    return whole, scale_N
+
+
+def rounded_tokens(x_MK: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations as int8 (M, K), and the scale of each token (M, 1), in their dtype; not finite where they are not."""
+    scale_M1 = (x_MK.abs().amax(dim=1, keepdim=True) / TOKEN_RANGE).clamp_(min=torch.finfo(x_MK.dtype).tiny)
+    return (x_MK / scale_M1).round_().to(torch.int8), scale_M1
+
+
+def plain_product(x_MK: Tensor, weight_NK: Tensor, scale_N: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product of int8 tensors, times the channels' scales: PyTorch's own, the one there is on CUDA."""
+    padded = F.pad(x_MK, (0, 0, 0, max(0, CUDA_TOKENS - len(x_MK))))
+    return (torch._int_mm(padded, weight_NK.t())[: len(x_MK)] * scale_N).to(dtype)
+
+
+def packed_product(x_MK: Tensor, packed_KN: Tensor, scale_N: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same by oneDNN, from a weight in the order that its product reads it (`qlinear_prepack`)."""
+    x_MK = x_MK.view(torch.uint8) ^ OFFSET  # x + 128, in uint8
+    zero = scale_N.new_zeros(1, dtype=torch.int32)
+    return torch.ops.onednn.qlinear_pointwise(
+        x_MK, 1.0, OFFSET, packed_KN, scale_N, zero, None, 1.0, 0, dtype, "none", [], ""
+    )
+
+
+class RoundedLinear(nn.Module):
+    """A frozen linear layer in int8.
+
+    Its parameter `weight` has the published name and shape but no numbers (it is on the `meta` device), so that nobody
+    takes the rounded ones for the real ones: a state dict cannot be written without noticing, nor loaded.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.dtype = linear.weight.dtype
+        self.weight = nn.Parameter(linear.weight.detach().to("meta"), requires_grad=False)
+        self.bias = linear.bias
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        self._rounded: Tensor | None = None  # int8: (N, K) on CUDA, oneDNN's own layout on CPUs
+        self._scale_N = torch.empty(0)
+
+    def put(self, weight: Tensor) -> None:
+        """Take the numbers of `weight` (N, K), on the device where they shall stay."""
+        whole, self._scale_N = rounded(weight.detach())
+        self._product = plain_product if weight.device.type == "cuda" else packed_product
+        self._rounded = whole if weight.device.type == "cuda" else torch.ops.onednn.qlinear_prepack(whole, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output in the dtype that its weights had, as autocast makes an nn.Linear answer.
+
+        Raises:
+            RuntimeError: a gradient would have to pass, or no weight has been put yet.
+        """
+        if self._rounded is None or (torch.is_grad_enabled() and x.requires_grad):
+            raise RuntimeError(
+                "a layer of the VLM is in int8 (vlm_quantization), and is to be differentiated or has no weights: "
+                "load the policy from a checkpoint, and freeze all of the VLM to train"
+            )
+        tokens_MK, scale_M1 = rounded_tokens(x.detach().to(self.dtype).reshape(-1, self.in_features))
+        y_MN = self._product(tokens_MK, self._rounded, self._scale_N, self.dtype)
+        y_MN = y_MN.mul_(scale_M1) if self.bias is None else torch.addcmul(self.bias, y_MN, scale_M1)
+        return y_MN.view(*x.shape[:-1], self.out_features)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "RoundedLinear":
+        """What `to()` does to each tensor: not to the one that has no numbers.
+
+        Raises:
+            RuntimeError: another device or dtype, which would need the numbers as they were.
+        """
+        probe = torch.empty(0, dtype=self.dtype, device=self._scale_N.device)
+        if self._rounded is not None and (fn(probe).device, fn(probe).dtype) != (probe.device, probe.dtype):
+            raise RuntimeError(
+                f"the VLM is in int8 (vlm_quantization) and stays on {probe.device} in {probe.dtype}: load the policy "
+                "anew, with device and dtype in its config"
+            )
+        weight = self._parameters.pop("weight")
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            self._parameters["weight"] = weight
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RoundedLinear":
+        """A copy; the numbers, which never change, are shared, and oneDNN's have no storage that torch could copy."""
+        memo[id(self._rounded)] = self._rounded
+        other = memo[id(self)] = type(self).__new__(type(self))
+        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return other
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        *_, errors = args
+        errors.append(f"{prefix}weight is in int8 (vlm_quantization): load the policy with from_pretrained")
+
+
+def prepare(model: PI0) -> None:
+    """Freeze the VLM, and put layers that wait for their weights in place of its linear ones."""
+    model.paligemma.requires_grad_(False)
+    for part in (model.vision, model.vlm):
+        for name, child in list(part.named_modules()):
+            if type(child) is Linear:
+                owner, _, leaf = name.rpartition(".")
+                setattr(part.get_submodule(owner), leaf, RoundedLinear(child))
+
+
+def layers(module: nn.Module) -> dict[str, RoundedLinear]:
+    """Rounded layers by the names of their weights."""
+    return {f"{name}.weight": m for name, m in module.named_modules() if isinstance(m, RoundedLinear)}
