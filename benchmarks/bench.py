@@ -3,6 +3,7 @@
     python benchmarks/bench.py                                      # a small network, a minute
     python benchmarks/bench.py --size full --accounting-only --dtype float32   # no weights, no memory
     python benchmarks/bench.py --size full --what chunk --pairs 5
+    python benchmarks/bench.py --size full --what chunk --pairs 5 --quantization int8
 
 Lines: a training step (forward and backward pass, no optimizer) with the VLM frozen or with everything
 trained; a chunk of 50 actions; a tick of the control loop that only takes an action from the queue. Each with
@@ -12,6 +13,9 @@ TFLOP and GiB kept by autograd are counted on tensors without memory. Seconds ar
 in turn, and the ratio is the median of the pairs' ratios. In bfloat16 a step runs under autocast, as
 lerobot-train runs it, and each policy stores its weights in the dtypes of its own rules. Peak memory is that of
 a process which builds one policy and runs the line once, LeRobot's and torch's own memory included.
+
+With `--quantization int8` our VLM is in int8 wherever it is frozen, the built-in as ever (TFLOP are then operations),
+and each chunk is compared with the one over the VLM as it was, from equal noise.
 """
 
 import argparse
@@ -28,7 +32,7 @@ from pathlib import Path
 import measure
 import psutil
 import torch
-from subjects import SIZES, SUBJECTS, NoWeights, Policy, RandomWeights, make_batch
+from subjects import CHUNK, SIZES, SUBJECTS, NoWeights, Policy, RandomWeights, make_batch
 from torch import Tensor
 
 GIB, TERA = 2**30, 1e12
@@ -83,10 +87,12 @@ class Bench:
     dtype: str
     batch_size: int
     pairs: int
+    quantization: str | None = None
 
-    def build(self, subject: str, line: Line, make: Callable) -> Policy:
+    def build(self, subject: str, line: Line, make: Callable, rounded: bool = False) -> Policy:
         frozen = line.what != "step-all"
-        return SUBJECTS[subject].build(SIZES[self.size], make, self.dtype, frozen, line.training)
+        options = {"rounded": True} if rounded and frozen and subject == OURS else {}
+        return SUBJECTS[subject].build(SIZES[self.size], make, self.dtype, frozen, line.training, **options)
 
     def batch(self, line: Line) -> dict[str, Tensor]:
         return make_batch(SIZES[self.size], line.cameras, line.prompt, self.batch_size)
@@ -117,7 +123,8 @@ class Bench:
 
     def timer(self, subject: str, line: Line, make: Callable) -> Callable[[], float]:
         """A function that runs the line once and returns the seconds it took."""
-        policy, batch = self.build(subject, line, make), self.batch(line)
+        rounded = self.quantization is not None and line.what != "tick"
+        policy, batch = self.build(subject, line, make, rounded), self.batch(line)
 
         def step() -> None:
             with self.autocast():
@@ -151,6 +158,21 @@ class Bench:
         times = measure.alternate({s: self.timer(s, line, make) for s in SUBJECTS}, self.pairs)
         for subject, result in results.items():
             result.seconds = times[subject]
+
+    @torch.no_grad()
+    def rounding(self, line: Line) -> str:
+        """How far what is computed over the VLM in int8 is from what is computed over it as it was."""
+        make, batch, shape = functools.cache(RandomWeights()), self.batch(line), (self.batch_size, CHUNK, 32)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        policies = [self.build(OURS, line, make, rounded) for rounded in (True, False)]
+        chunks = [p.predict_action_chunk(batch, noise=noise) for p in policies]
+        contexts = [p.model.context(p._observe(batch, noise.device)).cache for p in policies]
+        caches = [torch.cat([x.float().flatten() for kv in context for x in kv]) for context in contexts]
+        chunk, cache = (((a - b).norm() / b.norm()).item() for a, b in (chunks, caches))
+        return (
+            f"{line}: {self.quantization} from {self.dtype}: {chunk:.2%} of the chunk, {cache:.2%} of the context's "
+            "keys and values (random weights have no outliers, as trained ones do: a hint at most)"
+        )
 
     def measure_peak(self, line: Line, results: dict[str, Result]) -> None:
         for subject, result in results.items():
@@ -223,6 +245,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="config.dtype (default: bfloat16)"
     )
+    parser.add_argument("--quantization", choices=["int8"], default=None, help="of our VLM (default: none)")
     parser.add_argument("--pairs", type=int, default=3, help="timed runs of each policy (default: 3)")
     parser.add_argument("--batch-size", type=int, default=1, help="samples per step and chunk (default: 1)")
     parser.add_argument("--threads", type=int, default=None, help="threads of torch (default: torch's own choice)")
@@ -243,10 +266,11 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, Result]]:
     options = parse_arguments(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    bench = Bench(options.size, options.dtype, options.batch_size, options.pairs)
+    bench = Bench(options.size, options.dtype, options.batch_size, options.pairs, options.quantization)
+    rounded = f", our VLM in {bench.quantization}" if bench.quantization else ""
     print(
-        f"π₀ {bench.size}, {bench.dtype}, batch {bench.batch_size}, {bench.pairs} pairs, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()} "
+        f"π₀ {bench.size}, {bench.dtype}{rounded}, batch {bench.batch_size}, {bench.pairs} pairs, "
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()} "
         f"{'with' if torch.cpu._is_amx_tile_supported() else 'without'} AMX, "  # bfloat16 is fast only with it
         f"load {os.getloadavg()[0]:.1f}"
     )
@@ -261,6 +285,8 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, Result]]:
                 bench.measure_peak(line, row)
         rows.append(table_row(line, row[OURS], row[THEIRS]))
         print(" | ".join(rows[-1]), flush=True)  # at once: the full size takes long
+        if bench.quantization and line.what == "chunk" and not options.accounting_only:
+            print(bench.rounding(line), flush=True)
     print(f"\n{format_table(rows)}")
     if options.json:
         numbers = ("flop", "kept_bytes", "seconds", "peak_bytes")

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import lerobot_pi0.configuration_pi0 as our_configuration
-from lerobot_pi0 import PI0Config, PI0Policy, flow
+from lerobot_pi0 import PI0Config, PI0Policy, flow, quantize
 from lerobot_pi0.architecture import GEMMA_2B, GEMMA_300M, PALIGEMMA_VOCAB, SO400M, Gemma, PaliGemma, Vision
 from lerobot_pi0.calls import Calls
 from lerobot_pi0.network import PI0
@@ -145,7 +145,10 @@ def _config(cls: type, size: Size, dtype: str, train_expert_only: bool):
 
 
 def _with_weights(policy: Policy, make: MakeWeight, training: bool) -> Policy:
-    weights = {name: make(name, p.shape, p.dtype) for name, p in policy.named_parameters()}
+    rounded = quantize.layers(policy)
+    for name, layer in rounded.items():
+        layer.put(make(name, layer.weight.shape, layer.dtype))
+    weights = {name: make(name, p.shape, p.dtype) for name, p in policy.named_parameters() if name not in rounded}
     policy.load_state_dict(weights, assign=True, strict=False)
     return policy.train(training)
 
@@ -155,11 +158,18 @@ class Ours:
 
     @staticmethod
     def build(
-        size: Size, make: MakeWeight, dtype: str = "float32", frozen: bool = True, training: bool = False
+        size: Size,
+        make: MakeWeight,
+        dtype: str = "float32",
+        frozen: bool = True,
+        training: bool = False,
+        rounded: bool = False,
     ) -> PI0Policy:
-        """The policy with weights by `make`; `frozen` trains the expert alone."""
+        """The policy with weights by `make`; `frozen` trains the expert alone, `rounded` has the VLM in int8."""
         with presets(size), mock.patch.object(PI0, "initialise"):
             policy = PI0Policy(_config(PI0Config, size, dtype, frozen))
+        if rounded:
+            quantize.prepare(policy.model)
         return _with_weights(policy, make, training)
 
     @staticmethod

@@ -150,6 +150,7 @@ class PI0Policy(PreTrainedPolicy):
                     f"vlm_quantization trains the expert over a VLM that is rounded in memory: set --policy.{name}=true"
                 )
         quantize.prepare(self.model)
+        self._ddp_params_and_buffers_to_ignore = list(quantize.layers(self))  # they have no numbers to send round
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -218,8 +219,8 @@ class PI0Policy(PreTrainedPolicy):
         """
         if self.config.vlm_quantization and not self.config.save_expert_only:
             raise ValueError(
-                "the VLM is in int8 in memory (vlm_quantization), so a whole checkpoint cannot be written from it: load "
-                "the policy without, and save that; or set save_expert_only=True"
+                "the VLM is in int8 in memory (vlm_quantization), so a whole checkpoint cannot be written from it: "
+                "load the policy without, and save that; or set save_expert_only=True"
             )
         configs = self.config.to_files()
         configs[PLUGIN_CONFIG_NAME]["start"] = self._start

@@ -26,7 +26,7 @@ TOKEN_RANGE = 126
 """Largest integers. A token's leaves room for its scale, which in bfloat16 may be too small by one part in 512."""
 
 OFFSET = 128
-"""oneDNN has a fast product for activations of uint8 with a zero point; for those of int8 it has its reference alone."""
+"""oneDNN has a fast product for activations of uint8 with a zero point; for int8 it has its reference alone."""
 
 CUDA_TOKENS = 17
 """Fewest tokens that `torch._int_mm` takes on CUDA."""
@@ -151,8 +151,11 @@ class RoundedLinear(nn.Module):
         return other
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        *_, errors = args
-        errors.append(f"{prefix}weight is in int8 (vlm_quantization): load the policy with from_pretrained")
+        if f"{prefix}weight" in state_dict:
+            *_, errors = args
+            errors.append(f"{prefix}weight is in int8 (vlm_quantization): load the policy with from_pretrained")
+        else:
+            super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def prepare(model: PI0) -> None:

@@ -1,10 +1,12 @@
 """The benchmark, counting only, at its small size."""
 
 import importlib
+import re
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -33,3 +35,13 @@ def test_accounting(bench, capsys):
             assert 0 < ours.kept_bytes < (0.1 if line.what == "step-frozen" else 0.9) * theirs.kept_bytes, line
     three, one = (results[str(line)]["ours"] for line in bench.LINES[:2])
     assert one.flop < 0.5 * three.flop
+
+
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="the CPU has no VNNI")
+def test_quantization(bench, capsys):
+    """Catches an option that rounds nothing, or a comparison of a policy with itself."""
+    what = ["--what", "step-frozen,chunk", "--quantization", "int8"]
+    results = bench.main(["--size", "small", "--pairs", "1", "--no-peak", *what])
+    assert all(row["ours"].seconds and row["built-in"].seconds for row in results.values())
+    found = re.findall(r"int8 from bfloat16: (.*)% of the chunk, (.*)% of the context", capsys.readouterr().out)
+    assert len(found) == 2 and all(0 < float(x) < 10 for pair in found for x in pair)

@@ -1,0 +1,303 @@
+"""The frozen VLM in int8: as exact as the rounding allows, token by token, and never mistaken for the real weights."""
+
+import copy
+import json
+import logging
+import weakref
+
+import pytest
+import torch
+from conftest import CAMERAS, draws, gradients, make_batch, relative, shake, small_policy, stats
+from lerobot.utils.constants import OBS_STATE
+from safetensors.torch import load_file
+from test_laws import subset, widen
+from test_lora import CLI
+
+from lerobot_pi0 import PI0Policy, checkpoint, quantize, streaming
+from lerobot_pi0.checkpoint import MismatchedCheckpointError
+from lerobot_pi0.linear import Linear
+from lerobot_pi0.quantize import RoundedLinear, packed_product, plain_product, rounded, rounded_tokens
+
+HAS_VNNI = torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
+pytestmark = [pytest.mark.usefixtures("small"), pytest.mark.skipif(not HAS_VNNI, reason="the CPU has no VNNI")]
+INT8 = {"vlm_quantization": "int8"}
+TRAINING = INT8 | {"train_expert_only": True, "save_expert_only": True}
+
+
+def layer_and_tokens(dtype: torch.dtype, bias: bool = True, tokens: int = 40) -> tuple[Linear, torch.Tensor]:
+    """A layer whose channels differ in size, and tokens that do: some are outliers, one is zero."""
+    torch.manual_seed(0)
+    layer = Linear(136, 72, bias=bias)
+    with torch.no_grad():
+        layer.weight.mul_(torch.logspace(-3, 3, 72)[:, None])
+        x = torch.randn(tokens, 136) * torch.logspace(-3, 3, tokens)[:, None]
+        x[::7, 5] *= 100
+        x[3 % tokens] = 0
+    return layer.to(dtype), x.to(dtype)
+
+
+def in_int8(layer: Linear) -> RoundedLinear:
+    other = RoundedLinear(copy.deepcopy(layer))
+    other.put(layer.weight)
+    return other
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_no_further_off_than_rounding_allows(dtype, bias):
+    """Catches a scale of the wrong axis, integers that overflow or saturate, a zero point that is forgotten, and a bias
+    that is scaled: each output against float64, within half a step of each weight and activation."""
+    layer, x = layer_and_tokens(dtype, bias)
+    with torch.no_grad():
+        y = in_int8(layer)(x[None])[0]
+        exact = layer.double()(x.double())
+    assert y.dtype == dtype
+    x, w = x.double(), layer.weight.detach()
+    step_w = w.abs().amax(dim=1) / 127 / 2
+    step_x = x.abs().amax(dim=1, keepdim=True) / 126 / 2 * (1 if dtype == torch.float32 else 1.5)  # rounded twice
+    allowed = x.abs().sum(dim=1, keepdim=True) * step_w + step_x * w.abs().sum(dim=1) + step_x * step_w * 136
+    eps = torch.finfo(dtype).eps
+    assert ((y - exact).abs() <= 1.01 * allowed + 2 * eps * (exact.abs() + (layer.bias.abs() if bias else 0))).all()
+    without_bias = exact - (layer.bias if bias else 0)
+    token = ((y - exact) / step_w).norm(dim=1) / (without_bias / step_w).norm(dim=1).clamp(min=1e-30)
+    loud = x.abs().amax(dim=1)
+    assert token[(loud > 10) & (loud < 10 * x.abs().mean(dim=1))].max() < 0.02
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_both_products_are_the_same(dtype, tokens):
+    """Catches the product for CUDA, which cannot run here, drifting from the one for CPUs: bit for bit."""
+    layer, x = layer_and_tokens(dtype, tokens=tokens)
+    whole, scale = rounded(layer.weight)
+    tokens_MK, _ = rounded_tokens(x)
+    packed = torch.ops.onednn.qlinear_prepack(whole, None)
+    products = [f(tokens_MK, w, scale, dtype) for f, w in ((plain_product, whole), (packed_product, packed))]
+    assert torch.equal(*products)
+
+
+def test_tokens_do_not_see_each_other():
+    """Catches a scale shared by tokens: with another one a thousand times as large, a token answers bit for bit."""
+    layer, x = layer_and_tokens(torch.bfloat16)
+    layer = in_int8(layer)
+    loud = x.clone()
+    loud[1::2] *= 1000
+    with torch.no_grad():
+        assert torch.equal(layer(loud)[::2], layer(x)[::2])
+        torch.testing.assert_close(layer(x[7:8])[0], layer(x)[7], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_not_finite_stays_so(dtype, bad):
+    """Catches a NaN that is rounded to an integer: the check of a chunk would find nothing."""
+    layer, x = layer_and_tokens(dtype)
+    x[2, 9] = bad
+    with torch.no_grad():
+        y = in_int8(layer)(x)
+    assert not y[2].isfinite().any() and y[[0, 1, *range(3, 40)]].isfinite().all()
+
+
+def test_what_a_rounded_layer_refuses():
+    """Catches a gradient that ends without a word, and numbers that get in, out or elsewhere unnoticed."""
+    plain, x = layer_and_tokens(torch.float32)
+    layer = in_int8(plain)
+    with pytest.raises(RuntimeError, match="differentiated"):
+        layer(x.requires_grad_())
+    with pytest.raises(RuntimeError, match="no weights"):
+        RoundedLinear(plain)(x.detach())
+    with pytest.raises(RuntimeError, match="from_pretrained"):
+        layer.load_state_dict(plain.state_dict())
+    with pytest.raises(RuntimeError, match="load the policy anew"):
+        layer.to(torch.bfloat16)
+    assert not any(p.requires_grad for p in layer.parameters())
+    assert layer.to("cpu").weight.is_meta and layer.weight.shape == plain.weight.shape
+    assert torch.equal(copy.deepcopy(layer)(x.detach()), layer(x.detach()))
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A checkpoint in which every parameter matters."""
+    torch.manual_seed(0)
+    policy = small_policy(dtype="float32")
+    shake(policy)
+    policy.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def load(folder, training: bool = False, **options) -> PI0Policy:
+    config = checkpoint.read_config(folder)
+    for name, value in options.items():
+        setattr(config, name, value)
+    config._check()
+    return PI0Policy.from_pretrained(folder, config=config, dataset_stats=stats() if training else None)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_chunks(base, dtype):
+    """Catches layers that are not rounded, or a chunk further off than int8 makes it."""
+    batch, (noise, _) = make_batch(), draws(0, 2)
+    policy = load(base, **INT8, dtype=dtype)
+    linear = [m for part in (policy.model.vision, policy.model.vlm) for m in part.modules() if type(m) is Linear]
+    assert not linear and len(quantize.layers(policy)) == 2 * 6 + 3 * 7
+    assert not quantize.layers(policy.model.expert)
+    exact, plain = (load(base, dtype=d) for d in ("float32", dtype))
+    chunks = [p.predict_action_chunk(batch, noise=noise[:, 0]) for p in (policy, plain, exact)]
+    error = relative(chunks[0], chunks[2])
+    assert 1e-5 < error < 0.02 + relative(chunks[1], chunks[2])
+    contexts = [p.model.context(p._observe(batch, torch.device("cpu"))) for p in (policy, exact)]
+    for ours, theirs in zip(*(c.cache for c in contexts), strict=True):
+        assert all(relative(a.detach(), b.detach()) < 0.05 for a, b in zip(ours, theirs, strict=True))
+
+
+def test_neighbours_and_padding_change_nothing(base):
+    """Catches scales that leak between the samples of a batch, or from padding: up to what is rounded the other way
+    because the products before it were added in another order."""
+    policy, batch, (noise, _) = load(base, **INT8), make_batch(batch_size=3, prompt=(3, 12, 7)), draws(0, 3)
+    batch |= {key: batch[key] * torch.tensor([1.0, 0.01, 1.0])[:, None, None, None] for key in CAMERAS}
+    chunks = policy.predict_action_chunk(batch, noise=noise[:, 0])
+    for i in range(3):
+        row = slice(i, i + 1)
+        assert relative(policy.predict_action_chunk(subset(batch, row), noise=noise[row, 0]), chunks[row]) < 1e-3
+    assert relative(policy.predict_action_chunk(widen(batch, 0, 9), noise=noise[:, 0]), chunks) < 1e-3
+    other = {OBS_STATE: batch[OBS_STATE] + 1}
+    assert relative(policy.predict_action_chunk(batch | other, noise=noise[:, 0]), chunks) > 1e-2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training(base, tmp_path, dtype):
+    """Catches training that is stopped by the rounding or learns something else, rounded weights that reach a
+    checkpoint, and a checkpoint that rounds where nobody asked for it."""
+    options = {"train_expert_only": True, "save_expert_only": True, "dtype": dtype}
+    policies = [load(base, training=True, **options, **more).train() for more in (INT8, {})]
+    batch, (noise, time) = make_batch(), draws(0, 2)
+    for policy in policies:
+        policy.forward(batch, noise=noise, time=time)[0].backward()
+    ours, plain = map(gradients, policies)
+    assert ours.keys() == plain.keys()
+    assert all(relative(ours[name], plain[name]) < 0.1 for name in ours if plain[name].norm() > 1e-3)
+
+    with torch.no_grad():
+        for p in policies[0].get_optim_params():
+            p.add_(torch.randn_like(p) * 0.01)
+    policies[0].save_pretrained(tmp_path / "tuned")
+    config = json.loads((tmp_path / "tuned" / "config.json").read_text())
+    assert "vlm_quantization" not in config
+    assert not any("paligemma." in name for name in load_file(tmp_path / "tuned" / "model.safetensors"))
+    tuned = PI0Policy.from_pretrained(tmp_path / "tuned")
+    assert tuned.config.vlm_quantization is None and not quantize.layers(tuned)
+    original = load(base, dtype=dtype)
+    for name, p in original.model.paligemma.named_parameters():
+        assert torch.equal(p, tuned.model.paligemma.get_parameter(name)), name
+    again = load(tmp_path / "tuned", training=True, **TRAINING)  # a resumed run, or the next one
+    again.save_pretrained(tmp_path / "again")
+    assert len(quantize.layers(load(tmp_path / "again", **INT8))) == 33
+
+
+@pytest.mark.parametrize(
+    ("options", "training", "message"),
+    [
+        ({"train_expert_only": False, "save_expert_only": True}, True, "train_expert_only=true"),
+        ({"train_expert_only": True}, True, "save_expert_only=true"),
+        ({"compile_model": True}, False, "compile_model"),
+        ({"vlm_quantization": "int4"}, False, "not one of int8"),
+        ({"device": "mps"}, False, "AVX512-VNNI"),
+    ],
+    ids=["VLM trained", "whole checkpoints", "compiled", "unknown", "device"],
+)
+def test_refusals(base, options, training, message):
+    """Catches a combination that would fail later, hours into a run or silently."""
+    with pytest.raises(ValueError, match=message):
+        load(base, training, **INT8 | options)
+
+
+def test_it_needs_a_checkpoint_and_all_of_its_vlm(base):
+    """Catches random weights that are rounded."""
+    with pytest.raises(ValueError, match=r"--policy\.path"):
+        small_policy(**INT8)
+    torch.manual_seed(0)
+    tensors = load_file(base / "model.safetensors")
+    lost = next(name for name in tensors if ".paligemma." in name and name.endswith(".1.mlp.up_proj.weight"))
+    del tensors[lost]
+    checkpoint.save(base, {n: json.loads((base / n).read_text()) for n in ("config.json", "lerobot_pi0.json")}, tensors)
+    with pytest.raises(MismatchedCheckpointError, match="does not round"):
+        PI0Policy.from_pretrained(base, config=small_config(base), strict=False)
+
+
+def small_config(folder):
+    config = checkpoint.read_config(folder)
+    config.vlm_quantization = "int8"
+    return config
+
+
+def test_a_whole_checkpoint_is_refused(base, tmp_path):
+    """Catches rounded weights, or none, under the names of the real ones."""
+    policy = load(base, **INT8)
+    with pytest.raises(ValueError, match="load the policy without"):
+        policy.save_pretrained(tmp_path / "whole")
+    assert not (tmp_path / "whole" / "model.safetensors").exists()
+
+
+def test_lora(base):
+    """Catches adapters around rounded weights; in the expert they are welcome."""
+    policy = load(base, training=True, **TRAINING | {"train_expert_only": None}, pretrained_path=str(base))
+    with pytest.raises(ValueError, match="expert alone"):
+        policy.wrap_with_peft(peft_cli_overrides=CLI)
+    policy = load(base, training=True, **TRAINING, pretrained_path=str(base))
+    policy.wrap_with_peft(peft_cli_overrides=CLI).train()
+    policy.forward(make_batch())[0].backward()
+    assert any("lora_" in name for name in gradients(policy))
+    policy = load(base, training=True, **TRAINING)
+    policy.model.vlm.norm.weight.requires_grad_(True)
+    policy.model.vlm.layers[0].input_layernorm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="a part of the VLM would be trained"):
+        policy.get_optim_params()
+
+
+def test_the_vlm_is_never_whole_in_memory(base, monkeypatch):
+    """Catches a load that needs the memory of the weights as they were, and then that of int8."""
+    alive: weakref.WeakSet = weakref.WeakSet()
+    most = []
+    empty, put = streaming.empty, RoundedLinear.put
+    shapes = {p.shape for p in quantize.layers(load(base, **INT8)).values() for p in [p.weight]}
+
+    def counted(shape, *args):
+        x = empty(shape, *args)
+        if x.shape in shapes:
+            alive.add(x)
+        return x
+
+    def recorded(layer, weight):
+        most.append(len(alive))
+        put(layer, weight)
+
+    before = len(alive)
+    monkeypatch.setattr(streaming, "empty", counted)
+    monkeypatch.setattr(RoundedLinear, "put", recorded)
+    policy = load(base, **INT8)
+    kept = sum(p.shape in shapes for p in policy.parameters() if not p.is_meta)
+    assert before == 0 and len(most) == 33
+    assert max(most) <= kept + 5  # one in each of four threads, and one that is being forgotten
+
+
+def test_several_processes(base):
+    """Catches LeRobot's data-parallel training, which sends round every parameter at its start, stumbling over weights
+    that have no numbers."""
+    policy = load(base, training=True, **TRAINING).train()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(policy, find_unused_parameters=True)
+        wrapped(make_batch())[0].backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert gradients(policy)
+
+
+def test_show_names_it(base, tmp_path, capsys, monkeypatch):
+    """Catches a checkpoint that does not say that its expert was trained over a rounded VLM."""
+    from lerobot_pi0.tools import main
+
+    monkeypatch.setattr("lerobot_pi0.tools.init_logging", lambda: logging.getLogger())
+    load(base, training=True, **TRAINING).save_pretrained(tmp_path / "tuned")
+    assert main(["show", f"--source={tmp_path / 'tuned'}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["options"]["vlm_quantization"] == "int8"
