@@ -12,14 +12,16 @@ Axes: M tokens, K inputs, N outputs.
 """
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from .linear import Linear
-from .network import PI0
+
+if TYPE_CHECKING:  # it brings transformers, which reading a checkpoint's header does without
+    from .network import PI0
 
 WEIGHT_RANGE = 127
 TOKEN_RANGE = 126
@@ -158,7 +160,7 @@ class RoundedLinear(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def prepare(model: PI0) -> None:
+def prepare(model: "PI0") -> None:
     """Freeze the VLM, and put layers that wait for their weights in place of its linear ones."""
     model.paligemma.requires_grad_(False)
     for part in (model.vision, model.vlm):
