@@ -94,6 +94,13 @@ def small(monkeypatch) -> None:
     monkeypatch.setattr(builtin, "PiGemmaForCausalLM", small_expert)
 
 
+@pytest.fixture
+def double(small, monkeypatch) -> None:
+    """The sizes of `small`; where either network asks for float32, it gets float64."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(torch, "float32", torch.float64)
+
+
 def small_policy(cameras=CAMERAS, dims: int = DIMS, **options) -> PI0Policy:
     """Our policy at the size of the fixture `small`."""
     config = PI0Config(

@@ -18,13 +18,6 @@ OPTIONS = {
 MODES = {"VLM frozen": {"train_expert_only": True}, "everything": {"train_expert_only": False}}
 
 
-@pytest.fixture
-def double(small, monkeypatch) -> None:
-    """The sizes of `small`; where either network asks for float32, it gets float64."""
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    monkeypatch.setattr(torch, "float32", torch.float64)
-
-
 def their_loss(policy, batch: dict, noise: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
     """LeRobot's loss for given draws."""
     policy.model.sample_noise = lambda shape, device: noise[:, 0]
