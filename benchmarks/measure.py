@@ -1,5 +1,7 @@
 """What is measured: arithmetic and memory that autograd keeps, seconds in alternation, peak memory."""
 
+import ctypes
+import gc
 import resource
 import statistics
 import time
@@ -7,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -105,6 +108,29 @@ def median_ratio(slow: list[float], fast: list[float]) -> float:
 def peak_bytes() -> int:
     """Most memory that this process has held so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident_bytes(most: bool = False) -> int:
+    """Memory that this process holds, or the most that it has held since `restart_peak`; on Linux."""
+    key = "VmHWM" if most else "VmRSS"
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def restart_peak() -> None:
+    """Forget the most; on Linux."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def give_back_at_once() -> None:
+    """Let every tensor have pages of its own, which the system gets back with it; on Linux with glibc.
+
+    By default the heap keeps tensors of up to 32 MiB that are gone, for the next ones.
+    """
+    libc, threshold = ctypes.CDLL(None), -3  # M_MMAP_THRESHOLD
+    libc.mallopt(threshold, 2**16)
+    gc.collect()
+    libc.malloc_trim(0)
 
 
 def in_own_process[**P, T](function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

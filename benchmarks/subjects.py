@@ -130,7 +130,7 @@ def presets(size: Size) -> Iterator[None]:
         yield
 
 
-def _config(cls: type, size: Size, dtype: str, train_expert_only: bool):
+def _config(cls: type, size: Size, dtype: str, train_expert_only: bool | None, **options):
     side = size.vlm.vision.image_size
     visual = {key: PolicyFeature(FeatureType.VISUAL, (3, side, side)) for key in CAMERAS}
     return cls(
@@ -141,10 +141,12 @@ def _config(cls: type, size: Size, dtype: str, train_expert_only: bool):
         image_resolution=(side, side),
         tokenizer_max_length=PROMPT,
         train_expert_only=train_expert_only,
+        **options,
     )
 
 
-def _with_weights(policy: Policy, make: MakeWeight, training: bool) -> Policy:
+def with_weights(policy: Policy, make: MakeWeight, training: bool) -> Policy:
+    """The policy, its weights made by `make`."""
     rounded = quantize.layers(policy)
     for name, layer in rounded.items():
         layer.put(make(name, layer.weight.shape, layer.dtype))
@@ -157,7 +159,13 @@ class Ours:
     """This package's policy."""
 
     @staticmethod
+    def config(size: Size, dtype: str, frozen: bool | None, **options) -> PI0Config:
+        """Its options; to be used while `presets` holds."""
+        return _config(PI0Config, size, dtype, frozen, **options)
+
+    @classmethod
     def build(
+        cls,
         size: Size,
         make: MakeWeight,
         dtype: str = "float32",
@@ -167,10 +175,10 @@ class Ours:
     ) -> PI0Policy:
         """The policy with weights by `make`; `frozen` trains the expert alone, `rounded` has the VLM in int8."""
         with presets(size), mock.patch.object(PI0, "initialise"):
-            policy = PI0Policy(_config(PI0Config, size, dtype, frozen))
+            policy = PI0Policy(cls.config(size, dtype, frozen))
         if rounded:
             quantize.prepare(policy.model)
-        return _with_weights(policy, make, training)
+        return with_weights(policy, make, training)
 
     @staticmethod
     def loss(policy: PI0Policy, batch: dict[str, Tensor]) -> Tensor:
@@ -198,7 +206,7 @@ class Builtin:
         stay = mock.patch.object(lerobot_modeling.PI0Pytorch, "to", lambda self, device: self)
         with presets(size), init_empty_weights(), stay:
             policy = lerobot_modeling.PI0Policy(_config(BuiltinConfig, size, dtype, frozen))
-        return _with_weights(policy, make, training)
+        return with_weights(policy, make, training)
 
     @staticmethod
     def _inputs(policy: lerobot_modeling.PI0Policy, batch: dict[str, Tensor]) -> tuple:

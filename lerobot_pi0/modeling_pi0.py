@@ -23,7 +23,7 @@ from .calls import Calls
 from .configuration_pi0 import PLUGIN_CONFIG_NAME, PI0Config, dim_name
 from .ema import Ema, check_averaging
 from .model_card import make_card
-from .network import PI0
+from .network import PI0, Observation
 from .observation import ObservationMaker
 from .processor_pi0 import check_statistics
 from .prompt import PromptStep
@@ -420,20 +420,26 @@ class PI0Policy(PreTrainedPolicy):
             drawn = self._draw(batch, (cfg.flow_samples, *actions.shape[2:]), device)
             given = zip((noise, time, delay), drawn, strict=True)
             noise, time, delay = (new if old is None else old for old, new in given)
-        time, free = time[..., None], torch.ones(1, device=device)
-        if cfg.rtc_training_max_delay and delay is not None:
-            free = (torch.arange(cfg.chunk_size, device=device) >= delay[..., None]).float()
+        errors = self.errors(obs, actions, noise, time, delay)
+        if cfg.mask_padded_actions:  # they count as zero, so that every other step weighs the same in all batches
+            errors = errors * self._observe.valid(batch, device)[:, None, :, None]
+        return errors
+
+    def errors(
+        self, obs: Observation, actions_B1TA: Tensor, noise: Tensor, time: Tensor, delay: Tensor | None = None
+    ) -> Tensor:
+        """`losses` of given draws, before padded actions are masked. Nothing in here depends on a value."""
+        time, free = time[..., None], torch.ones(1, device=time.device)
+        if self.config.rtc_training_max_delay and delay is not None:
+            free = (torch.arange(self.config.chunk_size, device=time.device) >= delay[..., None]).float()
             time = time * free
-        x_t, target = flow.interpolate(actions, noise, time[..., None])
+        x_t, target = flow.interpolate(actions_B1TA, noise, time[..., None])
         self._calls.begin()
         with self._precision():
             context = self._calls.context(self.model, obs, with_state=False)
             velocity = self._calls.velocity(self.model, x_t, time, self.model.embed_time(time), context)
         errors = (velocity - target)[..., : self._action_dims].square()
-        errors = errors * (free / free.mean(dim=-1, keepdim=True))[..., None]
-        if cfg.mask_padded_actions:  # they count as zero, so that every other step weighs the same in all batches
-            errors = errors * self._observe.valid(batch, device)[:, None, :, None]
-        return errors
+        return errors * (free / free.mean(dim=-1, keepdim=True))[..., None]
 
     def _augment(self, batch: dict[str, Any], images_BNCHW: Tensor, cameras: list[str]) -> Tensor:
         """Images of these cameras, each changed at random: a function of seed, update, sample and camera."""

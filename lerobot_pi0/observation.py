@@ -83,13 +83,24 @@ class ObservationMaker:
         longest = int(facts["longest prompt"])
         if self.config.compile_model:
             longest = bucket(longest, tokens.shape[1])
+        return self.assemble(cameras, tokens[:, :longest], mask[:, :longest], state, augment)
+
+    def assemble(
+        self,
+        cameras: Mapping[str, Tensor],
+        tokens_BL: Tensor,
+        mask_BL: Tensor,
+        state: Tensor,
+        augment: Callable[[Tensor, list[str]], Tensor] | None = None,
+    ) -> Observation:
+        """An observation from images (B, 3, H, W) in [0, 1] and all that is in order; looks at no value."""
         images = torch.stack([resize_with_pad(x, self.config.image_size) for x in cameras.values()], dim=1)
         if augment is not None:
             images = augment(images, list(cameras))
         return Observation(
             images_BNCHW=images * 2 - 1,
-            tokens_BL=tokens[:, :longest],
-            token_mask_BL=mask[:, :longest],
+            tokens_BL=tokens_BL,
+            token_mask_BL=mask_BL,
             state_BA=pad_last(state, self.config.max_state_dim),
         )
 

@@ -236,7 +236,9 @@ def test_a_policy_that_is_yet_to_be_made(clean, capsys, tmp_path):
     assert status == 1 and "room for 4" in serious(found)["error dims"]
     relative = [*SCRATCH, "--policy.use_relative_actions=true"]
     status, found = findings(capsys, clean / "data", "--policy.type=pi0", *relative)
-    assert status == 1 and "relative" in serious(found)["error statistics"]
+    assert status == 1 and "absolute actions" in serious(found)["error statistics"]
+    remedy = next(x["remedy"] for x in found if x["about"] == "statistics")
+    assert "lerobot-edit-dataset" in remedy and "--operation.relative_action=true" in remedy
     name = f"--policy.text_tokenizer_name={word_tokenizer(tmp_path)}"
     status, found = findings(
         capsys, clean / "data", "--policy.type=pi0", *SCRATCH, name, "--policy.tokenizer_max_length=2"
@@ -262,6 +264,17 @@ def test_other_cameras(clean, tmp_path, capsys):
     fresh = [*SCRATCH, f"--policy.pretrained_path={wrist}"]
     _, found = findings(capsys, clean / "data", "--policy.type=pi0", *fresh)
     assert "mixed up" in serious(found)["warning cameras"]
+
+
+def test_memory(clean, capsys):
+    """Catches a card that is too small and passes, one that is large enough and does not, and a silent answer."""
+    batch, said = ("--batch_size=4",), {}
+    for card in (16, 1):  # of the smaller one nothing is left
+        status, found = findings(capsys, clean / "data", clean / "policy", f"--card_gb={card}", "--images=40", *batch)
+        said[status] = next(x for x in found if x["about"] == "memory")
+    assert said[0]["grade"] == "fine" and "the largest batch is" in said[0]["message"]
+    assert said[1]["grade"] == "error" and "gradient_checkpointing" in said[1]["remedy"]
+    assert "a step of 4 samples" in said[1]["message"]
 
 
 def test_robot(clean, tmp_path, capsys):

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 VERBS = {
     "show": "what a checkpoint is, what it was trained on, what it expects, who can load it",
     "check": "does a dataset suit a policy, and a robot? Asked before training",
+    "plan": "what training takes of a GPU's memory, by mode and batch size, and which card it fits",
     "open-loop": "chunks beside recorded actions, and what the policy reacts to: an HTML report",
     "serve": "LeRobot's policy server for robots that are elsewhere, with this policy in it",
     "convert": "openpi's checkpoints (JAX or PyTorch) to a LeRobot checkpoint",

@@ -41,6 +41,10 @@ class Options:
     rename_map: dict[str, str] = field(default_factory=dict)
     # Frames to decode per camera, in runs of consecutive ones spread over the episodes.
     images: int = 600
+    # Memory of the card to train on, in GiB; by default memory is not looked at. `lerobot-pi0 plan` tells more.
+    card_gb: float | None = None
+    # Samples per step on that card, as lerobot-train takes it.
+    batch_size: int = 8
     # Print JSON.
     json: bool = False
 
@@ -86,6 +90,8 @@ def check(options: Options) -> Iterable[Finding]:
         robot=make_robot(options.robot),
         rename_map=options.rename_map,
         images=options.images,
+        card_gb=options.card_gb,
+        batch_size=options.batch_size,
     )
     for one in checks.CHECKS:
         yield from one(subject)

@@ -3,6 +3,7 @@
 Axes: N frames, D dims of state or action, C cameras or channels.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from ..configuration_pi0 import PI0Config
 from ..observation import ObservationMaker
 from ..processor_pi0 import NEAR_CONSTANT, STATISTICS, check_statistics
+from ..relative import check_relative_statistics
 from .data import Columns, dim_names, some
 
 ERROR, WARNING, FINE = "error", "warning", "fine"
@@ -84,6 +86,8 @@ class Subject:
     robot: Robot | None = None
     rename_map: dict[str, str] = field(default_factory=dict)
     images: int = 600
+    card_gb: float | None = None
+    batch_size: int = 8
 
     @cached_property
     def stats(self) -> dict[str, dict[str, Any]]:
@@ -475,6 +479,12 @@ def statistics(subject: Subject) -> Iterable[Finding]:
     except ValueError as error:
         yield Finding(ERROR, "statistics", str(error), RECOMPUTE)
         return
+    try:
+        check_relative_statistics(subject.config, subject.stats, subject.dataset.meta)
+    except ValueError as error:
+        problem, _, remedy = str(error).partition(". ")
+        yield Finding(ERROR, "statistics", problem, remedy)
+        return
     foreign = list(foreign_statistics(subject)) if subject.all_episodes else []
     yield from foreign
     if not foreign:
@@ -647,7 +657,35 @@ def one_batch(subject: Subject) -> Iterable[Finding]:
     yield Finding(FINE, "sample", "the first frame goes through the processors, and the policy takes it")
 
 
+def memory(subject: Subject) -> Iterable[Finding]:
+    """Whether a step of training fits the card."""
+    if subject.card_gb is None:
+        return
+    from .plan import GIB, RESERVE_GB, Load, counted, largest_batch  # the network, which no other question needs
+
+    config, batch, tokenizer = copy.deepcopy(subject.config), subject.batch_size, subject.trained.tokenizer
+    shapes = [subject.dataset.meta.features[key]["shape"] for key in subject.cameras.values()]
+    images = tuple(tuple(sorted(shape)[-2:]) for shape in shapes)  # channels are 3, wherever they stand
+    longest = config.tokenizer_max_length or 1
+    if tokenizer is not None:
+        tasks = subject.dataset.meta.tasks.index
+        longest = min(longest, max(len(tokenizer(f"{task}\n")["input_ids"]) for task in tasks))
+    counts, trained = counted(config, Load(images, longest), batch)
+    largest = largest_batch(counts, (subject.card_gb - RESERVE_GB) * GIB)
+    takes = (
+        f"a step of {batch} samples that trains {trained / 1e6:.1f} M weights takes {counts[batch].peak / GIB:.1f} GiB "
+        f"at its peak, of {subject.card_gb:g}; {RESERVE_GB:g} is left for what is no tensor"
+    )
+    if batch <= largest:
+        yield Finding(FINE, "memory", f"{takes}; the largest batch is {largest}")
+        return
+    less = f"--batch_size={largest}, or " if largest else ""
+    remedy = f"{less}--policy.gradient_checkpointing=true, or train less; `lerobot-pi0 plan` compares the modes"
+    yield Finding(ERROR, "memory", takes, remedy)
+
+
 CHECKS: tuple[Callable[[Subject], Iterable[Finding]], ...] = (
     cameras, pictures_of_training, images, joints, units, motion, statistics, outliers, prompts, episodes, one_batch,
+    memory,
 )  # fmt: skip
-"""In the order of the report. The memory that a mode of training takes on a card is to be one more."""
+"""In the order of the report."""

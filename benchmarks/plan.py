@@ -1,0 +1,149 @@
+"""What `lerobot-pi0 plan` counts, beside the memory that a training step takes on the CPU.
+
+    python benchmarks/plan.py                  # six configurations of a medium network, minutes
+    python benchmarks/plan.py --size full      # two at full size: 14 GiB
+
+Measured is the most memory that the process has resident during its second training step (the first makes the
+optimizer's states), less what was resident before the policy was built. A smaller policy has made a step before that,
+so that libraries are there already. Each tensor is given pages of its own (`measure.give_back_at_once`): otherwise the
+heap keeps some of what is free, by a part that depends on the order of sizes. `--heap` measures with that.
+"""
+
+import argparse
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from unittest import mock
+
+import measure
+import torch
+from lerobot.configs.default import PeftConfig
+from subjects import SIZES, Ours, RandomWeights, make_batch, presets, with_weights
+
+from lerobot_pi0 import PI0Policy
+from lerobot_pi0.network import PI0
+from lerobot_pi0.tools.memory import Counter, Load
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One line of the table."""
+
+    name: str
+    batch: int
+    cameras: int = 2
+    dtype: str = "bfloat16"
+    frozen: bool | None = False
+    lora: bool = False
+    options: dict = field(default_factory=dict)
+
+
+CHECKPOINTING = {"gradient_checkpointing": True}
+MEDIUM = [
+    Configuration("frozen VLM", 4, frozen=True),
+    Configuration("frozen VLM, K = 8, float32", 2, 1, "float32", True, options={"flow_samples": 8}),
+    Configuration("frozen vision tower", 2, 1, options={"freeze_vision_encoder": True}),
+    Configuration("everything, float32", 2, 1, "float32"),
+    Configuration("everything, checkpointing", 4, options=CHECKPOINTING),
+    Configuration("LoRA", 2, frozen=None, lora=True),
+]
+FULL = [Configuration("frozen VLM, batch 1", 1, frozen=True), Configuration("frozen VLM, batch 8", 8, frozen=True)]
+CONFIGURATIONS = {"small": MEDIUM, "medium": MEDIUM, "full": FULL}
+
+
+@dataclass
+class Result:
+    """Bytes."""
+
+    counted: int
+    measured: int
+
+    @property
+    def deviation(self) -> float:
+        """By which part of what was measured the count is too high."""
+        return self.counted / self.measured - 1
+
+
+def make_config(line: Configuration, size: str):
+    base = {"pretrained_path": "base"} if line.lora else {}  # without it LeRobot refuses adapters
+    return Ours.config(SIZES[size], line.dtype, line.frozen, **line.options, **base)
+
+
+def adapter(line: Configuration) -> dict | None:
+    return asdict(PeftConfig()) if line.lora else None
+
+
+def counted(line: Configuration, size: str) -> int:
+    """The peak of `lerobot-pi0 plan`, for the CPU's optimizer."""
+    side = SIZES[size].vlm.vision.image_size
+    with presets(SIZES[size]):
+        counter = Counter(make_config(line, size), adapter(line), foreach=False)
+        return counter.count(line.batch, Load(((side, side),) * line.cameras, 48)).peak
+
+
+def trainer(line: Configuration, size: str) -> Callable[[], None]:
+    """A policy with weights; the function makes a step, as lerobot-train does."""
+    with presets(SIZES[size]), mock.patch.object(PI0, "initialise"):
+        policy = PI0Policy(make_config(line, size))
+    if line.lora:
+        policy.wrap_with_peft(peft_cli_overrides=adapter(line))
+    with_weights(policy, RandomWeights(), training=True)
+    preset = policy.config.get_optimizer_preset()
+    optimizer = preset.build(policy.get_optim_params())
+    batch = make_batch(SIZES[size], line.cameras, batch_size=line.batch)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=line.dtype == "bfloat16"):
+            loss, _ = policy.forward(batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), preset.grad_clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        policy.update()
+
+    return step
+
+
+def compare(line: Configuration, size: str, heap: bool) -> Result:
+    """Both peaks; in a process of its own."""
+    logging.disable(logging.WARNING)
+    expected = counted(line, size)
+    trainer(line, "small")()
+    if not heap:
+        measure.give_back_at_once()
+    before = measure.resident_bytes()
+    step = trainer(line, size)
+    step()
+    measure.restart_peak()
+    step()
+    return Result(expected, measure.resident_bytes(most=True) - before)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Result]:
+    """Measure, print the table, and return the results by configuration."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="medium", help="size of the network (default: medium)")
+    parser.add_argument("--only", default="", help="configurations whose name holds this")
+    parser.add_argument("--heap", action="store_true", help="leave the C library's allocator as it is")
+    parser.add_argument("--json", type=Path, default=None, help="also write every number to this file")
+    options = parser.parse_args(arguments)
+    results = {}
+    for line in CONFIGURATIONS[options.size]:
+        if options.only in line.name:
+            r = results[line.name] = measure.in_own_process(compare, line, options.size, options.heap)
+            print(
+                f"{line.name:28} batch {line.batch}, {line.cameras} cameras, {line.dtype:9} counted "
+                f"{r.counted / GIB:7.3f} GiB, measured {r.measured / GIB:7.3f} GiB, {r.deviation:+.1%}",
+                flush=True,
+            )
+    if options.json:
+        options.json.write_text(json.dumps({name: asdict(r) for name, r in results.items()}, indent=2))
+    return results
+
+
+if __name__ == "__main__":
+    main()

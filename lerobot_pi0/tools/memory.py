@@ -1,0 +1,205 @@
+"""The memory of a training step: counted with the real network, on tensors that have shapes and no numbers.
+
+The step is LeRobot's (loss, backward pass, clipping, optimizer, average). What is counted is what torch is asked for.
+What lies below its operators is not: scratch space of kernels, what an allocator rounds up or leaves empty, the
+driver. The operators are those of CPUs; GPUs have some that keep less.
+
+Axes: B batch, L prompt tokens, K flow samples, T steps of a chunk, A action dim.
+"""
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from lerobot.optim import OptimizerConfig
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .. import checkpoint
+from ..configuration_pi0 import PI0Config
+from ..modeling_pi0 import PI0Policy
+
+POINTS = (1, 8, 64)
+"""Batch sizes that are counted. At any moment of a step memory is linear in the batch, so that the peak is convex:
+between two of them it is at most what the straight line says."""
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the tensors made under it that still exist, and the most since `restart`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._see, out)
+        return out
+
+    def _see(self, x: Tensor) -> None:
+        storage = x.untyped_storage()
+        if storage not in self._known:
+            self._known[storage] = True
+            size = storage.nbytes()
+            weakref.finalize(storage, self._free, size)
+            self.now += size
+            self.most = max(self.most, self.now)
+
+    def _free(self, size: int) -> None:
+        self.now -= size
+
+    def restart(self) -> None:
+        """Forget the most."""
+        self.most = self.now
+
+
+class Count(NamedTuple):
+    """Bytes; the peaks are of the whole process's tensors in each part of the step."""
+
+    weights: int
+    gradients: int
+    optimizer: int  # its states, and the average of the weights
+    activations: int  # what the loss keeps for the backward pass, and the batch
+    peaks: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        return max(self.peaks.values())
+
+    @property
+    def at(self) -> str:
+        """The part of the step in which the peak is."""
+        return max(self.peaks, key=lambda part: self.peaks[part])
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a step has to carry; the cameras' images are (height, width) as recorded."""
+
+    images: tuple[tuple[int, int], ...]
+    prompt: int
+
+
+class Counter:
+    """Counts steps of one way to train."""
+
+    def __init__(
+        self,
+        config: PI0Config,
+        adapter: Mapping[str, Any] | None = None,
+        optimizer: OptimizerConfig | None = None,
+        foreach: bool = True,
+    ) -> None:
+        """
+        Args:
+            adapter: what `--peft.*` hands to LeRobot.
+            optimizer: in place of the policy's own.
+            foreach: the optimizer takes all weights at a time, as torch's do on GPUs and not on CPUs.
+
+        Raises:
+            ValueError: nothing would be trained, or what is asked for does not go together.
+        """
+        config.device, config.compile_model = "cpu", False
+        config.max_action_step = config.action_range_margin = None  # they need statistics, and take nothing
+        self.policy = PI0Policy.__new__(PI0Policy)  # without the weights, which `__init__` makes
+        self.policy._build(config, None, None, saved={}, pretrained=bool(config.pretrained_path or config.vlm_path))
+        if adapter is not None:
+            self.policy.wrap_with_peft(peft_cli_overrides=dict(adapter))
+        self.policy._set_dtypes()
+        self._fake, self._live = FakeTensorMode(), Live()
+        with self._fake, self._live:
+            for name, p in list(self.policy.named_parameters()):
+                checkpoint.set_parameter(self.policy, name, torch.empty(p.shape, dtype=p.dtype))
+            self.policy._finish()
+            self.policy.train()
+            self._weights = self._live.now
+            self._make_optimizer(optimizer or config.get_optimizer_preset(), foreach)
+            self._states = self._live.now - self._weights
+
+    def _make_optimizer(self, preset: OptimizerConfig, foreach: bool) -> None:
+        """Build it and let it make its states, which it does in its first step."""
+        trained = self.policy.get_optim_params()
+        self._optimizer: Any = preset.build(trained)
+        self._clip = preset.grad_clip_norm
+        for group in self._optimizer.param_groups:
+            if "foreach" in group:
+                group["foreach"] = foreach
+        for p in trained:
+            p.grad = torch.zeros_like(p)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def trained(self) -> int:
+        """How many numbers are trained."""
+        return sum(p.numel() for p in self.policy.parameters() if p.requires_grad)
+
+    def count(self, batch: int, load: Load) -> Count:
+        """Count a step of `batch` samples."""
+        live, peaks = self._live, {}
+        with self._fake, live:
+            idle = live.now
+            live.restart()
+            given = self._batch(batch, load)
+            loss = self._loss(*given)
+            kept, peaks["forward"] = live.now - idle, live.most
+            live.restart()
+            loss.backward()
+            gradients = sum(p.grad.nbytes for p in self.policy.parameters() if p.grad is not None)
+            peaks["backward"] = live.most
+            live.restart()
+            self._update()
+            peaks["optimizer"] = live.most
+            del given, loss
+        return Count(self._weights, gradients, self._states, kept, peaks)
+
+    def _batch(self, batch: int, load: Load) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+        """Images, tokens, state and actions, as the preprocessor hands them over but for their padding."""
+        cfg = self.policy.config
+        images = {str(i): torch.empty(batch, 3, *size) for i, size in enumerate(load.images)}
+        tokens = torch.zeros(batch, load.prompt, dtype=torch.long)
+        actions = torch.empty(batch, 1, cfg.chunk_size, cfg.max_action_dim)
+        return images, tokens, torch.empty(batch, cfg.max_state_dim), actions
+
+    def _loss(self, images: dict[str, Tensor], tokens: Tensor, state: Tensor, actions: Tensor) -> Tensor:
+        policy = self.policy
+        obs = policy._observe.assemble(images, tokens, torch.ones_like(tokens, dtype=torch.bool), state)
+        noise = torch.empty(len(state), policy.config.flow_samples or 1, *actions.shape[2:])
+        return policy.errors(obs, actions, noise, torch.empty(noise.shape[:2])).mean()
+
+    def _update(self) -> None:
+        """What follows the backward pass in LeRobot's loop."""
+        torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self._clip or float("inf"))
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.policy.update()
+
+
+def count(counter: Counter, load: Load, batch: int, points: Sequence[int] = POINTS) -> dict[int, Count]:
+    """Steps of `batch` samples and of as many as tell what other batches take."""
+    return {size: counter.count(size, load) for size in sorted({batch, *points})}
+
+
+def peak_at(counts: Mapping[int, Count], batch: int) -> float:
+    """Peak of a batch size that was not counted; at most by the straight line between its neighbours too much."""
+    sizes = sorted(counts)
+    above = next((i for i, size in enumerate(sizes) if size >= batch), len(sizes) - 1)
+    low, high = sizes[max(above, 1) - 1], sizes[max(above, 1)]
+    slope = (counts[high].peak - counts[low].peak) / (high - low)
+    return counts[low].peak + slope * (batch - low)
+
+
+def largest_batch(counts: Mapping[int, Count], limit: float) -> int:
+    """The largest batch whose peak stays within `limit` bytes; 0 if not even one sample does."""
+    low, high = 0, 1
+    while peak_at(counts, high) <= limit:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if peak_at(counts, middle) <= limit else (low, middle)
+    return low

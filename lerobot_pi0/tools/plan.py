@@ -1,0 +1,170 @@
+"""`lerobot-pi0 plan`: what training takes of a GPU's memory, by mode and batch size, and which card it fits.
+
+    lerobot-pi0 plan --policy.type=pi0 --policy.dtype=bfloat16 --batch_size=8 --cameras=2
+    lerobot-pi0 plan --policy.path=you/pi0_cubes --policy.gradient_checkpointing=true --modes='[everything]' --json
+
+The step of training is gone through with the real network on tensors that hold no numbers, so that neither weights nor
+a GPU are needed. The peak is the most that torch's tensors take at any time of a step. Not in it: scratch space of
+kernels, what the allocator rounds up or leaves empty, CUDA itself; `--reserve_gb` of each card is left for these.
+"""
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
+from lerobot.configs.default import PeftConfig
+from lerobot.optim import OptimizerConfig
+from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
+
+from ..configuration_pi0 import PI0Config
+from . import ToolError
+from .data import need_pi0
+from .memory import Count, Counter, Load, count, largest_batch
+
+GIB = 2**30
+RESERVE_GB = 1.0
+DIMS = 6
+"""Of a robot that the policy does not know yet: both vectors are padded anyway."""
+
+MODES: dict[str, tuple[dict[str, Any], bool]] = {
+    "frozen VLM": ({"train_expert_only": True}, False),
+    "frozen vision tower": ({"train_expert_only": False, "freeze_vision_encoder": True}, False),
+    "everything": ({"train_expert_only": False, "freeze_vision_encoder": False}, False),
+    "LoRA": ({"train_expert_only": None, "freeze_vision_encoder": False, "ema_decay": 0}, True),
+    "LoRA, frozen VLM": ({"train_expert_only": True, "ema_decay": 0}, True),
+}
+"""Options of the policy, and whether there is an adapter (docs/training.md), with which weights are not averaged."""
+
+
+@dataclass
+class Options:
+    """Count what training takes."""
+
+    # The policy: --policy.path=CHECKPOINT, or --policy.type=pi0 and the options that training will get.
+    policy: PreTrainedConfig | None = None
+    # Ways to train: frozen VLM, frozen vision tower, everything, LoRA, or "LoRA, frozen VLM"; by default all.
+    modes: list[str] = field(default_factory=lambda: list(MODES))
+    # Samples per step on one GPU.
+    batch_size: int = 8
+    # How many cameras; by default the policy's own, or 2 where it has none yet.
+    cameras: int | None = None
+    # Height and width of their images, as recorded.
+    image_size: tuple[int, int] = (480, 640)
+    # Tokens of the longest prompt; by default as many as the policy takes.
+    prompt_tokens: int | None = None
+    # Adapters, as lerobot-train takes them.
+    peft: PeftConfig = field(default_factory=PeftConfig)
+    # An optimizer in place of the policy's own, as lerobot-train takes it.
+    optimizer: OptimizerConfig | None = None
+    # Memory of the cards, in GiB.
+    cards_gb: list[float] = field(default_factory=lambda: [8, 12, 16, 24, 48, 80])
+    # What to leave of a card for all that is not a tensor: CUDA, kernels, gaps. A guess, not measured.
+    reserve_gb: float = RESERVE_GB
+    # Print JSON.
+    json: bool = False
+
+
+def run(options: Options) -> None:
+    """Print what each mode takes.
+
+    Raises:
+        CheckpointError, ToolError: there is no such policy or mode, or nothing would be trained.
+    """
+    config = need_pi0(options.policy)
+    if unknown := [mode for mode in options.modes if mode not in MODES]:
+        raise ToolError(f"--modes: {', '.join(unknown)}: there are {'; '.join(MODES)}")
+    if options.batch_size < 1:
+        raise ToolError(f"--batch_size={options.batch_size} has to be at least 1")
+    load = make_load(config, options.cameras, options.image_size, options.prompt_tokens)
+    rows = {mode: plan(options, config, mode, load) for mode in options.modes}
+    content = {
+        "policy": f"{config.paligemma_variant} + {config.action_expert_variant}",
+        "dtype": config.dtype,
+        "batch_size": options.batch_size,
+        "cameras": [list(size) for size in load.images],
+        "prompt_tokens": load.prompt,
+        "flow_samples": config.flow_samples or 1,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "reserve_gb": options.reserve_gb,
+        "modes": rows,
+    }
+    print(json.dumps(content, indent=2) if options.json else as_text(content))
+
+
+def make_load(config: PI0Config, cameras: int | None, size: tuple[int, int], prompt: int | None) -> Load:
+    """What a sample holds; of the policy's own cameras, the sizes that it knows."""
+    known = [(x.shape[-2], x.shape[-1]) for x in config.image_features.values()] if config.input_features else []
+    images = known if cameras is None and known else [size] * (2 if cameras is None else cameras)
+    return Load(tuple(images), prompt or config.tokenizer_max_length or 1)
+
+
+def plan(options: Options, config: PI0Config, mode: str, load: Load) -> dict[str, Any]:
+    """What one mode takes, in bytes, and the largest batch for each card.
+
+    Raises:
+        ToolError: nothing would be trained, or what is asked for does not go together.
+    """
+    changes, adapted = MODES[mode]
+    config = copy.deepcopy(config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    counts, trained = counted(config, load, options.batch_size, options.peft if adapted else None, options.optimizer)
+    found: Count = counts[options.batch_size]
+    cards = {f"{card:g}": largest_batch(counts, (card - options.reserve_gb) * GIB) for card in options.cards_gb}
+    parts = {name: x for name, x in found._asdict().items() if name != "peaks"}
+    return {"trained": trained, **parts, "peak": found.peak, "peak in": found.at, "largest batch": cards}
+
+
+def counted(
+    config: PI0Config,
+    load: Load,
+    batch: int,
+    peft: PeftConfig | None = None,
+    optimizer: OptimizerConfig | None = None,
+) -> tuple[dict[int, Count], int]:
+    """Counts by batch size, and how many numbers are trained. Changes `config`.
+
+    Raises:
+        ToolError: nothing would be trained, or what is asked for does not go together.
+    """
+    visual = {f"{OBS_IMAGES}.{i}": PolicyFeature(FeatureType.VISUAL, (3, *size)) for i, size in enumerate(load.images)}
+    config.input_features = {**visual, OBS_STATE: PolicyFeature(FeatureType.STATE, (DIMS,))}
+    config.output_features = config.output_features or {ACTION: PolicyFeature(FeatureType.ACTION, (DIMS,))}
+    if peft is not None and config.pretrained_path is None:
+        config.pretrained_path = "a checkpoint"  # type: ignore[assignment]  # which LeRobot wants to be named
+    try:
+        counter = Counter(config, None if peft is None else asdict(peft), optimizer)
+        return count(counter, load, batch), counter.trained()
+    except (ImportError, ValueError) as error:
+        raise ToolError(str(error)) from error
+
+
+def as_text(content: Mapping[str, Any]) -> str:
+    """A table for people; memory in GiB."""
+    modes = content["modes"]
+    cameras = ", ".join(f"{height} x {width}" for height, width in content["cameras"])
+    lines = [
+        f"π₀ {content['policy']}, {content['dtype']}, batch {content['batch_size']}, "
+        f"{len(content['cameras'])} cameras ({cameras}), {content['prompt_tokens']} prompt tokens, "
+        f"flow_samples={content['flow_samples']}"
+        + (", gradient checkpointing" if content["gradient_checkpointing"] else ""),
+        "",
+    ]
+    names = ("weights", "gradients", "optimizer", "activations", "peak")
+    cards = list(next(iter(modes.values()))["largest batch"]) if modes else []
+    rows = [["GiB", "trained", *names, "peak in", *(f"{card} GB" for card in cards)]]
+    for mode, found in modes.items():
+        memory = [f"{found[name] / GIB:.2f}" for name in names]
+        batches = [str(found["largest batch"][card] or "-") for card in cards]
+        rows.append([mode, f"{found['trained'] / 1e6:.1f} M", *memory, found["peak in"], *batches])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    lines += ["", f"under each card: the largest batch, with {content['reserve_gb']:g} GiB left for what is no tensor"]
+    return "\n".join(lines)

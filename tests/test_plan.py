@@ -1,0 +1,150 @@
+"""`lerobot-pi0 plan`: what it counts is what there is, by hand, by law, and as measured."""
+
+import importlib
+import json
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import CAMERAS, DIMS, features
+from lerobot.configs.default import PeftConfig
+
+from lerobot_pi0 import PI0Config
+from lerobot_pi0.tools import main
+from lerobot_pi0.tools.memory import Count, Counter, Load, largest_batch, peak_at
+from lerobot_pi0.tools.plan import MODES
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+MICRO = {
+    "paligemma_variant": "tiny", "action_expert_variant": "tiny", "max_state_dim": 8, "max_action_dim": 8,
+    "chunk_size": 4, "n_action_steps": 2,
+}  # fmt: skip
+LOAD = Load(((16, 16),), 6)
+
+
+@pytest.fixture(autouse=True)
+def logs(monkeypatch, caplog) -> None:
+    """The command sets logging up anew, which would take it away from pytest."""
+    monkeypatch.setattr("lerobot_pi0.tools.init_logging", lambda: None)
+    caplog.set_level(logging.INFO, "lerobot_pi0")
+
+
+def counter(adapter: dict | None = None, foreach: bool = True, **options) -> Counter:
+    config = PI0Config(**features(CAMERAS[:1], DIMS, 16), device="cpu", **MICRO, **options)
+    return Counter(config, adapter, foreach=foreach)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_gradients_and_states(micro, mode):
+    """Catches a dtype that is not training's, states that are missing, and frozen weights that get a gradient."""
+    options, adapted = MODES[mode]
+    name = {"pretrained_path": "base"} if adapted else {}
+    found = counter(vars(PeftConfig(r=2)) if adapted else None, dtype="bfloat16", **options, **name)
+    own, total = found.trained(), sum(p.numel() for p in found.policy.parameters())
+    x = found.count(2, LOAD)
+    assert 0 < own < total
+    assert x.gradients == 4 * own
+    steps = 4 * sum(p.requires_grad for p in found.policy.parameters())  # AdamW counts the steps of each weight
+    assert x.optimizer == 8 * own + steps
+    buffers = sum(b.nbytes for b in found.policy.buffers())
+    assert x.weights == 4 * own + 2 * (total - own) + buffers
+    assert x.peak >= x.weights + x.gradients + x.optimizer
+    assert x.peaks["forward"] >= x.weights + x.optimizer + x.activations
+
+
+def test_averages_count(micro):
+    """Catches an average of the weights that is left out."""
+    plain, averaged = (counter(train_expert_only=True, ema_decay=decay) for decay in (0, 0.99))
+    assert averaged.count(1, LOAD).optimizer == plain.count(1, LOAD).optimizer + 4 * plain.trained()
+
+
+def test_an_optimizer_that_takes_all_at_once(micro):
+    """Catches the temporaries of torch's optimizers on GPUs: as much again as the trained weights."""
+    one, every = (counter(train_expert_only=False, foreach=foreach) for foreach in (False, True))
+    own = 4 * one.trained()
+    assert every.count(1, LOAD).peaks["optimizer"] - one.count(1, LOAD).peaks["optimizer"] > 0.5 * own
+
+
+def test_what_activations_depend_on(micro):
+    """Catches activations that do not grow with the batch, that a frozen VLM keeps, that checkpointing does not free,
+    and draws that do not share the pictures."""
+    every, frozen, light = (
+        counter(**options) for options in (
+            {"train_expert_only": False}, {"train_expert_only": True},
+            {"train_expert_only": False, "gradient_checkpointing": True},
+        )
+    )  # fmt: skip
+    kept = {size: every.count(size, LOAD).activations for size in (1, 2, 3)}
+    assert kept[3] - kept[2] == kept[2] - kept[1] > 0
+    assert frozen.count(3, LOAD).activations < 0.5 * kept[3]
+    assert light.count(3, LOAD).activations < 0.5 * kept[3]
+    several = counter(train_expert_only=False, flow_samples=4)
+    assert kept[3] < several.count(3, LOAD).activations < 3 * kept[3]
+    assert every.count(3, LOAD).activations == kept[3]  # nothing is left over from the steps before
+
+
+def test_the_straight_line_is_safe(micro):
+    """Catches a peak between two counts that is higher than the line that stands for it."""
+    found = counter(train_expert_only=True)
+    counts = {size: found.count(size, LOAD) for size in (1, 8, 64)}
+    for size in (2, 5, 20, 40):
+        peak = found.count(size, LOAD).peak
+        assert peak <= peak_at(counts, size) <= 1.2 * peak
+    assert peak_at(counts, 8) == counts[8].peak
+    assert peak_at(counts, 128) == pytest.approx(found.count(128, LOAD).peak, rel=0.05)
+
+
+def test_the_largest_batch():
+    """Catches a batch that does not fit, or one that is smaller than it has to be."""
+    counts = {size: Count(0, 0, 0, 0, {"forward": 50, "backward": 40 + 10 * size}) for size in (1, 8, 64)}
+    assert [largest_batch(counts, limit) for limit in (49, 50, 60, 129, 130, 1045, 10_040)] == [
+        0,
+        1,
+        2,
+        8,
+        9,
+        100,
+        1000,
+    ]
+    assert (counts[1].at, counts[8].at) == ("forward", "backward")
+
+
+CLI = ["--policy.type=pi0", *(f"--policy.{name}={value}" for name, value in MICRO.items())]
+
+
+def test_the_command(micro, capsys):
+    """Catches a mode without a line, numbers of another batch, and a card of which nothing is left to CUDA."""
+    assert main(["plan", *CLI, "--batch_size=2", "--cameras=1", "--cards_gb=[1, 1.5]", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert list(content["modes"]) == list(MODES)
+    assert content["cameras"] == [[480, 640]] and content["prompt_tokens"] == 128
+    for found in content["modes"].values():
+        assert found["largest batch"]["1"] == 0 < found["largest batch"]["1.5"]
+        assert found["peak"] >= found["weights"] + found["optimizer"]
+    assert main(["plan", *CLI, "--batch_size=2", "--modes=[everything]"]) == 0
+    text = capsys.readouterr().out
+    assert "2 cameras (480 x 640, 480 x 640)" in text and "everything" in text and "LoRA" not in text
+
+
+def test_what_cannot_be_planned(caplog):
+    """Catches a traceback where there is no such mode, no such policy, or no sample."""
+    assert main(["plan", *CLI, "--modes=[half]"]) == 1
+    assert main(["plan", "--policy.type=act"]) == 1
+    assert main(["plan", *CLI, "--batch_size=0"]) == 1
+    for said in ("half: there are frozen VLM", "another policy", "at least 1"):
+        assert said in caplog.text
+
+
+@pytest.mark.slow
+def test_as_measured(monkeypatch):
+    """Catches whatever the count leaves out: it is within 10 % of what a process takes, in six configurations."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    try:
+        results = importlib.import_module("plan").main(["--size", "medium"])
+    finally:
+        for name in ("plan", "measure", "subjects"):
+            sys.modules.pop(name, None)
+    assert len(results) == 6
+    for name, result in results.items():
+        assert abs(result.deviation) < 0.1, name
