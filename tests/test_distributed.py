@@ -64,7 +64,7 @@ def in_group(folder: Path, work: Callable[[int], object]) -> list:
     for process in members:
         process.start()
     for process in members:
-        process.join(timeout=300)
+        process.join(timeout=500)
         if process.is_alive():
             process.kill()
     assert [process.exitcode for process in members] == [0] * PROCESSES
@@ -133,10 +133,10 @@ def assert_same_run(found: list[dict], alone: dict) -> None:
     assert ((mean_losses(found) - expected).abs() / expected).max() < 1e-9
     assert len(set(alone["losses"])) == len(expected)
     start = fresh().state_dict()
-    for name, weight in alone["weights"].items():
+    for name, weight in alone["weights"].items():  # gradients of keys' biases are nothing but rounding
         moved = (weight - start[name]).norm()
         for result in found:
-            assert (result["weights"][name] - weight).norm() <= 1e-6 * moved, name
+            assert (result["weights"][name] - weight).norm() <= 1e-6 * moved + 1e-9, name
 
 
 def test_two_processes_learn_as_one(double, tmp_path):
@@ -197,7 +197,7 @@ def learn_sharded(options: dict, steps: int, folder: Path, rank: int | None = No
 
 @pytest.mark.parametrize(
     ("mode", "steps"),
-    [("VLM frozen", 4), *(pytest.param(mode, 20, marks=pytest.mark.slow) for mode in MODES)],
+    [("VLM frozen", 4), *(pytest.param(mode, 8, marks=pytest.mark.slow) for mode in MODES)],
 )
 def test_sharded_weights(double, tmp_path, mode, steps):
     """Catches a weight that is read outside of the forward pass of its unit, where it is not gathered, and a
