@@ -20,7 +20,7 @@ MICRO = {
     "paligemma_variant": "tiny", "action_expert_variant": "tiny", "max_state_dim": 8, "max_action_dim": 8,
     "chunk_size": 4, "n_action_steps": 2,
 }  # fmt: skip
-LOAD = Load(((16, 16),), 6)
+LOAD = Load(((16, 16),), 60)
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +90,7 @@ def test_the_straight_line_is_safe(micro):
     counts = {size: found.count(size, LOAD) for size in (1, 8, 64)}
     for size in (2, 5, 20, 40):
         peak = found.count(size, LOAD).peak
-        assert peak <= peak_at(counts, size) <= 1.2 * peak
+        assert peak <= peak_at(counts, size) * (1 + 1e-9) <= 1.5 * peak
     assert peak_at(counts, 8) == counts[8].peak
     assert peak_at(counts, 128) == pytest.approx(found.count(128, LOAD).peak, rel=0.05)
 

@@ -25,8 +25,8 @@ from ..configuration_pi0 import PI0Config
 from ..modeling_pi0 import PI0Policy
 
 POINTS = (1, 8, 64)
-"""Batch sizes that are counted. At any moment of a step memory is linear in the batch, so that the peak is convex:
-between two of them it is at most what the straight line says."""
+"""Batch sizes that are counted. At any moment of a step memory is linear in the batch, so that the peak of a part of it
+is convex: between two of them it is at most what the straight line says."""
 
 
 class Live(TorchDispatchMode):
@@ -186,12 +186,13 @@ def count(counter: Counter, load: Load, batch: int, points: Sequence[int] = POIN
 
 
 def peak_at(counts: Mapping[int, Count], batch: int) -> float:
-    """Peak of a batch size that was not counted; at most by the straight line between its neighbours too much."""
+    """Peak of a batch size that was not counted: each part of the step on the line through its two neighbours."""
     sizes = sorted(counts)
     above = next((i for i, size in enumerate(sizes) if size >= batch), len(sizes) - 1)
     low, high = sizes[max(above, 1) - 1], sizes[max(above, 1)]
-    slope = (counts[high].peak - counts[low].peak) / (high - low)
-    return counts[low].peak + slope * (batch - low)
+    weight = (batch - low) / (high - low)
+    pairs = ((counts[low].peaks[part], counts[high].peaks[part]) for part in counts[low].peaks)
+    return max(a + (b - a) * weight for a, b in pairs)
 
 
 def largest_batch(counts: Mapping[int, Count], limit: float) -> int:
