@@ -98,15 +98,8 @@ def test_the_straight_line_is_safe(micro):
 def test_the_largest_batch():
     """Catches a batch that does not fit, or one that is smaller than it has to be."""
     counts = {size: Count(0, 0, 0, 0, {"forward": 50, "backward": 40 + 10 * size}) for size in (1, 8, 64)}
-    assert [largest_batch(counts, limit) for limit in (49, 50, 60, 129, 130, 1045, 10_040)] == [
-        0,
-        1,
-        2,
-        8,
-        9,
-        100,
-        1000,
-    ]
+    fits = {49: 0, 50: 1, 60.5: 2, 129: 8, 130.5: 9, 1045: 100, 10_045: 1000}
+    assert {limit: largest_batch(counts, limit) for limit in fits} == fits
     assert (counts[1].at, counts[8].at) == ("forward", "backward")
 
 
