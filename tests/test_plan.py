@@ -30,9 +30,9 @@ def logs(monkeypatch, caplog) -> None:
     caplog.set_level(logging.INFO, "lerobot_pi0")
 
 
-def counter(adapter: dict | None = None, foreach: bool = True, **options) -> Counter:
+def counter(adapter: dict | None = None, **options) -> Counter:
     config = PI0Config(**features(CAMERAS[:1], DIMS, 16), device="cpu", **MICRO, **options)
-    return Counter(config, adapter, foreach=foreach)
+    return Counter(config, adapter)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -61,9 +61,9 @@ def test_averages_count(micro):
 
 def test_an_optimizer_that_takes_all_at_once(micro):
     """Catches the temporaries of torch's optimizers on GPUs: as much again as the trained weights."""
-    one, every = (counter(train_expert_only=False, foreach=foreach) for foreach in (False, True))
-    own = 4 * one.trained()
-    assert every.count(1, LOAD).peaks["optimizer"] - one.count(1, LOAD).peaks["optimizer"] > 0.5 * own
+    found = counter(train_expert_only=False)
+    x = found.count(1, LOAD)
+    assert x.peaks["optimizer"] >= x.weights + x.gradients + x.optimizer + 4 * found.trained()
 
 
 def test_what_activations_depend_on(micro):
@@ -76,7 +76,7 @@ def test_what_activations_depend_on(micro):
         )
     )  # fmt: skip
     kept = {size: every.count(size, LOAD).activations for size in (1, 2, 3)}
-    assert kept[3] - kept[2] == kept[2] - kept[1] > 0
+    assert kept[3] - kept[2] == pytest.approx(kept[2] - kept[1], rel=1e-2) and kept[2] > kept[1]
     assert frozen.count(3, LOAD).activations < 0.5 * kept[3]
     assert light.count(3, LOAD).activations < 0.5 * kept[3]
     several = counter(train_expert_only=False, flow_samples=4)
@@ -90,7 +90,7 @@ def test_the_straight_line_is_safe(micro):
     counts = {size: found.count(size, LOAD) for size in (1, 8, 64)}
     for size in (2, 5, 20, 40):
         peak = found.count(size, LOAD).peak
-        assert peak <= peak_at(counts, size) * (1 + 1e-9) <= 1.5 * peak
+        assert peak <= 1.01 * peak_at(counts, size) <= 1.5 * peak  # a single sample is less copied
     assert peak_at(counts, 8) == counts[8].peak
     assert peak_at(counts, 128) == pytest.approx(found.count(128, LOAD).peak, rel=0.05)
 
