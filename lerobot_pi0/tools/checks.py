@@ -25,6 +25,7 @@ from ..configuration_pi0 import PI0Config
 from ..observation import ObservationMaker
 from ..processor_pi0 import NEAR_CONSTANT, STATISTICS, check_statistics
 from ..relative import check_relative_statistics
+from . import ToolError
 from .data import Columns, dim_names, some
 
 ERROR, WARNING, FINE = "error", "warning", "fine"
@@ -670,7 +671,11 @@ def memory(subject: Subject) -> Iterable[Finding]:
     if tokenizer is not None:
         tasks = subject.dataset.meta.tasks.index
         longest = min(longest, max(len(tokenizer(f"{task}\n")["input_ids"]) for task in tasks))
-    counts, trained = counted(config, Load(images, longest), batch)
+    try:
+        counts, trained = counted(config, Load(images, longest), batch)
+    except ToolError as error:
+        yield Finding(WARNING, "memory", str(error), "try the batch size in a short run")
+        return
     largest = largest_batch(counts, (subject.card_gb - RESERVE_GB) * GIB)
     takes = (
         f"a step of {batch} samples that trains {trained / 1e6:.1f} M weights takes {counts[batch].peak / GIB:.1f} GiB "

@@ -103,8 +103,12 @@ class Counter:
             foreach: the optimizer takes all weights at a time, as torch's do on GPUs and not on CPUs.
 
         Raises:
-            ValueError: nothing would be trained, or what is asked for does not go together.
+            ValueError: nothing would be trained, what is asked for does not go together, or the VLM is rounded.
         """
+        if config.vlm_quantization:
+            raise ValueError(
+                "memory with vlm_quantization cannot be counted: its kernels take no tensors without numbers"
+            )
         config.device, config.compile_model = "cpu", False
         config.max_action_step = config.action_range_margin = None  # they need statistics, and take nothing
         self.policy = PI0Policy.__new__(PI0Policy)  # without the weights, which `__init__` makes
