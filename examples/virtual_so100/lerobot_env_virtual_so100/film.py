@@ -5,7 +5,7 @@ python -m lerobot_env_virtual_so100.film --output=docs/cell.png
 
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,17 +25,18 @@ def film(view: View, spec: SceneSpec, path: Path, fps: int = 10, size: int = 224
     def shoot() -> None:
         import mujoco
 
-        from .scene import build_model, shared_rig
+        from .scene import CameraRig, build_model
 
         model = build_model(spec)
-        data, rig = mujoco.MjData(model), shared_rig(spec, size, size)  # GL belongs to the thread
-        due = time.monotonic()
-        while not over.wait(max(0.0, due - time.monotonic())):
-            view.read(data)
-            mujoco.mj_kinematics(model, data)
-            mujoco.mj_camlight(model, data)
-            frames.append(np.hstack(rig.render(data)))
-            due += 1 / fps
+        data = mujoco.MjData(model)
+        with closing(CameraRig(model, size, size)) as rig:  # GL belongs to the thread, which has to free it
+            due = time.monotonic()
+            while not over.wait(max(0.0, due - time.monotonic())):
+                view.read(data)
+                mujoco.mj_kinematics(model, data)
+                mujoco.mj_camlight(model, data)
+                frames.append(np.hstack(rig.render(data)))
+                due += 1 / fps
 
     thread = threading.Thread(target=shoot)
     thread.start()
