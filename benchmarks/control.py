@@ -180,11 +180,11 @@ def measure(driver: Driver, guide: str, delay: int, every: int) -> dict:
     return row
 
 
-def measure_rtc(driver: Driver, trained: Driver | None, every: int) -> list[dict]:
+def measure_rtc(driver: Driver, trained: Driver | None, every: int, guides: list[str]) -> list[dict]:
     """Each way of real-time chunking at each delay."""
     rows = []
     for delay in DELAYS:
-        for guide in GUIDES:
+        for guide in guides:
             own = trained if guide == "trained" else driver
             if own is not None:
                 rows.append(measure(own, guide, delay, every))
@@ -315,6 +315,7 @@ def main() -> None:
     parser.add_argument("--policy", type=Path, required=True, help="folder of a policy that make demo trained")
     parser.add_argument("--trained", type=Path, help="folder of one trained with rtc_training_max_delay")
     parser.add_argument("--what", choices=["rtc", "solvers", "replanning"], required=True, help="what is measured")
+    parser.add_argument("--guides", nargs="+", choices=GUIDES, default=GUIDES, help="ways of chunking (default: all)")
     parser.add_argument("--scenes", type=int, default=100, help="unseen scenes (default: 100)")
     parser.add_argument("--every", type=int, default=6, help="actions between chunks, at the soonest (default: 6)")
     parser.add_argument("--output", type=Path, default=Path("outputs/control"), help="folder of table and plot")
@@ -322,7 +323,9 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     driver = Driver(options.policy, options.scenes)
     if options.what == "rtc":
-        rows = measure_rtc(driver, options.trained and Driver(options.trained, options.scenes), options.every)
+        rows = measure_rtc(
+            driver, options.trained and Driver(options.trained, options.scenes), options.every, options.guides
+        )
         plot_rtc(rows, options.output / "rtc.png")
     elif options.what == "solvers":
         rows = measure_solvers(driver, options.every)
