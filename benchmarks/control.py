@@ -274,7 +274,9 @@ def plot_rtc(rows: list[dict], path: Path) -> None:
                 [100 * (row["interval_95"][1] - row["rate"]) for row in own]]  # fmt: skip
         axes[0].errorbar(delays, rates, bars, capsize=2, label=guide, **style)
         for axis, name in ((axes[1], "jump"), (axes[2], "jerk")):
-            axis.errorbar(delays, [row[name] for row in own], [1.96 * row[f"{name}_se"] for row in own], **style)
+            seen = [row for row in own if row[name] is not None]
+            errors = [1.96 * row[f"{name}_se"] for row in seen]
+            axis.errorbar([row["delay"] for row in seen], [row[name] for row in seen], errors, **style)
     axes[0].set(ylabel="success, %", ylim=(0, 103))
     axes[1].set(ylabel="jump at a seam, degrees", ylim=(0, None))
     axes[2].set(ylabel="jerk, degrees / tick³", ylim=(0, None))
@@ -309,6 +311,9 @@ def plot_solvers(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+PLOTS = {"rtc": plot_rtc, "solvers": plot_solvers}
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -323,16 +328,15 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     driver = Driver(options.policy, options.scenes)
     if options.what == "rtc":
-        rows = measure_rtc(
-            driver, options.trained and Driver(options.trained, options.scenes), options.every, options.guides
-        )
-        plot_rtc(rows, options.output / "rtc.png")
+        trained = options.trained and Driver(options.trained, options.scenes)
+        rows = measure_rtc(driver, trained, options.every, options.guides)
     elif options.what == "solvers":
         rows = measure_solvers(driver, options.every)
-        plot_solvers(rows, options.output / "solvers.png")
     else:
         rows = measure_replanning(driver)
     (options.output / f"{options.what}.json").write_text(json.dumps(rows, indent=2) + "\n")
+    if options.what in PLOTS:
+        PLOTS[options.what](rows, options.output / f"{options.what}.png")
 
 
 if __name__ == "__main__":
