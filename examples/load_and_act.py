@@ -1,0 +1,57 @@
+"""Load a policy and ask it for actions, in the robot's units: what lerobot-rollout does at every tick, without a robot.
+
+    python examples/load_and_act.py --policy=you/pi0_cubes --dataset=you/cubes --frame=40
+
+The observation is a frame of a dataset; on a robot it is what `robot.get_observation()` returns. The recorded actions
+stand beside the policy's.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import draccus
+from lerobot.datasets import LeRobotDataset
+from lerobot.policies import make_pre_post_processors
+from lerobot.utils.constants import ACTION
+
+from lerobot_pi0 import PI0Policy
+from lerobot_pi0.checkpoint import read_config
+
+
+@dataclass
+class Options:
+    """Print a chunk of actions for one frame of a dataset."""
+
+    # Checkpoint: a Hub id, or a folder such as outputs/train/…/checkpoints/last/pretrained_model.
+    policy: str
+    # Dataset whose frame is looked at: a Hub id, or any name where `root` says where it is.
+    dataset: str
+    # Folder of the dataset, without a network.
+    root: Path | None = None
+    # Which frame.
+    frame: int = 0
+    # Where to compute, such as cuda or cpu; by default what the checkpoint says, or what there is.
+    device: str | None = None
+
+
+@draccus.wrap()
+def main(options: Options) -> None:
+    config = read_config(options.policy)
+    config.device = options.device or config.device
+    policy = PI0Policy.from_pretrained(options.policy, config=config)
+    place = {"device_processor": {"device": str(config.device)}}
+    preprocess, postprocess = make_pre_post_processors(config, options.policy, preprocessor_overrides=place)
+
+    dataset = LeRobotDataset(options.dataset, root=options.root)
+    frame = dataset[options.frame]
+    observation = {key: frame[key] for key in config.input_features if key in frame} | {"task": frame["task"]}
+    policy.reset()  # forgets what is left of an earlier chunk
+    print(f"{frame['task']!r}, frame {options.frame}: policy | recorded")
+    end = dataset.meta.episodes[int(frame["episode_index"])]["dataset_to_index"]
+    for now in range(options.frame, min(options.frame + min(5, config.n_action_steps), end)):
+        action, recorded = postprocess(policy.select_action(preprocess(observation)))[0], dataset[now][ACTION]
+        print("  ".join(f"{ours:8.2f} | {theirs:8.2f}" for ours, theirs in zip(action, recorded, strict=True)))
+
+
+if __name__ == "__main__":
+    main()
