@@ -1,6 +1,8 @@
 # Two commands are all a newcomer needs: `make demo` and `make test`. Both set up what they need first.
 PYTHON := .venv/bin/python
 READY := .venv/.ready
+# A process for each core, each with whole files: what a file sets up is set up once.
+SPREAD := -n auto --maxprocesses=4 --dist=loadfile
 
 .PHONY: help setup demo so100 test test-all bench lint format clean
 
@@ -20,7 +22,7 @@ so100: setup  ## the way of a user with two arms, virtual ones: record, train, r
 	$(PYTHON) -m lerobot_env_virtual_so100.so100 $(ARGS)
 
 test: setup  ## fast tests, on CPU, without network
-	$(PYTHON) -m pytest $(ARGS)
+	$(PYTHON) -m pytest $(SPREAD) $(ARGS)
 
 test-all: setup  ## slow tests too
 	$(PYTHON) -m pytest -m '' $(ARGS)
