@@ -44,6 +44,9 @@ logger = logging.getLogger(__name__)
 Change = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
 """From a batch of observations, and one of others, to a batch in which one input is exchanged."""
 
+NOTHING_LOST = 1.01
+"""Exchanging an input costs nothing if the error is less than this many times what it was: chance does as much."""
+
 BARELY = 0.3
 """A policy that moves less than this part of the recorded way is told so."""
 
@@ -337,7 +340,10 @@ def ignored(content: dict[str, Any]) -> list[str]:
         name
         for name, x in content["reactions"].items()
         if "," not in name
-        and (x["of everything"] < threshold or (x["of everything"] < 4 * threshold and x["error"] <= error))
+        and (
+            x["of everything"] < threshold
+            or (x["of everything"] < 4 * threshold and x["error"] <= NOTHING_LOST * error)
+        )
     ]
 
 
