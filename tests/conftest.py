@@ -65,6 +65,11 @@ def draws(seed: int, batch_size: int, samples: int = 1, chunk: int = 50) -> tupl
 @pytest.fixture
 def small(monkeypatch) -> None:
     """Make gemma_2b and gemma_300m small in our presets and in LeRobot's."""
+    make_small(monkeypatch)
+
+
+def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the fixture `small` does, for a process of one's own."""
     for name in ("SHARPNESS", "LOUDNESS"):  # sharp attention to noise amplifies the rounding that is to be compared
         monkeypatch.setattr(network, name, 1.0)
     monkeypatch.setitem(configuration.PALIGEMMA_PRESETS, "gemma_2b", SMALL_VLM)
@@ -97,6 +102,11 @@ def small(monkeypatch) -> None:
 @pytest.fixture
 def double(small, monkeypatch) -> None:
     """The sizes of `small`; where either network asks for float32, it gets float64."""
+    make_double(monkeypatch)
+
+
+def make_double(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `double` does beside `small`, for a process of one's own."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     monkeypatch.setattr(torch, "float32", torch.float64)
 

@@ -16,9 +16,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
-from conftest import CAMERAS, make_batch, relative, small_policy, stats, tiny_config, write_dataset
+from conftest import (
+    CAMERAS,
+    make_batch,
+    make_double,
+    make_small,
+    relative,
+    small_policy,
+    stats,
+    tiny_config,
+    write_dataset,
+)
 from lerobot.common.train_utils import load_training_num_processes
 from lerobot.scripts.lerobot_train import update_policy
 from lerobot.utils.constants import ACTION
@@ -49,7 +58,9 @@ def member(rank: int, folder: Path, work: Callable[[int], object]) -> None:
         ("WORLD_SIZE", "LOCAL_WORLD_SIZE"),
     )  # accelerate reads them, as torchrun's
     os.environ |= dict.fromkeys(own, str(rank)) | dict.fromkeys(all_of_them, str(PROCESSES))
-    AcceleratorState._reset_state(reset_partial_state=True)  # another test's, of one process
+    patch = pytest.MonkeyPatch()
+    make_small(patch)
+    make_double(patch)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
     assert dist.get_world_size() == PROCESSES
     torch.save(work(rank), folder / f"{rank}.pt")
@@ -57,10 +68,10 @@ def member(rank: int, folder: Path, work: Callable[[int], object]) -> None:
 
 
 def in_group(folder: Path, work: Callable[[int], object]) -> list:
-    """What `work(rank)` returns in each process of a group. They are forked, so that fixtures hold there too."""
+    """What `work(rank)` returns in each process of a group, new ones: autograd does not survive a fork."""
     folder.mkdir()
-    fork = multiprocessing.get_context("fork")
-    members = [fork.Process(target=member, args=(rank, folder, work)) for rank in range(PROCESSES)]
+    spawn = multiprocessing.get_context("spawn")
+    members = [spawn.Process(target=member, args=(rank, folder, work)) for rank in range(PROCESSES)]
     for process in members:
         process.start()
     for process in members:
