@@ -251,6 +251,15 @@ def table(rows: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def open_loop_command(config: DemoConfig) -> str:
+    """The command that reports what the trained policy reacts to."""
+    tool, report = Path(sys.executable).with_name("lerobot-pi0"), config.output / "open_loop"
+    return (
+        f"{tool} open-loop --policy.path={config.policy} --dataset.repo_id=local/virtual_so100 "
+        f"--dataset.root={config.dataset} --output_dir={report}"
+    )
+
+
 def demo(config: DemoConfig) -> dict[str, dict]:
     """Everything; returns the scores by policy."""
     seconds = {"demonstrations": record(config), "training": train(config)}
@@ -277,6 +286,7 @@ def demo(config: DemoConfig) -> dict[str, dict]:
     parts = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     print(f"\n{total / 60:.1f} minutes: {parts}.")
     print(f"{config.output}: named.mp4, losses.png, scores.json, train/checkpoints/last/pretrained_model")
+    print(f"\nWhat it looks at and listens to, half a minute:\n{open_loop_command(config)}")
     return rows
 
 
