@@ -136,22 +136,34 @@ def _shards(config: RecordConfig) -> list[tuple[Path, range]]:
     return [(folder / str(i), range(*bounds[i : i + 2])) for i in range(workers)]
 
 
-def _join(config: RecordConfig, roots: list[Path]) -> None:
-    """Make one dataset of the shards."""
+def join(repo_id: str, roots: list[Path], target: Path) -> None:
+    """Make one dataset of several with equal features, at `target`."""
     from lerobot.datasets.aggregate import aggregate_datasets
 
-    names = [config.repo_id] * len(roots)
     # File by file: packing them into larger ones would mean to write them again and again.
     aggregate_datasets(
-        names,
-        config.repo_id,
+        [repo_id] * len(roots),
+        repo_id,
         roots=roots,
-        aggr_root=config.root,
+        aggr_root=target,
         data_files_size_in_mb=_DATA_FILE_MB,
         concatenate_data=False,
     )
+    for file in sorted((target / "meta" / "episodes").glob("chunk-*/file-*.parquet")):
+        _say_where_it_is(file)
     scenes = "".join((root / SCENES_FILE).read_text() for root in roots)
-    (config.root / SCENES_FILE).write_text(scenes)
+    (target / SCENES_FILE).write_text(scenes)
+
+
+def _say_where_it_is(file: Path) -> None:
+    """Let each episode of a metadata file name this file. LeRobot packs them into one, names others that are not there,
+    and fails when such a dataset is joined with another."""
+    import pandas
+
+    episodes = pandas.read_parquet(file)
+    for path, column in ((file.parent, "meta/episodes/chunk_index"), (file, "meta/episodes/file_index")):
+        episodes[column] = int(path.stem.rpartition("-")[2])
+    episodes.to_parquet(file, index=False)
 
 
 def _run_workers(config: RecordConfig, shards: list[tuple[Path, range]], bar: tqdm) -> None:
@@ -185,7 +197,7 @@ def record(config: RecordConfig) -> None:
                 write_shard(config, *shards[0], bar.update)
             else:
                 _run_workers(config, shards, bar)
-        _join(config, [root for root, _ in shards])
+        join(config.repo_id, [root for root, _ in shards], config.root)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     seconds = time.perf_counter() - start

@@ -19,7 +19,7 @@ from . import closed_loop, demo
 from .cell import Cell
 from .constants import EPISODE_SECONDS
 from .film import film
-from .record import SCENES_FILE
+from .record import join
 from .score import ScoreConfig, score, summary
 from .way import Way
 
@@ -82,17 +82,13 @@ def training(config: SO100Config) -> demo.DemoConfig:
 
 def make_dataset(config: SO100Config) -> None:
     """Join what the person recorded with what the simulator adds; their features are the same."""
-    from lerobot.datasets.aggregate import aggregate_datasets
-
     recipe = training(config)
     roots = [config.recorded]
     if config.simulated != 0:
         simulated = demo.DemoConfig(task=config.task, output=config.output, episodes=recipe.episodes)
         demo.record(simulated)
         roots.append(simulated.dataset)
-    aggregate_datasets([REPO] * len(roots), REPO, roots=roots, aggr_root=recipe.dataset, concatenate_data=False)
-    scenes = "".join((root / SCENES_FILE).read_text() for root in roots)
-    (recipe.dataset / SCENES_FILE).write_text(scenes)
+    join(REPO, roots, recipe.dataset)
 
 
 def _say(title: str, judgements: list[dict]) -> None:
