@@ -16,20 +16,24 @@ mean square third difference of commanded joint angles. Axes: B scenes, T steps 
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from lerobot.envs.utils import preprocess_observation
 from lerobot.policies import make_pre_post_processors
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.policies.rtc.modeling_rtc import RTCProcessor
-from lerobot.utils.constants import OBS_IMAGES, OBS_STATE
+from lerobot.utils.constants import OBS_STATE
 from lerobot_env_virtual_so100.constants import CAMERAS, FPS, JOINTS, episode_steps
 from lerobot_env_virtual_so100.env import VirtualSO100GymEnv
 from lerobot_env_virtual_so100.score import summary
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from lerobot_pi0 import PI0Policy, flow
@@ -58,25 +62,19 @@ class Driver:
         self.policy = PI0Policy.from_pretrained(self.folder)
         self.pre, self.post = make_pre_post_processors(self.policy.config, pretrained_path=str(self.folder))
 
-    def groups(self) -> Iterator[list[VirtualSO100GymEnv]]:
-        """Environments at the start of their scenes, `batch` at a time."""
+    def groups(self) -> Iterator[tuple[list[VirtualSO100GymEnv], list[dict]]]:
+        """Environments at the start of their scenes, `batch` at a time, and what they show."""
         seeds = range(self.seed, self.seed + self.scenes)
         for first in range(0, self.scenes, self.batch):
-            envs = [VirtualSO100GymEnv("reach") for _ in seeds[first : first + self.batch]]
-            for env, seed in zip(envs, seeds[first : first + self.batch], strict=True):
-                env.reset(seed=seed)
-            yield envs
+            group = seeds[first : first + self.batch]
+            envs = [VirtualSO100GymEnv("reach") for _ in group]
+            yield envs, [env.reset(seed=seed)[0] for env, seed in zip(envs, group, strict=True)]
 
-    def observe(self, envs: list[VirtualSO100GymEnv]) -> dict[str, Any]:
+    def observe(self, envs: list[VirtualSO100GymEnv], seen: list[dict]) -> dict[str, Any]:
         """What the policy would be handed by lerobot-eval."""
-        seen = [env._observation() for env in envs]
-        images = {
-            f"{OBS_IMAGES}.{name}": torch.from_numpy(np.stack([s["pixels"][name] for s in seen])).permute(0, 3, 1, 2)
-            / 255
-            for name in CAMERAS
-        }
-        state = torch.from_numpy(np.stack([s["agent_pos"] for s in seen]))
-        return self.pre({**images, OBS_STATE: state, "task": [env.task_description for env in envs]})
+        pixels = {name: np.stack([one["pixels"][name] for one in seen]) for name in CAMERAS}
+        together = {"pixels": pixels, "agent_pos": np.stack([one["agent_pos"] for one in seen])}
+        return self.pre(preprocess_observation(together) | {"task": [env.task_description for env in envs]})
 
 
 @dataclass
@@ -129,10 +127,11 @@ def chunk_of(driver: Driver, guide: str) -> Chunk:
     return chunk
 
 
-def drive(driver: Driver, envs: list, chunk: Chunk, delay: int, every: int, sync: bool) -> Track:
+def drive(driver: Driver, envs: list, seen: list[dict], chunk: Chunk, delay: int, every: int, sync: bool) -> Track:
     """One group of scenes to the end of its episodes.
 
     Args:
+        seen: what the environments show at first.
         delay: control steps between an observation and the chunk it leads to.
         every: actions after which a new chunk is asked for, at the soonest.
         sync: nothing is executed while a chunk is computed.
@@ -145,7 +144,7 @@ def drive(driver: Driver, envs: list, chunk: Chunk, delay: int, every: int, sync
     for tick in range(episode_steps("reach", FPS)):
         if coming is None and (plan is None or tick - asked >= every + (delay if sync else 0)):
             left = None if plan is None or sync else plan[:, at:]
-            coming, asked = (tick + delay, chunk(driver.observe(envs), left, delay)), tick
+            coming, asked = (tick + delay, chunk(driver.observe(envs, seen), left, delay)), tick
         if coming is not None and coming[0] == tick:
             before = told if sync or plan is None else actions_of(driver, plan, at)
             first, plan = plan is None, coming[1]
@@ -157,6 +156,7 @@ def drive(driver: Driver, envs: list, chunk: Chunk, delay: int, every: int, sync
             at += 1
         track.actions.append(told)
         last = [env.step(action) for env, action in zip(envs, told, strict=True)]
+        seen = [observation for observation, *_ in last]
     track.infos = [info for *_, info in last]
     return track
 
@@ -169,7 +169,7 @@ def actions_of(driver: Driver, plan: Tensor, at: int) -> np.ndarray:
 def measure(driver: Driver, guide: str, delay: int, every: int) -> dict:
     """All scenes; success with its interval, jump and jerk with standard errors over scenes."""
     chunk = chunk_of(driver, guide)
-    tracks = [drive(driver, envs, chunk, delay, every, guide == "sync") for envs in driver.groups()]
+    tracks = [drive(driver, *group, chunk, delay, every, guide == "sync") for group in driver.groups()]
     row = summary([info for track in tracks for info in track.infos])
     jumps = np.concatenate([np.stack(track.jumps).mean(axis=0) if track.jumps else [] for track in tracks])
     jerks = np.concatenate([track.jerk for track in tracks])
@@ -204,7 +204,7 @@ def measure_replanning(driver: Driver) -> list[dict]:
 def measure_solvers(driver: Driver, every: int, batches: int = 4) -> list[dict]:
     """Distance of chunks to a 200-step reference from equal noise, success, and seconds a chunk, by solver."""
     policy, cfg = driver.policy, driver.policy.config
-    observed = [driver.observe(envs) for envs in driver.groups()][:batches]
+    observed = [driver.observe(*group) for group in driver.groups()][:batches]
     generator = torch.Generator().manual_seed(1)
     shape = (driver.batch, cfg.chunk_size, cfg.max_action_dim)
     noise = [flow.sample_noise(shape, torch.device("cpu"), generator)[: len(o[OBS_STATE])] for o in observed]
@@ -257,58 +257,50 @@ def line(row: dict) -> str:
     )
 
 
-def plot_rtc(rows: list[dict], path: Path) -> None:
-    """Success, jump and jerk over the delay, a line for each way."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4))
-    for guide in dict.fromkeys(row["guide"] for row in rows):
-        own = [row for row in rows if row["guide"] == guide]
-        delays = [row["delay"] for row in own]
-        style = {"marker": "o", "markersize": 4, "linestyle": ":" if guide == "lerobot" else "-"}
-        rates = [100 * row["rate"] for row in own]
-        bars = [[100 * (row["rate"] - row["interval_95"][0]) for row in own],
-                [100 * (row["interval_95"][1] - row["rate"]) for row in own]]  # fmt: skip
-        axes[0].errorbar(delays, rates, bars, capsize=2, label=guide, **style)
-        for axis, name in ((axes[1], "jump"), (axes[2], "jerk")):
-            seen = [row for row in own if row[name] is not None]
-            errors = [1.96 * row[f"{name}_se"] for row in seen]
-            axis.errorbar([row["delay"] for row in seen], [row[name] for row in seen], errors, **style)
-    axes[0].set(ylabel="success, %", ylim=(0, 103))
-    axes[1].set(ylabel="jump at a seam, degrees", ylim=(0, None))
-    axes[2].set(ylabel="jerk, degrees / tick³", ylim=(0, None))
-    for axis in axes:
-        axis.set_xlabel("delay, control steps of 0.1 s")
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-
-
-def plot_solvers(rows: list[dict], path: Path) -> None:
-    """Error of the chunk over evaluations of the network, a line for each solver."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    for solver in dict.fromkeys(row["solver"] for row in rows):
-        own = [row for row in rows if row["solver"] == solver]
-        calls = [row["evaluations"] for row in own]
-        axes[0].plot(calls, [row["error"] for row in own], marker="o", label=solver)
-        axes[1].plot(calls, [100 * row["rate"] for row in own], marker="o")
-    axes[0].set(ylabel="distance to 200 steps, normalised units", yscale="log", xscale="log")
-    axes[1].set(ylabel="success, %", xscale="log", ylim=(0, 103))
-    for axis in axes:
-        axis.set_xlabel("evaluations of the network per chunk")
+@contextmanager
+def panels(path: Path, width: float, labels: list[str], x: str, **shared: Any) -> Iterator[Sequence[Axes]]:
+    """Panels side by side with one legend, in the first; the picture is written behind the block."""
+    figure = Figure(figsize=(width, 4))
+    axes = figure.subplots(1, len(labels))
+    yield axes
+    for axis, label in zip(axes, labels, strict=True):
+        axis.set(xlabel=x, ylabel=label, **shared)
         axis.grid(alpha=0.3, which="both")
     axes[0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+
+
+def plot_rtc(rows: list[dict], path: Path) -> None:
+    """Success, jump and jerk over the delay, a line for each way."""
+    labels = ["success, %", "jump at a seam, degrees", "jerk, degrees / tick³"]
+    with panels(path, 13, labels, "delay, control steps of 0.1 s") as axes:
+        for guide in dict.fromkeys(row["guide"] for row in rows):
+            own = [row for row in rows if row["guide"] == guide]
+            style = {"marker": "o", "markersize": 4, "linestyle": ":" if guide == "lerobot" else "-"}
+            rates = np.array([100 * row["rate"] for row in own])
+            bars = np.abs(np.array([row["interval_95"] for row in own]).T * 100 - rates)
+            axes[0].errorbar([row["delay"] for row in own], rates, bars, capsize=2, label=guide, **style)
+            for axis, name in ((axes[1], "jump"), (axes[2], "jerk")):
+                seen = [row for row in own if row[name] is not None]
+                errors = [1.96 * row[f"{name}_se"] for row in seen]
+                axis.errorbar([row["delay"] for row in seen], [row[name] for row in seen], errors, **style)
+        axes[0].set(ylim=(0, 103))
+        for axis in axes[1:]:
+            axis.set(ylim=(0, None))
+
+
+def plot_solvers(rows: list[dict], path: Path) -> None:
+    """Error of the chunk and success over evaluations of the network, a line for each solver."""
+    labels = ["distance to 200 steps, normalised units", "success, %"]
+    with panels(path, 10, labels, "evaluations of the network per chunk", xscale="log") as axes:
+        for solver in dict.fromkeys(row["solver"] for row in rows):
+            own = [row for row in rows if row["solver"] == solver]
+            calls = [row["evaluations"] for row in own]
+            axes[0].plot(calls, [row["error"] for row in own], marker="o", label=solver)
+            axes[1].plot(calls, [100 * row["rate"] for row in own], marker="o")
+        axes[0].set(yscale="log")
+        axes[1].set(ylim=(0, 103))
 
 
 PLOTS = {"rtc": plot_rtc, "solvers": plot_solvers}

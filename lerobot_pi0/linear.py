@@ -39,14 +39,17 @@ class Linear(nn.Linear):
             return F.linear(x.float(), _widened(self.weight), bias).to(self.weight.dtype)
 
     def _widens(self, x: Tensor) -> bool:
-        return (
-            BFLOAT16_IS_SLOW
-            and self.weight.dtype == torch.bfloat16
-            and x.device.type == "cpu"
-            and x.numel() >= MANY_TOKENS * self.in_features
-            and not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-        )
+        return BFLOAT16_IS_SLOW and x.numel() >= MANY_TOKENS * self.in_features and infers_on_cpu(self.weight, x)
+
+
+def infers_on_cpu(weight: Tensor, x: Tensor) -> bool:
+    """Whether a product with bfloat16 weights runs on the CPU, and is neither differentiated nor traced."""
+    return (
+        weight.dtype == torch.bfloat16
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
 
 
 def gelu_linear(layer: nn.Module, x: Tensor) -> Tensor:
@@ -73,11 +76,9 @@ def fuses(layer: nn.Module, x: Tensor) -> bool:
     return (
         type(layer) is Linear
         and not BFLOAT16_IS_SLOW
-        and layer.weight.dtype == x.dtype == torch.bfloat16
-        and x.device.type == "cpu"
+        and x.dtype == torch.bfloat16
+        and infers_on_cpu(layer.weight, x)
         and torch.backends.mkldnn.is_available()
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
         and _get_current_dispatch_mode() is None
     )
 
