@@ -6,7 +6,6 @@ but the order in which gradients are summed. In float64 that is nothing; the rea
 
 import multiprocessing
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,8 +22,10 @@ from conftest import (
     make_batch,
     make_double,
     make_small,
+    relative,
     small_policy,
     stats,
+    take_step,
     tiny_config,
     write_dataset,
 )
@@ -193,10 +194,7 @@ def learn_sharded(options: dict, steps: int, folder: Path, rank: int | None = No
     losses = []
     for batch in batches(steps, rank):
         loss, _ = policy(batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), preset.grad_clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+        take_step(policy, loss, optimizer, preset)
         policy.update()
         losses.append(loss.item())
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -226,7 +224,8 @@ def test_sharded_weights(double, tmp_path, mode, steps):
 
 # --- the real command -----------------------------------------------------------------------------------------
 
-STEPS, SAVED = 6, 3
+STEPS, SAVED = 6, 2
+"""Of three steps an epoch. Not at an epoch's end: a run that is resumed there sees the first epoch's order again."""
 TINY = ["--policy.type=pi0", "--policy.paligemma_variant=tiny", "--policy.action_expert_variant=tiny"]
 KINDS = {
     "float32": TINY,
@@ -236,6 +235,7 @@ KINDS = {
     ],
     "lora": ["--policy.path={base}", "--peft.method_type=LORA", "--peft.r=4"],
 }  # fmt: skip
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "lora": 1e-3}
 
 
 def train(*options: str, processes: int = 1) -> str:
@@ -258,6 +258,10 @@ def trained(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
     return load_file(adapter if adapter.exists() else folder / "model.safetensors")
 
 
+def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     """A dataset, and a checkpoint for adapters to start from."""
@@ -274,9 +278,8 @@ def base(tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_real_command(base, tmp_path, kind):
-    """Catches a run under torchrun that fails, is of one process, writes a checkpoint that does not load or moves other
-    weights than a run of one process, and one that a single process cannot end. (Which samples each step sees is
-    LeRobot's loader's to say, so that weights are not compared.)"""
+    """Catches whatever stands between `torchrun … lerobot-train` and one process's run, and a run in one process that
+    is taken for two. Of a run in bfloat16, gradients are rounded to 8 bits before they are summed."""
     common = [
         "--dataset.repo_id=test/tiny", f"--dataset.root={base / 'data'}", "--policy.device=cpu",
         "--policy.push_to_hub=false", "--num_workers=0", f"--steps={STEPS}", f"--save_freq={SAVED}", "--log_freq=1",
@@ -289,11 +292,8 @@ def test_the_real_command(base, tmp_path, kind):
     assert "Effective batch size: 2 x 2 = 4" in log
     assert load_training_num_processes(checkpoint(two)) == PROCESSES
     expected, found = trained(one), trained(two)
-    assert expected.keys() == found.keys()
-    start = trained(two, SAVED)
-    assert {name for name, x in found.items() if not torch.equal(x, start[name])} == {
-        name for name, x in expected.items() if not torch.equal(x, trained(one, SAVED)[name])
-    }
+    before = flat(trained(one, SAVED))
+    assert relative(flat(found) - before, flat(expected) - before) < TOLERANCE[kind]
     moments = [load_file(checkpoint(run) / "training_state/optimizer_state.safetensors") for run in (two, one)]
     assert moments[0].keys() == moments[1].keys()
     assert all(moments[0][name].shape == x.shape for name, x in moments[1].items())
@@ -301,6 +301,5 @@ def test_the_real_command(base, tmp_path, kind):
         return
     assert PI0Policy.from_pretrained(checkpoint(two) / "pretrained_model").config.updates == STEPS
     last = checkpoint(two, SAVED) / "pretrained_model/train_config.json"  # what two began, one can end
-    shutil.rmtree(checkpoint(two))
     train("--resume=true", f"--config_path={last}", "--batch_size=4")
-    assert PI0Policy.from_pretrained(checkpoint(two) / "pretrained_model").config.updates == STEPS
+    assert relative(flat(trained(two)) - before, flat(expected) - before) < TOLERANCE[kind]

@@ -6,7 +6,7 @@ float32 whatever their weights are; the fixture makes those float64 too, or the 
 
 import pytest
 import torch
-from conftest import CAMERAS, copy_weights, make_batch, small_builtin, small_policy
+from conftest import CAMERAS, copy_weights, make_batch, small_builtin, small_policy, take_step
 from lerobot.utils.constants import ACTION
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -43,10 +43,7 @@ def learn(policy, loss_of, steps: int) -> list[float]:
         noise = torch.randn(BATCH, 1, CHUNK, 32, generator=draw, dtype=torch.float64)
         time = torch.rand(BATCH, 1, generator=draw, dtype=torch.float64) * 0.99 + 0.005
         loss = loss_of(policy, batch, noise, time)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), preset.grad_clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+        take_step(policy, loss, optimizer, preset)
         schedule.step()
         losses.append(loss.item())
     return losses
