@@ -125,7 +125,12 @@ def integrate(
         solver: one of `FIXED`, whose terms are embedded in one call, or "adaptive".
         steps: steps of a fixed solver, the most steps that the adaptive one tries.
         tolerance, dims: of the adaptive solver.
+
+    Raises:
+        ValueError: no step, which would give noise for actions.
     """
+    if steps < 1:
+        raise ValueError(f"num_inference_steps={steps} must be at least 1")
     x = noise_BKTA.float()
     if solver == "adaptive":
         return _adaptive(velocity, embed, x, steps, tolerance, dims)

@@ -6,7 +6,7 @@ Axes: B batch, K flow samples, T steps of a chunk, A action dims.
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,9 @@ from .relative import Anchor, check_relative_statistics
 from .watch import HeldOut, Watch
 
 logger = logging.getLogger(__name__)
+
+HELD_OUT_SAMPLES = 4
+"""K of held-out losses, whatever training's is: they are to compare."""
 
 
 class PI0Policy(PreTrainedPolicy):
@@ -278,16 +281,14 @@ class PI0Policy(PreTrainedPolicy):
 
     def train(self, mode: bool = True) -> "PI0Policy":
         """Switch to training and its weights, or to what is deployed; LeRobot calls this at every step."""
-        if mode == self.training:
-            return self
-        if self._ema is not None:
+        if mode != self.training and self._ema is not None:
             self._ema.deploy(not mode)
-        if mode:
+        if mode and not self.training:
             self._set_dtypes()
             self._note_mixed_precision()
             self._held_out.report(self._joints)
             self._tell_what_is_trained()
-        return super().train(mode)
+        return super().train(mode)  # whatever the mode was: adapters are hung in with one of their own
 
     def _set_dtypes(self) -> None:
         """Trained weights in float32. What an adapter has frozen after it was loaded in float32: as at inference."""
@@ -369,7 +370,8 @@ class PI0Policy(PreTrainedPolicy):
 
         Args:
             reduction: "mean" gives a scalar, "none" a loss per sample, (B,).
-            noise: ε to use in place of random draws, (B, K, T, max_action_dim).
+            noise: ε to use in place of random draws, (B, K, T, max_action_dim). Under `eval()` K is
+                `HELD_OUT_SAMPLES` for those, and t has LeRobot's distribution.
             time: t to use in place of random draws, (B, K).
             delay: how many actions are known, in place of random draws, (B, K); read if `rtc_training_max_delay`.
 
@@ -378,6 +380,7 @@ class PI0Policy(PreTrainedPolicy):
 
         Raises:
             ObservationError: the batch is not what the policy was made for.
+            ValueError: an unknown reduction, or draws of other shapes.
         """
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction={reduction!r} is not one of mean, none")
@@ -394,7 +397,7 @@ class PI0Policy(PreTrainedPolicy):
     def _chunk_error(self, batch: dict[str, Any]) -> float:
         """Mean squared error of chunks sampled from fixed noise: the loss says little of what a robot would do."""
         actions = self._observe.actions(batch, self._device)
-        noise, *_ = self._draw(batch, (1, *actions.shape[1:]), self._device)
+        noise, *_ = self._draw(batch, actions.shape[1:], self._device)
         chunk = self.predict_action_chunk(batch, noise=noise[:, 0])
         pad = f"{ACTION}_is_pad" in batch
         valid = self._observe.valid(batch, self._device) if pad else actions.new_ones(actions.shape[:2])
@@ -417,9 +420,9 @@ class PI0Policy(PreTrainedPolicy):
         obs = self._observe(batch, device, change)
         actions = self._observe.actions(batch, device)[:, None]
         if noise is None or time is None or (delay is None and cfg.rtc_training_max_delay):
-            drawn = self._draw(batch, (cfg.flow_samples, *actions.shape[2:]), device)
-            given = zip((noise, time, delay), drawn, strict=True)
+            given = zip((noise, time, delay), self._draw(batch, actions.shape[2:], device), strict=True)
             noise, time, delay = (new if old is None else old for old, new in given)
+        _check_draws(actions, noise, time, delay)
         errors = self.errors(obs, actions, noise, time, delay)
         if cfg.mask_padded_actions:  # they count as zero, so that every other step weighs the same in all batches
             errors = errors * self._observe.valid(batch, device)[:, None, :, None]
@@ -451,17 +454,21 @@ class PI0Policy(PreTrainedPolicy):
             uniform = torch.rand(6, *images_BNCHW.shape[:2], device=images_BNCHW.device)
         return augment.apply(images_BNCHW, augment.change_of(uniform, ["wrist" in key for key in cameras]))
 
-    def _draw(self, batch: dict[str, Any], shape_KTA: tuple[int, ...], device: torch.device) -> list[Tensor]:
-        """Noise, times and delays of a batch: a function of seed, update and sample; in evaluation of the sample alone,
-        so that held-out losses compare. A batch without LeRobot's `index` is drawn from torch's own generator."""
+    def _draw(self, batch: dict[str, Any], shape_TA: Sequence[int], device: torch.device) -> list[Tensor]:
+        """Noise, times and delays of a batch: a function of seed, update and sample. In evaluation of the sample alone,
+        K and the distribution of times are fixed and no action is known, so that losses of runs with other options compare.
+        A batch without LeRobot's `index` is drawn from torch's own generator."""
         cfg = self.config
-        distribution = flow.BetaTime(
-            cfg.time_sampling_beta_alpha,
-            cfg.time_sampling_beta_beta,
-            cfg.time_sampling_scale,
-            cfg.time_sampling_offset,
-        )
-        most = cfg.rtc_training_max_delay
+        samples, most, distribution = HELD_OUT_SAMPLES, 0, flow.BetaTime()
+        if self.training:
+            samples, most = cfg.flow_samples, cfg.rtc_training_max_delay
+            distribution = flow.BetaTime(
+                cfg.time_sampling_beta_alpha,
+                cfg.time_sampling_beta_beta,
+                cfg.time_sampling_scale,
+                cfg.time_sampling_offset,
+            )
+        shape_KTA = (samples, *shape_TA)
         if "index" not in batch:
             shape = (len(batch[ACTION]), *shape_KTA)
             noise, time = flow.sample_noise(shape, device), distribution.sample(shape[:2], device)
@@ -508,12 +515,15 @@ class PI0Policy(PreTrainedPolicy):
 
         Raises:
             ObservationError: the batch is not what the policy was made for.
+            ValueError: noise or left-over actions of another shape.
             FloatingPointError: the network's output is not finite.
         """
         cfg, device = self.config, self._device
         obs = self._observe(batch, device)
-        if noise is None:
-            noise = flow.sample_noise((len(obs.state_BA), cfg.chunk_size, cfg.max_action_dim), device)
+        shape = (len(obs.state_BA), cfg.chunk_size, cfg.max_action_dim)
+        noise = flow.sample_noise(shape, device) if noise is None else noise
+        if noise.shape != shape:
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {shape}")
         guide = self._guide(prev_chunk_left_over, inference_delay or 0, execution_horizon, noise[:, None])
         solver = {"solver": cfg.solver, "steps": cfg.num_inference_steps, "tolerance": cfg.solver_tolerance}
         with self._precision():
@@ -532,6 +542,11 @@ class PI0Policy(PreTrainedPolicy):
         cfg, rtc = self.config, self.config.rtc_config
         if rtc is None or not rtc.enabled:
             return None
+        if left_over is not None and left_over.numel() and left_over.shape[-1] < self._action_dims:
+            raise ValueError(
+                f"prev_chunk_left_over has {left_over.shape[-1]} dims and the robot {self._action_dims}: those that are "
+                "missing would be drawn to the mean"
+            )
         if cfg.guidance == "trained" and delay > cfg.rtc_training_max_delay:
             self._warn_of_delay(delay)
             delay = cfg.rtc_training_max_delay
@@ -615,8 +630,30 @@ class PI0Policy(PreTrainedPolicy):
 
 
 def _index(batch: dict[str, Any]) -> list[int]:
-    """The number that LeRobot gave each sample in its dataset."""
-    return torch.as_tensor(batch["index"]).reshape(-1).tolist()
+    """The number that LeRobot gave each sample in its dataset.
+
+    Raises:
+        ValueError: not one for each sample.
+    """
+    index = torch.as_tensor(batch["index"]).reshape(-1).tolist()
+    if len(index) != len(batch[ACTION]):
+        raise ValueError(f"batch['index'] has {len(index)} numbers for {len(batch[ACTION])} samples")
+    return index
+
+
+def _check_draws(actions_B1TA: Tensor, noise: Tensor, time: Tensor, delay: Tensor | None) -> None:
+    """
+    Raises:
+        ValueError: draws of other shapes, which would be broadcast in silence.
+    """
+    batch, _, *step = actions_B1TA.shape
+    each = (batch, *noise.shape[1:2])
+    if noise.shape != (*each, *step) or time.shape != each or (delay is not None and delay.shape != each):
+        raise ValueError(
+            f"noise has shape {tuple(noise.shape)}, time {tuple(time.shape)}, delay "
+            f"{None if delay is None else tuple(delay.shape)}; expected (B, K, T, A) = ({batch}, K, {step[0]}, {step[1]}) "
+            "for noise and (B, K) for the others"
+        )
 
 
 def _saved_beside(source: str | Path, config: PreTrainedConfig, **hub: Any) -> dict[str, Any]:

@@ -330,6 +330,29 @@ def test_train_and_eval_return_the_policy(small):
     assert policy.train() is policy
     assert policy.eval() is policy
     assert not policy.model.expert.training
+    policy.model.expert.train()  # as an adapter is hung in, whatever the policy is doing
+    assert not policy.eval().model.expert.training
+
+
+@pytest.mark.parametrize(("shapes", "problem"), [
+    ({"noise": (2, 1, 50, 1), "time": (2, 1)}, "noise has shape"),
+    ({"noise": (1, 1, 50, 32), "time": (2, 1)}, "noise has shape"),
+    ({"noise": (2, 3, 50, 32), "time": (2, 1)}, "noise has shape"),
+    ({"noise": (2, 1, 50, 32), "time": (2,)}, "noise has shape"),
+    ({"index": (1,)}, "1 numbers for 2 samples"),
+])  # fmt: skip
+def test_draws_of_other_shapes(small, shapes, problem):
+    """Catches noise, times or indices that are broadcast in silence: several samples would share one draw."""
+    given = {name: torch.ones(shape) for name, shape in shapes.items()}
+    batch = make_batch(0, 2) | {name: given.pop(name) for name in ("index",) if name in given}
+    with pytest.raises(ValueError, match=problem):
+        small_policy().train().forward(batch, **given)
+
+
+def test_noise_of_another_shape(small):
+    """Catches a chunk of another length than the queue expects."""
+    with pytest.raises(ValueError, match="noise has shape"):
+        small_policy().predict_action_chunk(make_batch(0, 2), noise=torch.zeros(2, 40, 32))
 
 
 # --- saving -------------------------------------------------------------------------------------------------

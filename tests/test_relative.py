@@ -1,6 +1,9 @@
 """Relative actions: which statistics are refused, and which absolute actions reach the robot."""
 
+import queue
 import shlex
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,11 +11,14 @@ import torch
 from conftest import ACTION, CAMERAS, DIMS, stats, tiny_config, write_dataset
 from lerobot.datasets import LeRobotDataset
 from lerobot.policies import make_policy, make_pre_post_processors
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
+from lerobot.rollout.inference.rtc import RTCInferenceEngine
 from lerobot.rollout.inference.sync import SyncInferenceEngine
 from lerobot.scripts import lerobot_edit_dataset
 from lerobot.utils.constants import OBS_STATE
 
 from lerobot_pi0 import PI0Policy, make_pi0_pre_post_processors
+from lerobot_pi0.configuration_pi0 import GUIDANCE
 from lerobot_pi0.safety import make_bounds
 
 CHUNK, CAMERA = 4, CAMERAS[:1]
@@ -162,6 +168,70 @@ def test_lerobot_evals_loop(rollout, monkeypatch):
         for seen, action in zip(observations, expected, strict=True):
             found = post(policy.select_action(pre(dict(seen))))
             torch.testing.assert_close(found[0], action, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("guide", GUIDANCE)
+def test_rtc_rollout(guide, monkeypatch):
+    """Catches left-over actions that stay relative to the old chunk's state, and actions that are added to another
+    state than that of their chunk, in LeRobot's engine for real-time chunking."""
+    torch.manual_seed(0)
+    names = [f"{name}.pos" for name in NAMES]
+    delay = {"rtc_training_max_delay": 3} if guide == "trained" else {}
+    config = config_of(action_feature_names=names, chunk_size=12, rtc_guidance=guide, num_inference_steps=2, **delay)
+    policy, numbers = PI0Policy(config), stats(cameras=CAMERA)
+    pre, post = make_pi0_pre_post_processors(config, numbers)
+    policy.config.rtc_config = RTCConfig(execution_horizon=6)
+    policy.init_rtc_processor()
+    calls: queue.Queue = queue.Queue()
+    predict = policy.predict_action_chunk
+
+    def noted(batch, **kwargs):
+        chunk = predict(batch, **kwargs)
+        calls.put((kwargs.get("prev_chunk_left_over"), chunk[0]))
+        return chunk
+
+    monkeypatch.setattr(policy, "predict_action_chunk", noted)
+    camera = CAMERA[0].removeprefix("observation.images.")
+    shown = {CAMERA[0]: {"dtype": "image", "shape": (64, 64, 3), "names": ["height", "width", "channels"]}}
+    shown[OBS_STATE] = {"dtype": "float32", "shape": (DIMS,), "names": names}
+    robot = SimpleNamespace(robot_type="so100", action_features=dict.fromkeys(names, float))
+    engine = RTCInferenceEngine(
+        policy, pre, post, robot, policy.config.rtc_config, shown, "reach", 20.0, "cpu", rtc_queue_threshold=9
+    )
+
+    def seen(state: torch.Tensor) -> dict:
+        return dict(zip(names, state.tolist(), strict=True)) | {camera: np.full((64, 64, 3), 100, np.uint8)}
+
+    def action() -> torch.Tensor:
+        deadline = time.monotonic() + 30
+        while (found := engine.get_action(None)) is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return found
+
+    mean, std, moves = numbers[ACTION]["mean"], numbers[ACTION]["std"], (torch.arange(DIMS) < 5).float()
+    states = [torch.arange(DIMS) * 3.0, torch.arange(DIMS) * 3.0 + 5]
+    engine.start()
+    engine.resume()
+    try:
+        engine.notify_observation(seen(states[0]))
+        _, first = calls.get(timeout=30)
+        expected = first * std + mean + states[0] * moves
+        executed = [action()]
+        engine.notify_observation(seen(states[1]))
+        executed += [action() for _ in range(3)]
+        begin = int((expected - executed[0]).abs().amax(dim=1).argmin())
+        torch.testing.assert_close(torch.stack(executed[:3]), expected[begin : begin + 3], rtol=1e-4, atol=1e-3)
+        left, second = calls.get(timeout=30)
+    finally:
+        engine.stop()
+    again = (expected - states[1] * moves - mean) / std  # what is left, relative to where the new chunk begins
+    gaps = [(left[:3] - again[k : k + 3]).abs().max() for k in range(1, 10)]
+    assert min(gaps) < 1e-3
+    queued = engine.get_action(None)
+    expected = second * std + mean + states[1] * moves
+    assert queued is not None
+    assert (expected - queued).abs().amax(dim=1).min() < 1e-3
 
 
 def test_bounded_rollout(rollout):

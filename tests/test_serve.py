@@ -131,6 +131,31 @@ def test_bad_requests_do_not_bring_it_down(server, tmp_path, monkeypatch):
     assert len(StandIn.received) >= 5
 
 
+def test_robots_that_go_silent(server):
+    """Catches a server that a few robots which lost their network in the middle of a request keep from answering."""
+    from lerobot.transport import services_pb2, services_pb2_grpc
+
+    _, port = server
+    silent, over = [], threading.Event()
+
+    def stream():
+        yield services_pb2.Observation(transfer_state=services_pb2.TRANSFER_BEGIN, data=b"x")
+        over.wait(60)
+
+    try:
+        for _ in range(8):
+            channel = grpc.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.use_local_subchannel_pool", 1)])
+            silent.append((channel, services_pb2_grpc.AsyncInferenceStub(channel).SendObservations.future(stream())))
+        time.sleep(0.5)
+        stub = services_pb2_grpc.AsyncInferenceStub(grpc.insecure_channel(f"127.0.0.1:{port}"))
+        stub.Ready(services_pb2.Empty(), timeout=20)
+    finally:
+        over.set()
+        for channel, call in silent:
+            call.cancel()
+            channel.close()
+
+
 def test_the_command(tmp_path, monkeypatch, capfd):
     """Catches a command that does not start, listens elsewhere than on loopback, or that ctrl-C does not stop."""
     from lerobot.transport import services_pb2, services_pb2_grpc
@@ -164,6 +189,22 @@ def test_the_command(tmp_path, monkeypatch, capfd):
 def test_loopback(host, loopback):
     """Catches an open address that is taken for a private one: no warning would be given."""
     assert serve.is_loopback(host) is loopback
+
+
+def test_ipv6(tmp_path, monkeypatch):
+    """Catches an address that counts as loopback and cannot be listened on: IPv6 wants brackets before a port."""
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_INET6) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError:  # a machine without IPv6 has to say so
+            with pytest.raises(ToolError, match="cannot listen on ::1"):
+                serve.start(serve.Options(host="::1", port=free_port()))
+            return
+    for host in ("::1", "[::1]"):
+        running, policy_server = serve.start(serve.Options(host=host, port=free_port()))
+        policy_server.stop()
+        running.stop(grace=None).wait()
 
 
 def test_an_open_address_is_warned_about(tmp_path, monkeypatch, caplog):

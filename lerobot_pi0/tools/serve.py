@@ -32,6 +32,11 @@ class Options:
     obs_queue_timeout: float = 2.0
 
 
+CLIENTS = 64
+"""Requests that are answered at a time; a robot that has gone silent occupies one until it is missed."""
+MISSED_AFTER_MS = 10_000
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches `host`."""
     try:
@@ -64,10 +69,12 @@ def start(options: Options) -> tuple[Any, Any]:
     except (ValueError, ZeroDivisionError) as error:
         raise ToolError(f"{error}") from error
     # without reuse of ports: a second server would start in silence, and share the first one's requests
-    server = grpc.server(futures.ThreadPoolExecutor(max_workers=4), options=[("grpc.so_reuseport", 0)])
+    alive = [("grpc.keepalive_time_ms", MISSED_AFTER_MS), ("grpc.keepalive_timeout_ms", MISSED_AFTER_MS)]
+    server = grpc.server(futures.ThreadPoolExecutor(CLIENTS), options=[("grpc.so_reuseport", 0), *alive])
     services_pb2_grpc.add_AsyncInferenceServicer_to_server(policy_server, server)
+    host = f"[{options.host}]" if options.host.count(":") > 1 and "[" not in options.host else options.host  # IPv6
     try:
-        bound = server.add_insecure_port(f"{options.host}:{options.port}")
+        bound = server.add_insecure_port(f"{host}:{options.port}")
     except RuntimeError:
         bound = 0
     if bound == 0:

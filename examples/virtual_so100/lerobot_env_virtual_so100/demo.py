@@ -150,10 +150,9 @@ def _log(config: DemoConfig, name: str) -> Path:
     return config.output / "logs" / f"{name}.txt"
 
 
-def train(config: DemoConfig) -> float:
-    """`lerobot-train` with the small preset, from random weights."""
-    shutil.rmtree(config.run, ignore_errors=True)
-    options = {
+def training_options(config: DemoConfig) -> dict[str, object]:
+    """What `lerobot-train` is told: the small preset, from random weights."""
+    return {
         "policy.type": "pi0",
         "policy.paligemma_variant": "tiny",
         "policy.action_expert_variant": "tiny",
@@ -184,6 +183,12 @@ def train(config: DemoConfig) -> float:
         "wandb.enable": "false",
         "output_dir": config.run,
     }
+
+
+def train(config: DemoConfig) -> float:
+    """`lerobot-train` with these options."""
+    shutil.rmtree(config.run, ignore_errors=True)
+    options = training_options(config)
     command = ["lerobot-train", *(f"--{name}={value}" for name, value in options.items())]
     # A step of this size is too short to be shared: a second thread gains nothing, and waits for the first where other
     # programs run. The other core loads data.
