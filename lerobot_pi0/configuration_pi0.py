@@ -36,7 +36,7 @@ SOLVERS = ("euler", "midpoint", "heun", "adaptive")
 GUIDANCE = ("vjp", "identity", "trained")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 RECIPES = ("lerobot", "openpi")
-QUANTIZATION = ("int8",)
+QUANTIZATION = ("int8", "nf4")
 OF_THE_RUN = ("ema_decay", "augment_images", "mask_padded_actions", "optimizer_8bit", "recipe", "vlm_quantization")
 """Options that a checkpoint remembers, but does not hand on to the runs that begin with it."""
 
@@ -77,7 +77,8 @@ class PI0Config(BuiltinPI0Config):
     solver: str | None = None
     # Error per step of the adaptive solver, root mean square in units of normalised actions. None means 0.01.
     solver_tolerance: float | None = None
-    # "int8" rounds a frozen VLM when it is loaded: faster and smaller, a little less exact. None rounds nothing.
+    # Rounds a frozen VLM when it is loaded. "int8": faster and smaller, less exact; "nf4": smaller still, slower, less
+    # exact still. None rounds nothing.
     vlm_quantization: str | None = None
     # Real-time chunking: vjp, identity or trained. None takes trained after rtc_training_max_delay, or else identity.
     rtc_guidance: str | None = None

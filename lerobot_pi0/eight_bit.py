@@ -29,7 +29,7 @@ class AdamW8bitConfig(AdamWConfig):
             from .adamw_8bit import AdamW8bit
         except ImportError as error:
             raise ImportError(
-                f"optimizer_8bit needs bitsandbytes: pip install 'lerobot_policy_pi0[8bit]' ({error})"
+                f"optimizer_8bit needs bitsandbytes: pip install 'lerobot_policy_pi0[bitsandbytes]' ({error})"
             ) from error
         options = asdict(self)
         del options["grad_clip_norm"]

@@ -96,5 +96,5 @@ def test_refusals(monkeypatch):
     PRESET.build(parameters())
     monkeypatch.delitem(sys.modules, "lerobot_pi0.adamw_8bit")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(ImportError, match=r"lerobot_policy_pi0\[8bit\]"):
+    with pytest.raises(ImportError, match=r"lerobot_policy_pi0\[bitsandbytes\]"):
         PRESET.build(parameters())
