@@ -177,7 +177,7 @@ class Ours:
         with presets(size), mock.patch.object(PI0, "initialise"):
             policy = PI0Policy(cls.config(size, dtype, frozen))
         if rounded:
-            quantize.prepare(policy.model)
+            quantize.prepare(policy.model, "int8")
         return with_weights(policy, make, training)
 
     @staticmethod

@@ -20,6 +20,7 @@ from lerobot.policies.pi0.configuration_pi0 import PI0Config as BuiltinPI0Config
 from lerobot.utils.constants import ACTION
 
 from .architecture import EXPERT_PRESETS, PALIGEMMA_PRESETS, Architecture
+from .eight_bit import AdamW8bitConfig, AveragedAdamW8bitConfig
 from .ema import AveragedAdamWConfig
 from .schedule import WarmupCosineConfig
 
@@ -35,8 +36,8 @@ SOLVERS = ("euler", "midpoint", "heun", "adaptive")
 GUIDANCE = ("vjp", "identity", "trained")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 RECIPES = ("lerobot", "openpi")
-QUANTIZATION = ("int8",)
-OF_THE_RUN = ("ema_decay", "augment_images", "mask_padded_actions", "recipe", "vlm_quantization")
+QUANTIZATION = ("int8", "nf4")
+OF_THE_RUN = ("ema_decay", "augment_images", "mask_padded_actions", "optimizer_8bit", "recipe", "vlm_quantization")
 """Options that a checkpoint remembers, but does not hand on to the runs that begin with it."""
 
 
@@ -58,6 +59,8 @@ class PI0Config(BuiltinPI0Config):
     flow_samples: int | None = None
     # Decay of the average of the trained weights that is deployed; 0 deploys the weights. None means 0.
     ema_decay: float | None = None
+    # Keep the optimizer's moments in 8 bits: a quarter of their memory, by bitsandbytes. None means False.
+    optimizer_8bit: bool | None = None
     # openpi's augmentation of the images in training. None means False.
     augment_images: bool | None = None
     # Leave steps after the end of an episode out of the loss. None means False.
@@ -74,7 +77,8 @@ class PI0Config(BuiltinPI0Config):
     solver: str | None = None
     # Error per step of the adaptive solver, root mean square in units of normalised actions. None means 0.01.
     solver_tolerance: float | None = None
-    # "int8" rounds a frozen VLM when it is loaded: faster and smaller, a little less exact. None rounds nothing.
+    # Rounds a frozen VLM when it is loaded. "int8": faster and smaller, less exact; "nf4": smaller still, slower, less
+    # exact still. None rounds nothing.
     vlm_quantization: str | None = None
     # Real-time chunking: vjp, identity or trained. None takes trained after rtc_training_max_delay, or else identity.
     rtc_guidance: str | None = None
@@ -217,6 +221,8 @@ class PI0Config(BuiltinPI0Config):
         preset = super().get_optimizer_preset()
         if self.recipe == "openpi" and preset.weight_decay == BuiltinPI0Config.optimizer_weight_decay:
             preset.weight_decay = 1e-10
+        if self.optimizer_8bit:
+            return (AveragedAdamW8bitConfig if self.ema_decay else AdamW8bitConfig)(**vars(preset))
         return AveragedAdamWConfig(**vars(preset)) if self.ema_decay else preset
 
     def get_scheduler_preset(self) -> LRSchedulerConfig:
@@ -248,6 +254,7 @@ DEFAULTS = {
     "augment_images": False,
     "clean_prompts": False,
     "mask_padded_actions": False,
+    "optimizer_8bit": False,
     "recipe": "lerobot",
 }
 """What an option of the plugin means that nobody has set."""

@@ -20,17 +20,21 @@ SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 AVERAGE, WEIGHTS = "average", "weights"
 
 
+def sharding() -> str | None:
+    """What spreads the weights over processes, if anything does."""
+    from accelerate.state import AcceleratorState  # too much for every command's start
+
+    kind = AcceleratorState._shared_state.get("distributed_type")
+    return str(getattr(kind, "value", kind)) if kind in SHARDED else None
+
+
 def check_averaging(use_peft: bool) -> None:
     """Refuse to average where a resumed run would not get its averages back.
 
     Raises:
         ValueError: adapters, whose file peft writes, or weights that are spread over processes.
     """
-    from accelerate.state import AcceleratorState  # too much for every command's start
-
-    kind = AcceleratorState._shared_state.get("distributed_type")
-    obstacle = "adapters" if use_peft else str(getattr(kind, "value", kind)) if kind in SHARDED else None
-    if obstacle:
+    if obstacle := "adapters" if use_peft else sharding():
         raise ValueError(
             f"ema_decay does not go together with {obstacle}: what is saved there is not the policy's to choose, so "
             "the average would be lost. Set --policy.ema_decay=0"

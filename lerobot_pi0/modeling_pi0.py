@@ -146,13 +146,13 @@ class PI0Policy(PreTrainedPolicy):
             ValueError: the device cannot, the VLM is to be trained, or a whole checkpoint is to be written: it would
                 hold rounded weights under the names of the real ones.
         """
-        quantize.check_device(torch.device(self.config.device))
+        quantize.check(self.config.vlm_quantization, torch.device(self.config.device))
         for name in ("train_expert_only", "save_expert_only"):
             if trains and not getattr(self.config, name):
                 raise ValueError(
                     f"vlm_quantization trains the expert over a VLM that is rounded in memory: set --policy.{name}=true"
                 )
-        quantize.prepare(self.model)
+        quantize.prepare(self.model, self.config.vlm_quantization)
         self._ddp_params_and_buffers_to_ignore = list(quantize.layers(self))  # they have no numbers to send round
 
     @classmethod
@@ -222,7 +222,7 @@ class PI0Policy(PreTrainedPolicy):
         """
         if self.config.vlm_quantization and not self.config.save_expert_only:
             raise ValueError(
-                "the VLM is in int8 in memory (vlm_quantization), so a whole checkpoint cannot be written from it: "
+                "the VLM is rounded in memory (vlm_quantization), so a whole checkpoint cannot be written from it: "
                 "load the policy without, and save that; or set save_expert_only=True"
             )
         configs = self.config.to_files()
@@ -314,7 +314,7 @@ class PI0Policy(PreTrainedPolicy):
         trained = [p for p in self.parameters() if p.requires_grad]
         if self.config.vlm_quantization and any(p.requires_grad for p in self.model.paligemma.parameters()):
             raise ValueError(
-                "a part of the VLM would be trained (--peft.target_modules?), but it is in int8: leave "
+                "a part of the VLM would be trained (--peft.target_modules?), but it is rounded: leave "
                 "vlm_quantization out, or train the expert alone"
             )
         if not trained:
@@ -616,11 +616,11 @@ class PI0Policy(PreTrainedPolicy):
         """openpi's recipe (`lora.py`); of a VLM that is to stay frozen, nothing.
 
         Raises:
-            ValueError: it would adapt the VLM, which is in int8.
+            ValueError: it would adapt the VLM, which is rounded.
         """
         if self.config.vlm_quantization and not self._expert_only_asked:
             raise ValueError(
-                "LoRA would adapt the VLM, which is in int8 (vlm_quantization): give --policy.train_expert_only=true "
+                "LoRA would adapt the VLM, which is rounded (vlm_quantization): give --policy.train_expert_only=true "
                 "for LoRA in the expert alone, or leave vlm_quantization out"
             )
         return lora.targets(self.model.vlm.cfg.depth, with_vlm=not self._expert_only_asked)

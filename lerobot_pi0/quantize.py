@@ -1,8 +1,10 @@
-"""The frozen VLM in int8 (`vlm_quantization`): linear layers of rounded weights, and activations rounded as they come.
+"""The frozen VLM in int8 or NF4 (`vlm_quantization`). In int8, activations are rounded too, as they come:
 
     w ≈ scale of the output channel · int8        once, when the weight is read
     x ≈ scale of the token · int8                 at each call: what a token gives depends on no other token
     y = both scales · the product of the integers, which is exact
+
+In NF4 (arXiv 2305.14314), w ≈ scale of its block of 64 · one of 16 levels, by bitsandbytes; activations stay.
 
 Rounded are the linear layers of the vision tower and of the VLM's decoder. Embeddings, norms, convolutions, the
 projector between the two and all of the action expert stay as they are. What is rounded cannot be trained and is
@@ -37,12 +39,21 @@ PART = 2**18
 """Numbers of a weight that are rounded at a time, in float32."""
 
 
-def check_device(device: torch.device) -> None:
-    """Refuse where the product would be slow or wrong: without VNNI, CPUs add products in 16 bits, which overflow.
+def check(kind: str, device: torch.device) -> None:
+    """Refuse where int8 would be slow or wrong, without VNNI: such CPUs add products in 16 bits, which overflow.
 
     Raises:
-        ValueError: neither CUDA nor a CPU with VNNI.
+        ImportError: NF4 without bitsandbytes.
+        ValueError: int8 on neither CUDA nor a CPU with VNNI.
     """
+    if kind == "nf4":
+        try:
+            import bitsandbytes  # noqa: F401
+        except ImportError as error:
+            raise ImportError(
+                f"vlm_quantization=nf4 needs bitsandbytes: pip install 'lerobot_policy_pi0[bitsandbytes]' ({error})"
+            ) from error
+        return
     fast = device.type == "cuda" or (
         device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
     )
@@ -88,7 +99,7 @@ def packed_product(x_MK: Tensor, packed_KN: Tensor, scale_N: Tensor, dtype: torc
 
 
 class RoundedLinear(nn.Module):
-    """A frozen linear layer in int8.
+    """A frozen linear layer in int8; below it one in NF4.
 
     Its parameter `weight` has the published name and shape but no numbers (it is on the `meta` device), so that nobody
     takes the rounded ones for the real ones: a state dict cannot be written without noticing, nor loaded.
@@ -119,11 +130,14 @@ class RoundedLinear(nn.Module):
         """
         if self._rounded is None or (torch.is_grad_enabled() and x.requires_grad):
             raise RuntimeError(
-                "a layer of the VLM is in int8 (vlm_quantization), and is to be differentiated or has no weights: "
+                "a layer of the VLM is rounded (vlm_quantization), and is to be differentiated or has no weights: "
                 "load the policy from a checkpoint, and freeze all of the VLM to train"
             )
-        tokens_MK, scale_M1 = rounded_tokens(x.detach().to(self.dtype).reshape(-1, self.in_features))
-        y_MN = self._product(tokens_MK, self._rounded, self._scale_N, self.dtype)
+        return self._answer(x.detach().to(self.dtype), self._rounded)
+
+    def _answer(self, x: Tensor, weight: Tensor) -> Tensor:
+        tokens_MK, scale_M1 = rounded_tokens(x.reshape(-1, self.in_features))
+        y_MN = self._product(tokens_MK, weight, self._scale_N, self.dtype)
         y_MN = y_MN.mul_(scale_M1) if self.bias is None else torch.addcmul(self.bias, y_MN, scale_M1)
         return y_MN.view(*x.shape[:-1], self.out_features)
 
@@ -136,7 +150,7 @@ class RoundedLinear(nn.Module):
         probe = torch.empty(0, dtype=self.dtype, device=self._scale_N.device)
         if self._rounded is not None and (fn(probe).device, fn(probe).dtype) != (probe.device, probe.dtype):
             raise RuntimeError(
-                f"the VLM is in int8 (vlm_quantization) and stays on {probe.device} in {probe.dtype}: load the policy "
+                f"the VLM is rounded (vlm_quantization) and stays on {probe.device} in {probe.dtype}: load the policy "
                 "anew, with device and dtype in its config"
             )
         weight = self._parameters.pop("weight")
@@ -155,19 +169,37 @@ class RoundedLinear(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if f"{prefix}weight" in state_dict:
             *_, errors = args
-            errors.append(f"{prefix}weight is in int8 (vlm_quantization): load the policy with from_pretrained")
+            errors.append(f"{prefix}weight is rounded (vlm_quantization): load the policy with from_pretrained")
         else:
             super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def prepare(model: "PI0") -> None:
+class NF4Linear(RoundedLinear):
+    """The same in 4 bits: bitsandbytes' product, which makes the weight anew at each call."""
+
+    def put(self, weight: Tensor) -> None:
+        from bitsandbytes.functional import quantize_4bit  # an extra
+
+        self._rounded, self._levels = quantize_4bit(weight.detach(), blocksize=64, quant_type="nf4")
+        self._scale_N = self._levels.absmax  # of each block
+
+    def _answer(self, x: Tensor, weight: Tensor) -> Tensor:
+        from bitsandbytes import matmul_4bit
+
+        return matmul_4bit(x, weight, self._levels, bias=self.bias)
+
+
+LAYERS = {"int8": RoundedLinear, "nf4": NF4Linear}
+
+
+def prepare(model: "PI0", kind: str) -> None:
     """Freeze the VLM, and put layers that wait for their weights in place of its linear ones."""
     model.paligemma.requires_grad_(False)
     for part in (model.vision, model.vlm):
         for name, child in list(part.named_modules()):
             if type(child) is Linear:
                 owner, _, leaf = name.rpartition(".")
-                setattr(part.get_submodule(owner), leaf, RoundedLinear(child))
+                setattr(part.get_submodule(owner), leaf, LAYERS[kind](child))
 
 
 def layers(module: nn.Module) -> dict[str, RoundedLinear]:

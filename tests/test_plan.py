@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import CAMERAS, DIMS, features
+import torch
+from conftest import CAMERAS, DIMS, features, tiny_config
 from lerobot.configs.default import PeftConfig
 
-from lerobot_pi0 import PI0Config
+from lerobot_pi0 import PI0Config, PI0Policy
 from lerobot_pi0.tools import main
 from lerobot_pi0.tools.memory import Count, Counter, Load, largest_batch, peak_at
 from lerobot_pi0.tools.plan import MODES
@@ -57,6 +58,22 @@ def test_averages_count(micro):
     """Catches an average of the weights that is left out."""
     plain, averaged = (counter(train_expert_only=True, ema_decay=decay) for decay in (0, 0.99))
     assert averaged.count(1, LOAD).optimizer == plain.count(1, LOAD).optimizer + 4 * plain.trained()
+
+
+def test_states_of_8_bits():
+    """Catches states that are counted as larger or smaller than bitsandbytes' are, and averages that are left out."""
+    config = tiny_config(CAMERAS[:1], train_expert_only=True, optimizer_8bit=True, ema_decay=0.9)
+    own = PI0Policy(config).get_optim_params()
+    optimizer = config.get_optimizer_preset().build(own)
+    for p in own:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    states = [x for p in own for x in optimizer.state[p].values() if isinstance(x, torch.Tensor)]
+    found = Counter(config)
+    x = found.count(1, Load(((64, 64),), 20))
+    assert x.optimizer == sum({x.data_ptr(): x.nbytes for x in [*states, *own.averages]}.values())
+    assert 6 * found.trained() < x.optimizer < 7 * found.trained()  # two bytes a weight, and four of the average
+    assert x.peaks["optimizer"] < 1.01 * (x.weights + x.gradients + x.optimizer)  # one weight at a time
 
 
 def test_an_optimizer_that_takes_all_at_once(micro):

@@ -1,13 +1,15 @@
-"""The frozen VLM in int8: as exact as the rounding allows, token by token, and never mistaken for the real weights."""
+"""The frozen VLM in int8 and NF4: as exact as rounding allows, token by token, never mistaken for the real weights."""
 
 import copy
 import json
 import logging
+import sys
 import weakref
 
 import pytest
 import torch
-from conftest import CAMERAS, draws, gradients, make_batch, relative, shake, small_policy, stats
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from conftest import CAMERAS, assert_gradients_close, draws, gradients, make_batch, relative, shake, small_policy, stats
 from lerobot.utils.constants import OBS_STATE
 from safetensors.torch import load_file
 from test_laws import subset, widen
@@ -16,7 +18,7 @@ from test_lora import CLI
 from lerobot_pi0 import PI0Policy, checkpoint, quantize, streaming
 from lerobot_pi0.checkpoint import MismatchedCheckpointError
 from lerobot_pi0.linear import Linear
-from lerobot_pi0.quantize import RoundedLinear, packed_product, plain_product, rounded, rounded_tokens
+from lerobot_pi0.quantize import LAYERS, RoundedLinear, packed_product, plain_product, rounded, rounded_tokens
 
 HAS_VNNI = torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
 pytestmark = [pytest.mark.usefixtures("small"), pytest.mark.skipif(not HAS_VNNI, reason="the CPU has no VNNI")]
@@ -36,8 +38,8 @@ def layer_and_tokens(dtype: torch.dtype, bias: bool = True, tokens: int = 40) ->
     return layer.to(dtype), x.to(dtype)
 
 
-def in_int8(layer: Linear) -> RoundedLinear:
-    other = RoundedLinear(copy.deepcopy(layer))
+def in_int8(layer: Linear, kind: str = "int8") -> RoundedLinear:
+    other = LAYERS[kind](copy.deepcopy(layer))
     other.put(layer.weight)
     return other
 
@@ -98,14 +100,37 @@ def test_what_is_not_finite_stays_so(dtype, bad):
     assert not y[2].isfinite().any() and y[[0, 1, *range(3, 40)]].isfinite().all()
 
 
-def test_what_a_rounded_layer_refuses():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_nf4_is_the_nearest_of_16_levels(dtype, bias):
+    """Catches scales of other blocks, levels out of order, a bias that is left out, and weights that stay as they were:
+    the levels are those of the paper's table, the scale is a block's largest."""
+    torch.manual_seed(0)
+    layer, x = Linear(128, 72, bias=bias).to(dtype), torch.randn(3, 5, 128).to(dtype)
+    levels = torch.tensor(
+        [-1, -0.69619, -0.52507, -0.39492, -0.28444, -0.18477, -0.09105, 0, 0.07958, 0.16093, 0.24611, 0.33792, 0.44071,
+         0.56262, 0.72296, 1]
+    )  # fmt: skip
+    blocks = layer.weight.detach().float().view(72, 2, 64)
+    scale = blocks.abs().amax(-1, keepdim=True)
+    nearest = levels[((blocks / scale)[..., None] - levels).abs().argmin(-1)] * scale
+    expected = x.float() @ nearest.view(72, 128).t() + (layer.bias.float() if bias else 0)
+    rounded = in_int8(layer, "nf4")
+    with torch.no_grad():
+        y = rounded(x)
+    assert y.dtype == dtype and rounded._rounded.nbytes == layer.weight.numel() // 2
+    assert relative(y.float(), expected) < (1e-3 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_what_a_rounded_layer_refuses(kind):
     """Catches a gradient that ends without a word, and numbers that get in, out or elsewhere unnoticed."""
     plain, x = layer_and_tokens(torch.float32)
-    layer = in_int8(plain)
+    layer = in_int8(plain, kind)
     with pytest.raises(RuntimeError, match="differentiated"):
         layer(x.requires_grad_())
     with pytest.raises(RuntimeError, match="no weights"):
-        RoundedLinear(plain)(x.detach())
+        LAYERS[kind](plain)(x.detach())
     with pytest.raises(RuntimeError, match="from_pretrained"):
         layer.load_state_dict(plain.state_dict())
     with pytest.raises(RuntimeError, match="load the policy anew"):
@@ -194,6 +219,28 @@ def test_training(base, tmp_path, dtype):
     assert len(quantize.layers(load(tmp_path / "again", **INT8))) == 33
 
 
+def test_nf4_is_the_network_of_rounded_weights(base, tmp_path):
+    """Catches layers that are not rounded, others that are, weights that are mixed up, gradients that get lost, and
+    rounded weights in a checkpoint: NF4 leaves activations alone, so that rounding is all there is to it."""
+    options = {"train_expert_only": True, "save_expert_only": True, "dtype": "float32"}
+    ours, plain = (load(base, True, **options, vlm_quantization=kind).train() for kind in ("nf4", None))
+    names = quantize.layers(ours)
+    assert names.keys() == quantize.layers(load(base, **INT8)).keys()
+    for name in names:
+        weight = plain.get_parameter(name)
+        weight.data = dequantize_4bit(*quantize_4bit(weight.data, blocksize=64, quant_type="nf4"))
+    batch, (noise, time) = make_batch(), draws(0, 2)
+    for policy in (ours, plain):
+        policy.forward(batch, noise=noise, time=time)[0].backward()
+    assert_gradients_close(gradients(ours), gradients(plain))
+    chunks = [policy.eval().predict_action_chunk(batch, noise=noise[:, 0]) for policy in (ours, plain)]
+    assert relative(*chunks) < 1e-5
+    ours.save_pretrained(tmp_path / "tuned")
+    assert not any("paligemma." in name for name in load_file(tmp_path / "tuned" / "model.safetensors"))
+    exact, tuned = load(base), PI0Policy.from_pretrained(tmp_path / "tuned")
+    assert all(torch.equal(exact.get_parameter(name), tuned.get_parameter(name)) for name in names)
+
+
 @pytest.mark.parametrize(
     ("options", "training", "message"),
     [
@@ -209,6 +256,13 @@ def test_refusals(base, options, training, message):
     """Catches a combination that would fail later, hours into a run or silently."""
     with pytest.raises(ValueError, match=message):
         load(base, training, **INT8 | options)
+
+
+def test_nf4_without_its_library(base, monkeypatch):
+    """Catches an import that fails in the middle of a load, and a library that nobody names."""
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ImportError, match=r"lerobot_policy_pi0\[bitsandbytes\]"):
+        load(base, vlm_quantization="nf4")
 
 
 def test_it_needs_a_checkpoint_and_all_of_its_vlm(base):
