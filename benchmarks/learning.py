@@ -1,16 +1,16 @@
 """What options of training buy on the demo's task: flow samples, the average of the weights, augmentation.
 
-    python benchmarks/learning.py --dataset=outputs/demo/reach_2500            # on two cores, about an hour and a half
+    python benchmarks/learning.py --dataset=outputs/demo/reach_2500            # on two cores, about an hour
 
-`lerobot-train` runs as the demo runs it, for each variant and seed, two runs at a time with one core each. `--steps` are
-those of the plain recipe; a variant with K flow samples gets as many as fit into the same time, by LeRobot's own
+`lerobot-train` runs as the demo runs it, for each variant and seed, two runs at a time with one core each. `--steps`
+are those of the plain recipe; a variant with K flow samples gets as many as fit into the same time, by LeRobot's own
 measurement of its steps (`updt_s`). Runs and scores that are there already are used again.
 
 All runs average their weights (`ema_decay`), which changes nothing in training: the weights themselves are what is
-scored, and the average beside them. Scored are five checkpoints of each run on held-out episodes: the flow-matching loss
-from fixed draws, and the mean squared error of sampled chunks in units of the actions' variance, over all frames and over
-the first frames of episodes, where only pictures and words tell what to do. Success is that of the last checkpoint on
-scenes that are not in the data.
+scored, and the average beside them. Scored are five checkpoints of each run on held-out episodes: the flow-matching
+loss from fixed draws, and the mean squared error of sampled chunks in units of the actions' variance, over all frames
+and over the first frames of episodes, where only pictures and words tell what to do. Success is that of the last
+checkpoint on scenes that are not in the data.
 """
 
 import argparse
@@ -156,11 +156,9 @@ def line(label: str, rows: list[Row], kind: str, seconds: float, scenes: int) ->
     low, high = wilson(wins, total)
     last = [[p for p in row["points"] if p["kind"] == kind][-1] for row in rows]
     each = ", ".join(str(row[kind]) for row in rows)
-    numbers = (mean_and_range([p[key] for p in last]) for key in ("loss_all", "error_all", "error_first"))
-    return " | ".join(
-        [f"| {label}", f"{seconds * 1e3:.0f}", str(rows[0]["steps"]), f"{wins}/{total} ({low:.0%} – {high:.0%}): {each}"]
-        + [*numbers]
-    ) + " |"
+    success = f"{wins}/{total} ({low:.0%} – {high:.0%}): {each}"
+    numbers = [mean_and_range([p[key] for p in last]) for key in ("loss_all", "error_all", "error_first")]
+    return f"| {label} | {seconds * 1e3:.0f} | {rows[0]['steps']} | {success} | {' | '.join(numbers)} |"
 
 
 def table(rows: list[Row], study: Study) -> str:

@@ -7,6 +7,7 @@ before, in `observation.py`, and after.
 Axes: B batch, K flow samples, T steps of a chunk, A action dim.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from . import flow, guidance
+from .gemma import with_room
+from .linear import packed
 from .network import PI0, Context, Observation
 
 RECOMPILATIONS = 64
@@ -69,6 +72,8 @@ class Calls:
         """
         self.begin()
         context = self.context(model, obs)
+        if not self.compiled and (guide is None or guide.mode != "vjp"):  # whose graphs and derivatives want copies
+            context = context._replace(cache=with_room(context.cache, noise_BKTA[0, ..., 0].numel()))
 
         def embed(time: Tensor) -> Tensor:
             return model.embed_time(guidance.token_times(time, guide))
@@ -76,4 +81,5 @@ class Calls:
         def field(x: Tensor, time: Tensor, term: Tensor) -> Tensor:
             return self.velocity(model, x, time, term, context, guide)
 
-        return flow.integrate(field, embed, guidance.begin(noise_BKTA, guide), **solver)
+        with contextlib.nullcontext() if self.compiled else packed(model.expert):
+            return flow.integrate(field, embed, guidance.begin(noise_BKTA, guide), **solver)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .architecture import Gemma as GemmaConfig
-from .linear import Linear, gated
+from .attention import attention
+from .linear import Linear, gated, infers
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys (rotated) and values of one layer, each (B, S, D): one head serves all query heads."""
@@ -74,9 +75,12 @@ class Attention(nn.Module):
         """Attend from x to `kv`, each (B, S, D), under an additive mask (B, 1 or T·H, S)."""
         cos, sin = (angle[:, :, None] for angle in rope)
         q_BTHD = rotate(rearrange(self.q_proj(x_BTW), "b t (h d) -> b t h d", h=self.heads), cos, sin)
-        q, k, v = (y[:, None] for y in (rearrange(q_BTHD, "b t h d -> b (t h) d"), *kv))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None].to(q.dtype))
-        return self.o_proj(rearrange(out, "b 1 (t h) d -> b t (h d)", h=self.heads))
+        out = attention(rearrange(q_BTHD, "b t h d -> b (t h) d"), *kv, mask)
+        return self.o_proj(rearrange(out, "b (t h) d -> b t (h d)", h=self.heads))
+
+
+HIDDEN = 2**22
+"""Numbers between the MLP's layers at a time, at inference: more would be fresh memory from the system at each call."""
 
 
 class MLP(nn.Module):
@@ -84,12 +88,30 @@ class MLP(nn.Module):
 
     def __init__(self, cfg: GemmaConfig) -> None:
         super().__init__()
+        self.hidden = cfg.mlp_dim
         self.gate_proj = Linear(cfg.width, cfg.mlp_dim, bias=False)
         self.up_proj = Linear(cfg.width, cfg.mlp_dim, bias=False)
         self.down_proj = Linear(cfg.mlp_dim, cfg.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(gated(self.gate_proj, self.up_proj, x))
+        parts = -(-x.shape[:-1].numel() * self.hidden // HIDDEN) if infers(x) else 1
+        rows = x.reshape(-1, x.shape[-1]).chunk(parts) if parts > 1 else (x,)
+        out = [self.down_proj(gated(self.gate_proj, self.up_proj, part)) for part in rows]
+        return torch.cat(out).view_as(x) if parts > 1 else out[0]
+
+
+def behind(past: Tensor, new: Tensor, mask: Tensor) -> Tensor:
+    """Both, one behind the other, (B, S, D): `new` in the room that `past` has been given (`with_room`), or a copy."""
+    if past.shape[1] < mask.shape[-1]:
+        return torch.cat([past, new], dim=1)
+    past[:, -new.shape[1] :] = new
+    return past
+
+
+def with_room(cache: Sequence[KeysValues], tokens: int) -> list[KeysValues]:
+    """The same keys and values, with room for those of some tokens more: they are put there, and nothing is copied
+    again. Not for what is differentiated, nor for two calls at a time."""
+    return [(F.pad(k, (0, 0, 0, tokens)), F.pad(v, (0, 0, 0, tokens))) for k, v in cache]
 
 
 class Layer(nn.Module):
@@ -108,7 +130,7 @@ class Layer(nn.Module):
         """Returns the layer's output, and the keys and values of `past` and x together, each (B, S, D)."""
         h = self.input_layernorm(x)
         k, v = self.self_attn.keys_values(h, rope)
-        kv = (k, v) if past is None else (torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1))
+        kv = (k, v) if past is None else (behind(past[0], k, mask), behind(past[1], v, mask))
         if kv_only:
             return x, kv
         x = x + self.self_attn(h, rope, kv, mask)
@@ -148,7 +170,7 @@ class Gemma(nn.Module):
         Args:
             positions_BT: position of each token, for RoPE.
             mask: additive, (B, 1 or T·H, S) over the S = len(past) + T tokens attended to.
-            past: keys and values per layer of the tokens before these.
+            past: keys and values per layer of the tokens before these, as they are or with room for these.
         """
         return self.norm(self._layers(x_BTW, positions_BT, mask, past, cache_only=False)[0])
 

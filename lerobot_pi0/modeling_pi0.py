@@ -456,8 +456,8 @@ class PI0Policy(PreTrainedPolicy):
 
     def _draw(self, batch: dict[str, Any], shape_TA: Sequence[int], device: torch.device) -> list[Tensor]:
         """Noise, times and delays of a batch: a function of seed, update and sample. In evaluation of the sample alone,
-        K and the distribution of times are fixed and no action is known, so that losses of runs with other options compare.
-        A batch without LeRobot's `index` is drawn from torch's own generator."""
+        K and the distribution of times are fixed and no action is known, so that losses of runs with other options
+        compare. A batch without LeRobot's `index` is drawn from torch's own generator."""
         cfg = self.config
         samples, most, distribution = HELD_OUT_SAMPLES, 0, flow.BetaTime()
         if self.training:
@@ -544,8 +544,8 @@ class PI0Policy(PreTrainedPolicy):
             return None
         if left_over is not None and left_over.numel() and left_over.shape[-1] < self._action_dims:
             raise ValueError(
-                f"prev_chunk_left_over has {left_over.shape[-1]} dims and the robot {self._action_dims}: those that are "
-                "missing would be drawn to the mean"
+                f"prev_chunk_left_over has {left_over.shape[-1]} dims and the robot {self._action_dims}: those that "
+                "are missing would be drawn to the mean"
             )
         if cfg.guidance == "trained" and delay > cfg.rtc_training_max_delay:
             self._warn_of_delay(delay)
@@ -651,8 +651,8 @@ def _check_draws(actions_B1TA: Tensor, noise: Tensor, time: Tensor, delay: Tenso
     if noise.shape != (*each, *step) or time.shape != each or (delay is not None and delay.shape != each):
         raise ValueError(
             f"noise has shape {tuple(noise.shape)}, time {tuple(time.shape)}, delay "
-            f"{None if delay is None else tuple(delay.shape)}; expected (B, K, T, A) = ({batch}, K, {step[0]}, {step[1]}) "
-            "for noise and (B, K) for the others"
+            f"{None if delay is None else tuple(delay.shape)}; expected (B, K, T, A) = ({batch}, K, {step[0]}, "
+            f"{step[1]}) for noise and (B, K) for the others"
         )
 
 

@@ -36,7 +36,7 @@ CUDA_TOKENS = 17
 """Fewest tokens that `torch._int_mm` takes on CUDA."""
 
 PART = 2**18
-"""Numbers of a weight that are rounded at a time, in float32."""
+"""Numbers that are rounded at a time: what is made in between stays in the cache."""
 
 
 def check(kind: str, device: torch.device) -> None:
@@ -79,8 +79,13 @@ def rounded(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
 
 def rounded_tokens(x_MK: Tensor) -> tuple[Tensor, Tensor]:
     """Activations as int8 (M, K), and the scale of each token (M, 1), in their dtype; not finite where they are not."""
-    scale_M1 = (x_MK.abs().amax(dim=1, keepdim=True) / TOKEN_RANGE).clamp_(min=torch.finfo(x_MK.dtype).tiny)
-    return (x_MK / scale_M1).round_().to(torch.int8), scale_M1
+    whole = torch.empty(x_MK.shape, dtype=torch.int8, device=x_MK.device)
+    scale_M1 = x_MK.new_empty(len(x_MK), 1)
+    rows = max(1, PART // x_MK.shape[1])
+    for part, target, scale in zip(*(x.split(rows) for x in (x_MK, whole, scale_M1)), strict=True):
+        scale.copy_((part.abs().amax(dim=1, keepdim=True) / TOKEN_RANGE).clamp_(min=torch.finfo(x_MK.dtype).tiny))
+        target.copy_((part / scale).round_())
+    return whole, scale_M1
 
 
 def plain_product(x_MK: Tensor, weight_NK: Tensor, scale_N: Tensor, dtype: torch.dtype) -> Tensor:
@@ -91,7 +96,7 @@ def plain_product(x_MK: Tensor, weight_NK: Tensor, scale_N: Tensor, dtype: torch
 
 def packed_product(x_MK: Tensor, packed_KN: Tensor, scale_N: Tensor, dtype: torch.dtype) -> Tensor:
     """The same by oneDNN, from a weight in the order that its product reads it (`qlinear_prepack`)."""
-    x_MK = x_MK.view(torch.uint8) ^ OFFSET  # x + 128, in uint8
+    x_MK = x_MK.view(torch.uint8).bitwise_xor_(OFFSET)  # x + 128, in uint8; nobody else has them
     zero = scale_N.new_zeros(1, dtype=torch.int32)
     return torch.ops.onednn.qlinear_pointwise(
         x_MK, 1.0, OFFSET, packed_KN, scale_N, zero, None, 1.0, 0, dtype, "none", [], ""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from .architecture import Vision
+from .attention import ATTENTION
 from .linear import Linear, draw_normal, gelu_linear, use_linear
 
 
@@ -72,7 +73,7 @@ def vision_tower(cfg: Vision, image_size: int) -> SiglipVisionModel:
         image_size=image_size,
         hidden_act="gelu_pytorch_tanh",
         vision_use_head=False,
-        attn_implementation="sdpa",
+        attn_implementation=ATTENTION,
     )
     tower = SiglipVisionModel(siglip)
     if cfg.stem:

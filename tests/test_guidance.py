@@ -446,7 +446,7 @@ def test_the_mean_is_over_the_unknown(small):
 
 def test_delays_are_drawn(small):
     """Catches delays that are always the same, reach past the maximum, or do not repeat with the sample's number."""
-    policy, batch = policy_with("trained", 5, flow_samples=4), make_batch(batch_size=3)
+    policy, batch = policy_with("trained", 5, flow_samples=4).train(), make_batch(batch_size=3)
     counts = set()
     for _ in range(6):
         losses = policy.losses(batch)

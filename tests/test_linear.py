@@ -1,5 +1,7 @@
 """The linear layer that multiplies bfloat16 weights in float32 where the CPU is faster at that."""
 
+import copy
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -87,6 +89,53 @@ def test_fused_only_where_nobody_looks(fast_bfloat16):
         with FlopCounterMode(display=False) as counter:
             linear.gated(layer, layer, x)
         assert counter.get_total_flops() == 2 * 2 * 2 * 64 * 96
+
+
+def change_in_place(layer: Linear) -> None:
+    with torch.no_grad():
+        layer.weight[0, 0] += 1
+
+
+def change_behind_autograds_back(layer: Linear) -> None:
+    layer.weight.data[3, 5] += 1
+
+
+def change_storage(layer: Linear) -> None:
+    layer.weight.data = -layer.weight.data
+
+
+@pytest.mark.parametrize("change", [change_in_place, change_behind_autograds_back, change_storage])
+def test_packed_weights_are_the_weights(fast_bfloat16, change):
+    """Catches a packed copy that outlives its weight, in whatever way that was changed, or the block it is for."""
+    torch.manual_seed(0)
+    layer, other, x = Linear(64, 96).bfloat16(), Linear(64, 96, bias=False).bfloat16(), torch.randn(3, 64).bfloat16()
+    net = torch.nn.ModuleList([layer, other])
+    for _ in range(2):
+        with torch.no_grad():
+            plain = [layer(x), linear.gelu_linear(layer, x), linear.gated(layer, other, x)]
+            with linear.packed(net):
+                assert (layer.packed is not None) == torch.backends.mkldnn.is_available()
+                found = [layer(x), linear.gelu_linear(layer, x), linear.gated(layer, other, x)]
+        for a, b in zip(found, plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+        assert layer.packed is None
+        change(layer)
+    assert not torch.allclose(plain[0].float(), torch.nn.functional.linear(x, layer.weight, layer.bias).float())
+
+
+def test_packed_layers_are_copied_and_differentiated(fast_bfloat16):
+    """Catches a packed weight that stands in the way of a copy, of a gradient, or of a product in float32."""
+    layer, x = Linear(64, 96).bfloat16(), torch.randn(3, 64).bfloat16()
+    with linear.packed(layer):
+        layer(x).sum().backward()
+        with torch.no_grad():
+            layer(x)
+    assert layer.weight.grad is not None
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin(x), layer(x))
+    with linear.packed(layer.float()), torch.no_grad():
+        assert layer.packed is None
+        assert layer(x.float()).dtype == torch.float32
 
 
 def test_bfloat16_draws_are_float32_draws_rounded():

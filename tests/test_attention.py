@@ -1,0 +1,90 @@
+"""Attention, fused by torch and written out, beside its formula in float64."""
+
+import pytest
+import torch
+from conftest import CAMERAS, DIMS, make_batch, shake, small_policy
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
+from torch.utils.flop_counter import FlopCounterMode
+
+from lerobot_pi0 import attention, calls, gemma, linear
+
+
+@pytest.fixture(params=[True, False], ids=["written out", "fused"])
+def fast(request, monkeypatch):
+    """As on a CPU with products of bfloat16, whatever this one has (oneDNN then emulates them), and as on another."""
+    monkeypatch.setattr(linear, "BFLOAT16_IS_SLOW", not request.param)
+
+
+def formula(q, k, v, mask):
+    """In float64."""
+    q, k, v = (x.double() for x in (q, k, v))
+    return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5 + mask.double(), dim=-1) @ v
+
+
+@pytest.mark.parametrize("rows", [1, 5, 1000])
+@pytest.mark.parametrize("masked", ["all alike", "each its own", "none"])
+def test_formula(fast, monkeypatch, masked, rows):
+    """Catches a scale, a mask or a block of queries that is wrong, and a softmax that is taken in bfloat16."""
+    monkeypatch.setattr(attention, "SCORES", rows * 2 * 37)
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, 16, generator=draw).bfloat16() for n in (12, 37, 37))
+    visible = torch.rand(2, 1 if masked == "all alike" else 12, 37, generator=draw) < 0.6
+    mask = None if masked == "none" else gemma.additive_mask(visible, torch.bfloat16)
+    with torch.no_grad():
+        found = attention.attention(4 * q, k, v, mask)
+    exact = formula(4 * q, k, v, torch.zeros(1) if mask is None else mask)
+    assert found.dtype == torch.bfloat16 and found.shape == q.shape
+    assert (found - exact).norm() < 6e-3 * exact.norm()
+
+
+def test_heads_as_transformers_hands_them_over(fast):
+    """Catches heads that are mixed up with queries."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 9, 3, 8, generator=draw).bfloat16().transpose(1, 2) for _ in range(3))
+    with torch.no_grad():
+        found, _ = attention.of_heads(torch.nn.Identity(), q, k, v, None)
+    exact = formula(q, k, v, torch.zeros(1)).transpose(1, 2)
+    assert found.shape == exact.shape and (found - exact).norm() < 6e-3 * exact.norm()
+
+
+def test_written_out_only_where_nobody_looks(monkeypatch):
+    """Catches attention that is written out for autograd, which would keep its scores, or hidden from a counter."""
+    monkeypatch.setattr(linear, "BFLOAT16_IS_SLOW", False)
+    fused = []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", lambda *a, **k: fused.append(1) or sdpa(*a, **k))
+    x = torch.randn(1, 4, 8).bfloat16()
+    attention.attention(x, x, x)
+    with torch.no_grad():
+        attention.attention(x.float(), x.float(), x.float())
+        with FlopCounterMode(display=False):
+            attention.attention(x, x, x)
+        assert len(fused) == 3
+        attention.attention(x, x, x)
+    assert (len(fused) == 3) == torch.backends.mkldnn.is_available()
+
+
+@pytest.mark.parametrize("guide", [None, "identity", "vjp", "trained"])
+def test_room_behind_the_context(small, monkeypatch, guide):
+    """Catches keys and values that are copied at each step, land beside their room, or stay from the step before."""
+    options = {"rtc_config": RTCConfig(), "rtc_guidance": guide, "rtc_training_max_delay": 9} if guide else {}
+    policy = small_policy(**options)
+    shake(policy)
+    batch, noise = make_batch(0, 2, CAMERAS), torch.randn(2, 50, 32)
+    left = {"prev_chunk_left_over": torch.randn(2, 20, DIMS), "inference_delay": 3} if guide else {}
+
+    def copied() -> tuple[torch.Tensor, int]:
+        """A chunk, and how often its steps copied a layer's context."""
+        copies, cat = [], torch.cat
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                torch, "cat", lambda xs, dim=0: copies.append(dim == 1 and xs[0].ndim == 3) or cat(xs, dim=dim)
+            )
+            return policy.predict_action_chunk(batch, noise=noise, **left), sum(copies)
+
+    with_room, before = copied()
+    monkeypatch.setattr(calls, "with_room", lambda cache, tokens: list(cache))
+    without, every = copied()
+    assert torch.equal(with_room, without)
+    steps = 2 * policy.config.num_inference_steps * policy.config.architecture().expert.depth
+    assert every - before == (0 if guide == "vjp" else steps)
