@@ -4,6 +4,7 @@
     python benchmarks/bench.py --size full --accounting-only --dtype float32   # no weights, no memory
     python benchmarks/bench.py --size full --what chunk --pairs 5
     python benchmarks/bench.py --size full --what chunk --pairs 5 --quantization int8
+    python benchmarks/bench.py --size full --what chunk --pairs 5 --beside transformers
 
 Lines: a training step (forward and backward pass, no optimizer) with the VLM frozen or with everything
 trained; a chunk of 50 actions; a tick of the control loop that only takes an action from the queue. Each with
@@ -15,7 +16,8 @@ lerobot-train runs it, and each policy stores its weights in the dtypes of its o
 a process which builds one policy and runs the line once, LeRobot's and torch's own memory included.
 
 With `--quantization int8` our VLM is in int8 wherever it is frozen, the built-in as ever (TFLOP are then operations),
-and each chunk is compared with the one over the VLM as it was, from equal noise.
+and each chunk is compared with the one over the VLM as it was, from equal noise. With `--beside transformers` chunks
+are compared with those of transformers' `PI0ForConditionalGeneration`, given cameras that exist and no padding.
 """
 
 import argparse
@@ -36,7 +38,7 @@ from subjects import CHUNK, SIZES, SUBJECTS, NoWeights, Policy, RandomWeights, m
 from torch import Tensor
 
 GIB, TERA = 2**30, 1e12
-OURS, THEIRS = SUBJECTS
+OURS, THEIRS, OTHERS = SUBJECTS
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,12 @@ class Bench:
     batch_size: int
     pairs: int
     quantization: str | None = None
+    beside: str = THEIRS
+
+    @property
+    def subjects(self) -> tuple[str, str]:
+        """Ours and what it is compared with."""
+        return OURS, self.beside
 
     def build(self, subject: str, line: Line, make: Callable, rounded: bool = False) -> Policy:
         frozen = line.what != "step-all"
@@ -117,7 +125,7 @@ class Bench:
 
         if line.training:
             result.flop, result.kept_bytes = measure.account_step(loss, policy.parameters())
-        elif line.what == "chunk":
+        elif line.what == "chunk" and subject != OTHERS:  # whose shapes depend on values, which are not there
             result.flop = measure.account_inference(lambda: run.chunk(policy, batch))
         return result
 
@@ -155,7 +163,7 @@ class Bench:
 
     def measure_seconds(self, line: Line, results: dict[str, Result]) -> None:
         make = NoWeights() if line.what == "tick" else functools.cache(RandomWeights())
-        times = measure.alternate({s: self.timer(s, line, make) for s in SUBJECTS}, self.pairs)
+        times = measure.alternate({s: self.timer(s, line, make) for s in self.subjects}, self.pairs)
         for subject, result in results.items():
             result.seconds = times[subject]
 
@@ -200,7 +208,6 @@ def short_seconds(x: float) -> str:
     return f"{x / scale:.3g} {unit}"
 
 
-HEADER = ["", "ours", "built-in", "faster", "ours", "built-in", "ours", "built-in", "ours", "built-in"]
 GROUPS = ["", "seconds", "", "", "TFLOP", "", "GiB kept", "", "GiB peak", ""]
 
 
@@ -246,6 +253,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="config.dtype (default: bfloat16)"
     )
     parser.add_argument("--quantization", choices=["int8"], default=None, help="of our VLM (default: none)")
+    parser.add_argument(
+        "--beside", choices=[THEIRS, OTHERS], default=THEIRS, help="what ours is compared with (default: built-in)"
+    )
     parser.add_argument("--pairs", type=int, default=3, help="timed runs of each policy (default: 3)")
     parser.add_argument("--batch-size", type=int, default=1, help="samples per step and chunk (default: 1)")
     parser.add_argument("--threads", type=int, default=None, help="threads of torch (default: torch's own choice)")
@@ -258,6 +268,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     options.what = options.what.split(",")
     if unknown := set(options.what) - set(what):
         parser.error(f"--what: {', '.join(sorted(unknown))} is not one of {', '.join(what)}")
+    if options.beside == OTHERS and options.what != ["chunk"]:
+        parser.error(f"--beside {OTHERS} compares chunks alone: give --what chunk")
     return options
 
 
@@ -266,7 +278,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, Result]]:
     options = parse_arguments(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    bench = Bench(options.size, options.dtype, options.batch_size, options.pairs, options.quantization)
+    bench = Bench(options.size, options.dtype, options.batch_size, options.pairs, options.quantization, options.beside)
     rounded = f", our VLM in {bench.quantization}" if bench.quantization else ""
     print(
         f"π₀ {bench.size}, {bench.dtype}{rounded}, batch {bench.batch_size}, {bench.pairs} pairs, "
@@ -275,15 +287,15 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, Result]]:
         f"load {os.getloadavg()[0]:.1f}"
     )
     results: dict[str, dict[str, Result]] = {}
-    rows = [GROUPS, HEADER]
+    rows = [GROUPS, ["", *bench.subjects, "faster", *bench.subjects * 3]]
     for line in (line for line in LINES if line.what in options.what):
-        row = results[str(line)] = {subject: bench.account(subject, line) for subject in SUBJECTS}
+        row = results[str(line)] = {subject: bench.account(subject, line) for subject in bench.subjects}
         if not options.accounting_only:
             if line.what == "tick" or fits(list(row.values())):
                 bench.measure_seconds(line, row)
             if line.what != "tick" and not options.no_peak:
                 bench.measure_peak(line, row)
-        rows.append(table_row(line, row[OURS], row[THEIRS]))
+        rows.append(table_row(line, *row.values()))
         print(" | ".join(rows[-1]), flush=True)  # at once: the full size takes long
         if bench.quantization and line.what == "chunk" and not options.accounting_only:
             print(bench.rounding(line), flush=True)

@@ -1,8 +1,8 @@
-"""The two policies that are compared, this one and LeRobot's built-in, in one process and at any size.
+"""The policies that are compared, this one, LeRobot's built-in and transformers', in one process and at any size.
 
-Both classes are imported directly, so it does not matter which of them the policy type "pi0" means. Weights
+Classes are imported directly, so it does not matter which of them the policy type "pi0" means. Weights
 are random but never drawn by the billion: one random block is repeated (`RandomWeights`). With a cache around
-it the two policies share memory wherever they hold a weight in the same dtype, and the full size fits on a
+it ours and the built-in share memory wherever they hold a weight in the same dtype, and the full size fits on a
 small machine.
 
 Axes: B batch, N cameras, L prompt tokens, T steps of a chunk.
@@ -11,16 +11,20 @@ Axes: B batch, N cameras, L prompt tokens, T steps of a chunk.
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from unittest import mock
 
 import lerobot.policies.pi0.modeling_pi0 as lerobot_modeling
 import torch
+import torch.nn.functional as F  # noqa: N812
 from accelerate import init_empty_weights
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.pi0.configuration_pi0 import PI0Config as BuiltinConfig
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from transformers import GemmaConfig, PaliGemmaConfig, PI0ForConditionalGeneration, SiglipVisionConfig
+from transformers import PI0Config as TransformersConfig
 
 import lerobot_pi0.configuration_pi0 as our_configuration
 from lerobot_pi0 import PI0Config, PI0Policy, flow, quantize
@@ -227,7 +231,78 @@ class Builtin:
         return policy.model.sample_actions(*cls._inputs(policy, batch))
 
 
-SUBJECTS = {"ours": Ours, "built-in": Builtin}
+class Transformers:
+    """transformers' π₀, which has no policy around it: chunks alone, asked for at no more cost than it needs."""
+
+    @staticmethod
+    def _gemma(cfg: Gemma, vocab_size: int) -> GemmaConfig:
+        return GemmaConfig(
+            hidden_size=cfg.width,
+            num_hidden_layers=cfg.depth,
+            intermediate_size=cfg.mlp_dim,
+            head_dim=cfg.head_dim,
+            num_attention_heads=cfg.heads,
+            num_key_value_heads=1,
+            vocab_size=vocab_size,
+        )
+
+    @classmethod
+    def build(
+        cls, size: Size, make: MakeWeight, dtype: str = "float32", frozen: bool = True, training: bool = False
+    ) -> PI0ForConditionalGeneration:
+        """The model with weights by `make`.
+
+        Raises:
+            ValueError: for training.
+        """
+        if training:
+            raise ValueError("transformers' π₀ is measured in chunks alone")
+        vision, words = size.vlm.vision, size.vlm.vocab_size
+        siglip = SiglipVisionConfig(
+            hidden_size=vision.width,
+            num_hidden_layers=vision.depth,
+            intermediate_size=vision.mlp_dim,
+            num_attention_heads=vision.heads,
+            patch_size=vision.patch_size,
+            image_size=vision.image_size,
+            projection_dim=size.vlm.gemma.width,
+            hidden_act="gelu_pytorch_tanh",
+            vision_use_head=False,
+        )
+        vlm = PaliGemmaConfig(
+            text_config=cls._gemma(size.vlm.gemma, words),
+            vision_config=siglip,
+            image_token_id=words,
+            projection_dim=size.vlm.gemma.width,
+        )
+        config = TransformersConfig(vlm_config=vlm, dit_config=cls._gemma(size.expert, words))
+        with init_empty_weights():
+            model = PI0ForConditionalGeneration._from_config(config, dtype=getattr(torch, dtype))
+        parameters = {k: p for k, p in model.named_parameters() if k != "model.dit.embed_tokens.weight"}  # never read
+        model.load_state_dict({k: make(k, p.shape, p.dtype) for k, p in parameters.items()}, assign=True, strict=False)
+        model.predict_action_chunk = partial(cls.chunk, model)
+        return model.eval()
+
+    @staticmethod
+    def chunk(model: PI0ForConditionalGeneration, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
+        """A chunk of 32 dims: cameras that exist, and the prompt without padding."""
+        dtype, vlm = model.dtype, model.config.vlm_config
+        images = torch.stack([batch[key] for key in CAMERAS if key in batch], dim=1) * 2 - 1
+        most = int(batch[OBS_LANGUAGE_ATTENTION_MASK].sum(dim=1).max())
+        patches = (vlm.vision_config.image_size // vlm.vision_config.patch_size) ** 2
+        places = torch.full((len(images), images.shape[1] * patches), vlm.image_token_id)
+        words = torch.ones_like(places), batch[OBS_LANGUAGE_ATTENTION_MASK][:, :most].long()
+        return model.sample_actions(
+            state=F.pad(batch[OBS_STATE], (0, model.config.max_state_dim - DIMS)).to(dtype),
+            pixel_values=images.to(dtype),
+            pixel_attention_mask=torch.ones(images.shape[:2], dtype=torch.bool),
+            input_ids=torch.cat([places, batch[OBS_LANGUAGE_TOKENS][:, :most]], dim=1),
+            attention_mask=torch.cat(words, dim=1),
+            noise=noise,
+        )
+
+
+SUBJECTS = {"ours": Ours, "built-in": Builtin, "transformers": Transformers}
 
 
 def make_batch(size: Size, cameras: int = 3, prompt: int = PROMPT, batch_size: int = 1) -> dict[str, Tensor]:

@@ -45,3 +45,27 @@ def test_quantization(bench, capsys):
     assert all(row["ours"].seconds and row["built-in"].seconds for row in results.values())
     found = re.findall(r"int8 from bfloat16: (.*)% of the chunk, (.*)% of the context", capsys.readouterr().out)
     assert len(found) == 2 and all(0 < float(x) < 10 for pair in found for x in pair)
+
+
+def test_beside_transformers(bench):
+    """Catches a third subject that computes something else, or less, than the others do."""
+    subjects = importlib.import_module("subjects")
+    chunk, size = ["--size", "small", "--pairs", "1", "--no-peak", "--what", "chunk"], subjects.SIZES["small"]
+    results = bench.main([*chunk, "--beside", "transformers"])
+    assert all(row["transformers"].seconds for row in results.values())
+    with pytest.raises(SystemExit):
+        bench.main(["--beside", "transformers", "--what", "tick"])
+    weights = {}
+
+    def make(name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """Equal weights for equal parts, which have other names there."""
+        key = name.replace("model.paligemma_with_expert.paligemma.model.", "model.vlm.")
+        key = key.replace("model.paligemma_with_expert.gemma_expert.model.", "model.dit.")
+        key = key if ".vlm." in key or ".dit." in key else key.split(".", 1)[1]
+        return weights.setdefault(key, subjects.RandomWeights(std=0.1)(name, shape, dtype))
+
+    policies = [subject.build(size, make) for subject in (subjects.Ours, subjects.Transformers)]
+    for cameras, prompt in ((3, 48), (1, 10)):
+        batch, noise = subjects.make_batch(size, cameras, prompt), torch.randn(1, subjects.CHUNK, 32)
+        ours, theirs = (policy.predict_action_chunk(batch, noise=noise) for policy in policies)
+        assert (ours - theirs[..., : subjects.DIMS]).norm() < 1e-4 * ours.norm()
