@@ -5,6 +5,7 @@
     python benchmarks/bench.py --size full --what chunk --pairs 5
     python benchmarks/bench.py --size full --what chunk --pairs 5 --quantization int8
     python benchmarks/bench.py --size full --what chunk --pairs 5 --beside transformers
+    python benchmarks/bench.py --size full --what step-frozen --flow-samples 8 --beside K=1
 
 Lines: a training step (forward and backward pass, no optimizer) with the VLM frozen or with everything
 trained; a chunk of 50 actions; a tick of the control loop that only takes an action from the queue. Each with
@@ -17,11 +18,13 @@ a process which builds one policy and runs the line once, LeRobot's and torch's 
 
 With `--quantization int8` our VLM is in int8 wherever it is frozen, the built-in as ever (TFLOP are then operations),
 and each chunk is compared with the one over the VLM as it was, from equal noise. With `--beside transformers` chunks
-are compared with those of transformers' `PI0ForConditionalGeneration`, given cameras that exist and no padding.
+are compared with those of transformers' `PI0ForConditionalGeneration`, given cameras that exist and no padding. With
+`--flow-samples K --beside K=1` a step with K draws is compared with one with a single draw.
 """
 
 import argparse
 import functools
+import gc
 import json
 import logging
 import os
@@ -38,7 +41,7 @@ from subjects import CHUNK, SIZES, SUBJECTS, NoWeights, Policy, RandomWeights, m
 from torch import Tensor
 
 GIB, TERA = 2**30, 1e12
-OURS, THEIRS, OTHERS = SUBJECTS
+OURS, THEIRS, OTHERS, ONE_SAMPLE = SUBJECTS
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class Bench:
     pairs: int
     quantization: str | None = None
     beside: str = THEIRS
+    flow_samples: int = 1
 
     @property
     def subjects(self) -> tuple[str, str]:
@@ -99,7 +103,7 @@ class Bench:
 
     def build(self, subject: str, line: Line, make: Callable, rounded: bool = False) -> Policy:
         frozen = line.what != "step-all"
-        options = {"rounded": True} if rounded and frozen and subject == OURS else {}
+        options = {"rounded": rounded and frozen, "flow_samples": self.flow_samples} if subject == OURS else {}
         return SUBJECTS[subject].build(SIZES[self.size], make, self.dtype, frozen, line.training, **options)
 
     def batch(self, line: Line) -> dict[str, Tensor]:
@@ -193,6 +197,7 @@ class Bench:
 
 def fits(results: list[Result]) -> bool:
     """Whether policies with these weights, sharing what they can, and the larger of their steps fit in memory."""
+    gc.collect()  # policies of the line before
     weights = functools.reduce(dict.__or__, (r.weights for r in results))
     step = max(r.gradient_bytes + (r.kept_bytes or 0) for r in results)
     needed = sum(weights.values()) + step + GIB
@@ -254,8 +259,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--quantization", choices=["int8"], default=None, help="of our VLM (default: none)")
     parser.add_argument(
-        "--beside", choices=[THEIRS, OTHERS], default=THEIRS, help="what ours is compared with (default: built-in)"
+        "--beside",
+        choices=[THEIRS, OTHERS, ONE_SAMPLE],
+        default=THEIRS,
+        help="what ours is compared with (default: built-in)",
     )
+    parser.add_argument("--flow-samples", type=int, default=1, help="noise and time draws a sample, ours (default: 1)")
     parser.add_argument("--pairs", type=int, default=3, help="timed runs of each policy (default: 3)")
     parser.add_argument("--batch-size", type=int, default=1, help="samples per step and chunk (default: 1)")
     parser.add_argument("--threads", type=int, default=None, help="threads of torch (default: torch's own choice)")
@@ -278,7 +287,10 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, Result]]:
     options = parse_arguments(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    bench = Bench(options.size, options.dtype, options.batch_size, options.pairs, options.quantization, options.beside)
+    bench = Bench(
+        *(options.size, options.dtype, options.batch_size, options.pairs, options.quantization),
+        *(options.beside, options.flow_samples),
+    )
     rounded = f", our VLM in {bench.quantization}" if bench.quantization else ""
     print(
         f"π₀ {bench.size}, {bench.dtype}{rounded}, batch {bench.batch_size}, {bench.pairs} pairs, "

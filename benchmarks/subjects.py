@@ -176,10 +176,11 @@ class Ours:
         frozen: bool = True,
         training: bool = False,
         rounded: bool = False,
+        **options,
     ) -> PI0Policy:
         """The policy with weights by `make`; `frozen` trains the expert alone, `rounded` has the VLM in int8."""
         with presets(size), mock.patch.object(PI0, "initialise"):
-            policy = PI0Policy(cls.config(size, dtype, frozen))
+            policy = PI0Policy(cls.config(size, dtype, frozen, **options))
         if rounded:
             quantize.prepare(policy.model, "int8")
         return with_weights(policy, make, training)
@@ -302,7 +303,7 @@ class Transformers:
         )
 
 
-SUBJECTS = {"ours": Ours, "built-in": Builtin, "transformers": Transformers}
+SUBJECTS = {"ours": Ours, "built-in": Builtin, "transformers": Transformers, "K=1": Ours}
 
 
 def make_batch(size: Size, cameras: int = 3, prompt: int = PROMPT, batch_size: int = 1) -> dict[str, Tensor]:

@@ -69,3 +69,21 @@ def test_beside_transformers(bench):
         batch, noise = subjects.make_batch(size, cameras, prompt), torch.randn(1, subjects.CHUNK, 32)
         ours, theirs = (policy.predict_action_chunk(batch, noise=noise) for policy in policies)
         assert (ours - theirs[..., : subjects.DIMS]).norm() < 1e-4 * ours.norm()
+
+
+def test_flow_samples(bench):
+    """Catches a comparison of equal numbers of draws: eight of them cost arithmetic, and far less than eight steps."""
+    what = ["--what", "step-frozen", "--flow-samples", "8", "--beside", "K=1", "--accounting-only"]
+    for row in bench.main(what).values():
+        assert 1.2 < row["ours"].flop / row["K=1"].flop < 5
+
+
+@pytest.mark.parametrize("cameras", [3, 1])
+def test_breakdown(bench, capsys, cameras):
+    """Catches a part of a chunk that is not timed, or counted twice: torch counts as many operations as the parts."""
+    module = importlib.import_module("breakdown")
+    rows, counted = module.main(["--repeats", "1", f"--cameras={cameras}", "--prompt=10", "--dtype=float32"])
+    assert sum(row["flop"] for row in rows.values()) == pytest.approx(counted, rel=1e-3)
+    assert {f"{stack}: {part}" for stack in module.STACKS for part in module.PARTS} <= set(rows)
+    assert all(row["seconds"] > 0 for row in rows.values())
+    assert "| sum |" in capsys.readouterr().out
