@@ -44,7 +44,9 @@ def change_of(uniform_FBN: Tensor, fixed: Sequence[bool]) -> Change:
         fixed: per camera, whether its geometry is left alone.
     """
     u = 2 * uniform_FBN - 1
-    moves = 1 - torch.tensor(fixed, dtype=u.dtype, device=u.device)
+    moves = u.new_ones(len(fixed))
+    for camera, still in enumerate(fixed):  # a list would have to be copied to a GPU, which waits for it
+        moves[camera].mul_(not still)
     margin = (1 - CROP) * moves
     return Change(
         side=(1 - margin).expand_as(u[0]),

@@ -105,9 +105,10 @@ FIXED = {
 
 def fixed_times(solver: str, steps: int, device: torch.device) -> Tensor:
     """Times at which `solver` asks for a velocity, in order: float32 (steps · stages,)."""
-    nodes = torch.tensor(FIXED[solver].nodes, dtype=torch.float32, device=device)
-    step = torch.arange(steps, dtype=torch.float32, device=device)[:, None]
-    return (1.0 - (step + nodes) / steps).flatten()
+    step = torch.arange(steps, dtype=torch.float32, device=device)
+    return torch.stack(
+        [1.0 - (step + node) / steps for node in FIXED[solver].nodes], dim=1
+    ).flatten()  # no copy to a GPU
 
 
 def integrate(

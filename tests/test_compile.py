@@ -193,6 +193,22 @@ def test_nothing_depends_on_values(guide, solver):
     assert chunk.shape == (1, 1, 50, 32)
 
 
+@pytest.mark.parametrize("delays", [False, True])
+def test_training_depends_on_no_value_either(small, delays):
+    """Catches the same between a batch's draws and its losses: what is compiled in training."""
+    policy = small_policy(flow_samples=2, rtc_training_max_delay=9 if delays else 0).train()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for name, p in list(policy.model.named_parameters()):
+            owner, _, leaf = name.rpartition(".")
+            setattr(policy.model.get_submodule(owner), leaf, torch.nn.Parameter(torch.empty(p.shape)))
+        policy.model.reset_buffers(torch.device("cpu"))
+        obs = fake_observation(policy.model.arch, batch_size=2)
+        actions, noise, time = torch.randn(2, 1, 50, 32), torch.randn(2, 2, 50, 32), torch.rand(2, 2)
+        delay = torch.randint(10, (2, 2)) if delays else None
+        errors = policy.errors(obs, actions, noise, time, delay)
+    assert errors.shape == (2, 2, 50, DIMS)
+
+
 def test_fake_tensors_would_tell():
     """Catches a proof that proves nothing: the adaptive solver, which asks whether it has arrived, is found out."""
     arch = Architecture(PALIGEMMA_PRESETS["tiny"], EXPERT_PRESETS["tiny"])
