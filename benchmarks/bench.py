@@ -24,7 +24,6 @@ are compared with those of transformers' `PI0ForConditionalGeneration`, given ca
 
 import argparse
 import functools
-import gc
 import json
 import logging
 import os
@@ -197,7 +196,7 @@ class Bench:
 
 def fits(results: list[Result]) -> bool:
     """Whether policies with these weights, sharing what they can, and the larger of their steps fit in memory."""
-    gc.collect()  # policies of the line before
+    measure.give_back()  # policies of the line before
     weights = functools.reduce(dict.__or__, (r.weights for r in results))
     step = max(r.gradient_bytes + (r.kept_bytes or 0) for r in results)
     needed = sum(weights.values()) + step + GIB

@@ -127,10 +127,15 @@ def give_back_at_once() -> None:
 
     By default the heap keeps tensors of up to 32 MiB that are gone, for the next ones.
     """
-    libc, threshold = ctypes.CDLL(None), -3  # M_MMAP_THRESHOLD
-    libc.mallopt(threshold, 2**16)
+    threshold = -3  # M_MMAP_THRESHOLD
+    ctypes.CDLL(None).mallopt(threshold, 2**16)
+    give_back()
+
+
+def give_back() -> None:
+    """Give memory of what is gone back to the system; on Linux with glibc."""
     gc.collect()
-    libc.malloc_trim(0)
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def in_own_process[**P, T](function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -59,10 +59,11 @@ def infers(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def infers_fast(*tensors: Tensor) -> bool:
-    """Whether all of these are bfloat16 on a CPU that multiplies it fast, and not differentiated, traced or counted."""
+def multiplies_fast(*tensors: Tensor) -> bool:
+    """Whether all of these are bfloat16 on a CPU that multiplies it fast, and their products not traced or counted."""
     return (
-        all(x.device.type == "cpu" and infers(x) for x in tensors)
+        all(x.device.type == "cpu" and x.dtype == torch.bfloat16 for x in tensors)
+        and not torch.compiler.is_compiling()
         and not BFLOAT16_IS_SLOW
         and torch.backends.mkldnn.is_available()
         and _get_current_dispatch_mode() is None
@@ -91,7 +92,7 @@ def fuses(layer: nn.Module, x: Tensor) -> bool:
     GELU and product alone take a seventh of the time of the VLM's MLP, most of it to fetch memory. What is not our
     layer (an adapter around it), is differentiated, traced or counted goes the plain way.
     """
-    return type(layer) is Linear and infers_fast(layer.weight, x)
+    return type(layer) is Linear and infers(x) and multiplies_fast(layer.weight, x)
 
 
 def operand(layer: nn.Module) -> Any:
@@ -126,7 +127,7 @@ _copies: "weakref.WeakKeyDictionary[Linear, tuple[Tensor, Tensor]]" = weakref.We
 
 def _can_be_packed(weight: Tensor) -> bool:
     whole = type(weight) is nn.Parameter and weight.is_contiguous() and weight.shape[1] % 4 == 0
-    return whole and infers_fast(weight)
+    return whole and multiplies_fast(weight)
 
 
 PART = 2**15
