@@ -93,7 +93,12 @@ class PI0Policy(PreTrainedPolicy):
         if trains:
             PromptStep.asked = config.clean_prompts
         self._expert_only_asked = config.train_expert_only is True  # and not because the VLM is pretrained
-        config.settle(saved, vlm_is_pretrained=pretrained)
+        try:
+            config.settle(saved, vlm_is_pretrained=pretrained)
+        except ValueError as error:  # each was judged alone before
+            raise checkpoint.CheckpointConfigError(
+                f"options of the run and of the checkpoint ({PLUGIN_CONFIG_NAME}) do not go together: {error}"
+            ) from error
         stats = dataset_stats if dataset_stats is not None else getattr(dataset_meta, "stats", None)
         if trains:
             check_statistics(config, stats)

@@ -72,10 +72,10 @@ def test_beside_transformers(bench):
 
 
 def test_flow_samples(bench):
-    """Catches a comparison of equal numbers of draws: eight of them cost arithmetic, and far less than eight steps."""
+    """Catches a comparison of equal numbers of draws. (The expert is most of the work here, unlike at full size.)"""
     what = ["--what", "step-frozen", "--flow-samples", "8", "--beside", "K=1", "--accounting-only"]
     for row in bench.main(what).values():
-        assert 1.2 < row["ours"].flop / row["K=1"].flop < 5
+        assert 2 < row["ours"].flop / row["K=1"].flop < 9
 
 
 @pytest.mark.parametrize("cameras", [3, 1])

@@ -755,14 +755,14 @@ def test_kill_at_random_moments(tmp_path):
                 policy.save_pretrained(folder)
 
     seen = []
-    for _ in range(40):
+    while len(seen) < 40 or (len(set(seen)) < 2 and len(seen) < 200):  # however slow other work makes the saves
         child = os.fork()
         if child == 0:
             try:
                 save_for_ever()
             finally:
                 os._exit(1)
-        time.sleep(took * draw.uniform(0.1, 5))
+        time.sleep(took * draw.uniform(0.1, 10))  # a process that has just been forked saves more slowly
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL

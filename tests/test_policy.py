@@ -22,7 +22,8 @@ from conftest import (
 )
 from lerobot.rollout.inference.rtc import supports_rtc_inference
 
-from lerobot_pi0 import PI0Policy
+from lerobot_pi0 import PI0Config, PI0Policy
+from lerobot_pi0.checkpoint import CheckpointConfigError
 from lerobot_pi0.observation import ObservationError
 
 META = SimpleNamespace(stats=stats())
@@ -332,6 +333,15 @@ def test_train_and_eval_return_the_policy(small):
     assert not policy.model.expert.training
     policy.model.expert.train()  # as an adapter is hung in, whatever the policy is doing
     assert not policy.eval().model.expert.training
+
+
+def test_options_that_do_not_go_together(tmp_path):
+    """Catches an error that names no checkpoint where a run's option and one that was saved contradict each other."""
+    PI0Policy(tiny_config(CAMERAS[:1], rtc_training_max_delay=7)).save_pretrained(tmp_path)
+    config = PI0Config.from_pretrained(tmp_path)
+    config.chunk_size = config.n_action_steps = 4
+    with pytest.raises(CheckpointConfigError, match=r"lerobot_pi0.json.* do not go together: rtc_training_max_delay=7"):
+        PI0Policy.from_pretrained(tmp_path, config=config)
 
 
 @pytest.mark.parametrize(("shapes", "problem"), [
