@@ -72,6 +72,9 @@ class Calls:
         """
         self.begin()
         context = self.context(model, obs)
+        if not self.compiled:  # which has shapes of its own, and joins these small things to others
+            _, samples, steps, _ = noise_BKTA.shape
+            context = context._replace(frame=model.frame(context, samples, steps, context.cache[0][0].dtype))
         if not self.compiled and (guide is None or guide.mode != "vjp"):  # whose graphs and derivatives want copies
             context = context._replace(cache=with_room(context.cache, noise_BKTA[0, ..., 0].numel()))
 

@@ -23,6 +23,9 @@ from .linear import Linear, gated, infers
 KeysValues = tuple[Tensor, Tensor]
 """Keys (rotated) and values of one layer, each (B, S, D): one head serves all query heads."""
 
+Rope = tuple[Tensor, Tensor]
+"""Cosine and sine of RoPE's angles, float32 (B, T, D/2)."""
+
 ROPE_BASE = 10_000.0
 
 
@@ -38,7 +41,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], 1.0 + self.weight.float(), self.eps).type_as(x)
 
 
-def rotary_angles(positions_BT: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+def rotary_angles(positions_BT: Tensor, head_dim: int) -> Rope:
     """Cosine and sine of RoPE's angles, float32 (B, T, D/2)."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BT.device) / head_dim
     angle = positions_BT[..., None].float() * ROPE_BASE**-exponent
@@ -67,11 +70,11 @@ class Attention(nn.Module):
         self.v_proj = Linear(cfg.width, cfg.head_dim, bias=False)
         self.o_proj = Linear(cfg.heads * cfg.head_dim, cfg.width, bias=False)
 
-    def keys_values(self, x_BTW: Tensor, rope: tuple[Tensor, Tensor]) -> KeysValues:
+    def keys_values(self, x_BTW: Tensor, rope: Rope) -> KeysValues:
         """Keys and values of these tokens, each (B, T, D)."""
         return rotate(self.k_proj(x_BTW), *rope), self.v_proj(x_BTW)
 
-    def forward(self, x_BTW: Tensor, rope: tuple[Tensor, Tensor], kv: KeysValues, mask: Tensor) -> Tensor:
+    def forward(self, x_BTW: Tensor, rope: Rope, kv: KeysValues, mask: Tensor) -> Tensor:
         """Attend from x to `kv`, each (B, S, D), under an additive mask (B, 1 or T·H, S)."""
         cos, sin = (angle[:, :, None] for angle in rope)
         q_BTHD = rotate(rearrange(self.q_proj(x_BTW), "b t (h d) -> b t h d", h=self.heads), cos, sin)
@@ -125,7 +128,7 @@ class Layer(nn.Module):
         self.mlp = MLP(cfg)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, past: KeysValues | None, kv_only: bool
+        self, x: Tensor, rope: Rope, mask: Tensor, past: KeysValues | None, kv_only: bool
     ) -> tuple[Tensor, KeysValues]:
         """Returns the layer's output, and the keys and values of `past` and x together, each (B, S, D)."""
         h = self.input_layernorm(x)
@@ -155,29 +158,30 @@ class Gemma(nn.Module):
         """Token embeddings, scaled as Gemma's are: (B, T, W)."""
         return self.embed_tokens(tokens_BT) * self.cfg.width**0.5
 
+    def rope(self, positions_BT: Tensor) -> Rope:
+        """RoPE's angles at these positions."""
+        return rotary_angles(positions_BT, self.cfg.head_dim)
+
     def cache(
-        self, x_BTW: Tensor, positions_BT: Tensor, mask: Tensor, past: Sequence[KeysValues] | None = None
+        self, x_BTW: Tensor, rope: Rope, mask: Tensor, past: Sequence[KeysValues] | None = None
     ) -> list[KeysValues]:
         """Keys and values per layer of `past` and x together. The last layer's attention and MLP, which
         nobody would read, are not computed."""
-        return self._layers(x_BTW, positions_BT, mask, past, cache_only=True)[1]
+        return self._layers(x_BTW, rope, mask, past, cache_only=True)[1]
 
-    def forward(
-        self, x_BTW: Tensor, positions_BT: Tensor, mask: Tensor, past: Sequence[KeysValues] | None = None
-    ) -> Tensor:
+    def forward(self, x_BTW: Tensor, rope: Rope, mask: Tensor, past: Sequence[KeysValues] | None = None) -> Tensor:
         """Final hidden states (B, T, W), after the last norm.
 
         Args:
-            positions_BT: position of each token, for RoPE.
+            rope: the angles of each token.
             mask: additive, (B, 1 or T·H, S) over the S = len(past) + T tokens attended to.
             past: keys and values per layer of the tokens before these, as they are or with room for these.
         """
-        return self.norm(self._layers(x_BTW, positions_BT, mask, past, cache_only=False)[0])
+        return self.norm(self._layers(x_BTW, rope, mask, past, cache_only=False)[0])
 
     def _layers(
-        self, x: Tensor, positions: Tensor, mask: Tensor, past: Sequence[KeysValues] | None, cache_only: bool
+        self, x: Tensor, rope: Rope, mask: Tensor, past: Sequence[KeysValues] | None, cache_only: bool
     ) -> tuple[Tensor, list[KeysValues]]:
-        rope = rotary_angles(positions, self.cfg.head_dim)
         cache = []
         for i, layer in enumerate(self.layers):
             args = (x, rope, mask, None if past is None else past[i], cache_only and i == self.cfg.depth - 1)

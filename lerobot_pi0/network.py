@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import SiglipVisionModel
 
 from .architecture import Architecture
-from .gemma import Gemma, KeysValues, RMSNorm, additive_mask
+from .gemma import Gemma, KeysValues, RMSNorm, Rope, additive_mask
 from .linear import draw_normal
 from .vision import image_tokens, initialise, vision_tower
 
@@ -42,6 +42,7 @@ class Context(NamedTuple):
     cache: list[KeysValues]  # per layer, each (B, S, D)
     mask_BS: Tensor  # False on padding
     state_B1W: Tensor | None = None  # the state's token, where it is not in the cache but runs with the actions
+    frame: tuple[Rope, Tensor] | None = None  # `PI0.frame`, where several velocities share it
 
     @property
     def length_B(self) -> Tensor:
@@ -180,15 +181,26 @@ class PI0(nn.Module):
         trains_vlm = torch.is_grad_enabled() and any(p.requires_grad for p in self.paligemma.parameters())
         with torch.set_grad_enabled(trains_vlm):
             x, mask = self.prefix(obs)
-            cache = self.vlm.cache(x, mask.cumsum(dim=1) - 1, additive_mask(mask[:, None], x.dtype))
+            cache = self.vlm.cache(x, self.vlm.rope(mask.cumsum(dim=1) - 1), additive_mask(mask[:, None], x.dtype))
 
         state = self.state_proj(obs.state_BA.to(self.state_proj.weight.dtype))[:, None]
         if not with_state:
             return Context(cache, mask, state)
         position = mask.sum(dim=1, keepdim=True)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        cache = self.expert.cache(state, position, additive_mask(mask[:, None], state.dtype), past=cache)
+        rope = self.expert.rope(position)
+        cache = self.expert.cache(state, rope, additive_mask(mask[:, None], state.dtype), past=cache)
         return Context(cache, mask)
+
+    def frame(self, context: Context, samples: int, steps: int, dtype: torch.dtype) -> tuple[Rope, Tensor]:
+        """Where the tokens of `velocity` stand and what they see: RoPE's angles, and the additive mask."""
+        own, with_state = (
+            torch.arange(steps, device=context.mask_BS.device).repeat(samples),
+            context.state_B1W is not None,
+        )
+        own = F.pad(own + 1, (1, 0)) if with_state else own
+        visible = block_mask(context.mask_BS, samples, steps, self.expert.cfg.heads, with_state)
+        return self.expert.rope(context.length_B[:, None] + own), additive_mask(visible, dtype)
 
     def embed_time(self, time: Tensor) -> Tensor:
         """The part of the action MLP's input layer that depends on time alone, with its bias: (*, W).
@@ -218,12 +230,11 @@ class PI0(nn.Module):
         h = F.silu(h - self.action_time_mlp_in.bias.to(h.dtype) + time)  # both halves come with the bias
         h = rearrange(self.action_time_mlp_out(h), "b k t w -> b (k t) w")
 
-        own = torch.arange(steps, device=h.device).repeat(samples)
         state = context.state_B1W
         if state is not None:
-            h, own = torch.cat([state.to(h.dtype), h], dim=1), F.pad(own + 1, (1, 0))
-        visible = block_mask(context.mask_BS, samples, steps, self.expert.cfg.heads, state is not None)
-        h = self.expert(h, context.length_B[:, None] + own, additive_mask(visible, h.dtype), context.cache)
+            h = torch.cat([state.to(h.dtype), h], dim=1)
+        rope, mask = context.frame or self.frame(context, samples, steps, h.dtype)
+        h = self.expert(h, rope, mask, context.cache)
         h = h if state is None else h[:, 1:]
         velocity = self.action_out_proj(h.to(self.action_out_proj.weight.dtype))
         return rearrange(velocity, "b (k t) a -> b k t a", k=samples).float()

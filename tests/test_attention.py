@@ -98,12 +98,16 @@ def test_written_out_only_where_nobody_looks(monkeypatch):
 
 @pytest.mark.parametrize("guide", [None, "identity", "vjp", "trained"])
 def test_room_behind_the_context(small, monkeypatch, guide):
-    """Catches keys and values that are copied at each step, land beside their room, or stay from the step before."""
+    """Catches keys and values that are copied at each step, land beside their room, or stay from the step before, and
+    angles and masks that each step makes anew."""
     options = {"rtc_config": RTCConfig(), "rtc_guidance": guide, "rtc_training_max_delay": 9} if guide else {}
     policy = small_policy(**options)
     shake(policy)
     batch, noise = make_batch(0, 2, CAMERAS), torch.randn(2, 50, 32)
     left = {"prev_chunk_left_over": torch.randn(2, 20, DIMS), "inference_delay": 3} if guide else {}
+
+    angles, rotary = [], gemma.rotary_angles
+    monkeypatch.setattr(gemma, "rotary_angles", lambda *args: angles.append(1) or rotary(*args))
 
     def copied() -> tuple[torch.Tensor, int]:
         """A chunk, and how often its steps copied a layer's context."""
@@ -115,6 +119,7 @@ def test_room_behind_the_context(small, monkeypatch, guide):
             return policy.predict_action_chunk(batch, noise=noise, **left), sum(copies)
 
     with_room, before = copied()
+    assert len(angles) == 3  # of the VLM, of the state, and of the actions in all steps
     monkeypatch.setattr(calls, "with_room", lambda cache, tokens: list(cache))
     without, every = copied()
     assert torch.equal(with_room, without)

@@ -77,7 +77,7 @@ def assert_same_prefix(policy: PI0Policy, paligemma: PaliGemmaForConditionalGene
             token_type_ids=torch.zeros_like(tokens), position_ids=torch.arange(tokens.shape[1])[None], use_cache=True,
         )  # fmt: skip  # transformers counts positions from 1 if not told, π₀ from 0: seen in rotated keys alone
         x, mask = policy.model.prefix(obs)
-        args = (x, mask.cumsum(dim=1) - 1, additive_mask(mask[:, None], x.dtype))
+        args = (x, policy.model.vlm.rope(mask.cumsum(dim=1) - 1), additive_mask(mask[:, None], x.dtype))
         hidden, cache = policy.model.vlm(*args), policy.model.vlm.cache(*args)
     assert relative(hidden, theirs.last_hidden_state) < 1e-5
     for (keys, values), layer in zip(cache, theirs.past_key_values.layers, strict=True):
