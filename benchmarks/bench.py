@@ -30,7 +30,7 @@ import os
 import statistics
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import measure
@@ -286,10 +286,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, Result]]:
     options = parse_arguments(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    bench = Bench(
-        *(options.size, options.dtype, options.batch_size, options.pairs, options.quantization),
-        *(options.beside, options.flow_samples),
-    )
+    bench = Bench(**{f.name: getattr(options, f.name) for f in fields(Bench)})
     rounded = f", our VLM in {bench.quantization}" if bench.quantization else ""
     print(
         f"π₀ {bench.size}, {bench.dtype}{rounded}, batch {bench.batch_size}, {bench.pairs} pairs, "

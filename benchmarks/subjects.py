@@ -23,7 +23,7 @@ from lerobot.policies.pi0.configuration_pi0 import PI0Config as BuiltinConfig
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from transformers import GemmaConfig, PaliGemmaConfig, PI0ForConditionalGeneration, SiglipVisionConfig
+from transformers import GemmaConfig, PaliGemmaConfig, PI0ForConditionalGeneration
 from transformers import PI0Config as TransformersConfig
 
 import lerobot_pi0.configuration_pi0 as our_configuration
@@ -31,6 +31,7 @@ from lerobot_pi0 import PI0Config, PI0Policy, flow, quantize
 from lerobot_pi0.architecture import GEMMA_2B, GEMMA_300M, PALIGEMMA_VOCAB, SO400M, Gemma, PaliGemma, Vision
 from lerobot_pi0.calls import Calls
 from lerobot_pi0.network import PI0
+from lerobot_pi0.vision import siglip_config
 
 CAMERAS = ("observation.images.front", "observation.images.left", "observation.images.wrist")
 DIMS = 6
@@ -259,17 +260,7 @@ class Transformers:
         if training:
             raise ValueError("transformers' π₀ is measured in chunks alone")
         vision, words = size.vlm.vision, size.vlm.vocab_size
-        siglip = SiglipVisionConfig(
-            hidden_size=vision.width,
-            num_hidden_layers=vision.depth,
-            intermediate_size=vision.mlp_dim,
-            num_attention_heads=vision.heads,
-            patch_size=vision.patch_size,
-            image_size=vision.image_size,
-            projection_dim=size.vlm.gemma.width,
-            hidden_act="gelu_pytorch_tanh",
-            vision_use_head=False,
-        )
+        siglip = siglip_config(vision, vision.image_size, projection_dim=size.vlm.gemma.width)
         vlm = PaliGemmaConfig(
             text_config=cls._gemma(size.vlm.gemma, words),
             vision_config=siglip,

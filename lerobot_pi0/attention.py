@@ -23,11 +23,11 @@ def attention(q_BQD: Tensor, k_BSD: Tensor, v_BSD: Tensor, mask: Tensor | None =
     torch's fused attention multiplies bfloat16 at a fifth of its products' rate on CPUs. Where those are fast, the
     three steps are written out (`_WrittenOut`).
     """
-    mask = None if mask is None else mask.to(q_BQD.dtype)
+    mask = q_BQD.new_zeros(1, 1, 1) if mask is None else mask.to(q_BQD.dtype)
     if multiplies_fast(q_BQD, k_BSD, v_BSD):
-        return _WrittenOut.apply(q_BQD, k_BSD, v_BSD, q_BQD.new_zeros(1, 1, 1) if mask is None else mask)
-    q, k, v = (x[:, None] for x in (q_BQD, k_BSD, v_BSD))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None])[:, 0]
+        return _WrittenOut.apply(q_BQD, k_BSD, v_BSD, mask)
+    q, k, v, m = (x[:, None] for x in (q_BQD, k_BSD, v_BSD, mask))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=m)[:, 0]
 
 
 class _WrittenOut(torch.autograd.Function):
@@ -52,7 +52,7 @@ class _WrittenOut(torch.autograd.Function):
     def backward(ctx: Any, grad_BQD: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
         q_BQD, k_BSD, v_BSD, mask, out_BQD = ctx.saved_tensors
         dtype, scale = q_BQD.dtype, q_BQD.shape[-1] ** -0.5
-        dq, dk, dv = torch.empty_like(q_BQD), torch.zeros_like(k_BSD).float(), torch.zeros_like(v_BSD).float()
+        dq, dk, dv = torch.empty_like(q_BQD), *(torch.zeros_like(x, dtype=torch.float32) for x in (k_BSD, v_BSD))
         for block, shares in _shares(q_BQD, k_BSD, mask):
             g = grad_BQD[:, block]
             dv += shares.to(dtype).mT @ g

@@ -72,11 +72,12 @@ class Calls:
         """
         self.begin()
         context = self.context(model, obs)
-        if not self.compiled:  # which has shapes of its own, and joins these small things to others
-            _, samples, steps, _ = noise_BKTA.shape
-            context = context._replace(frame=model.frame(context, samples, steps, context.cache[0][0].dtype))
-        if not self.compiled and (guide is None or guide.mode != "vjp"):  # whose graphs and derivatives want copies
-            context = context._replace(cache=with_room(context.cache, noise_BKTA[0, ..., 0].numel()))
+        if not self.compiled:  # graphs join these small things to others, and want copies
+            cache, (samples, steps) = context.cache, noise_BKTA.shape[1:3]
+            frame = model.frame(context, samples, steps, cache[0][0].dtype)
+            differentiated = guide is not None and guide.mode == "vjp"
+            room = cache if differentiated else with_room(cache, samples * steps)
+            context = context._replace(cache=room, frame=frame)
 
         def embed(time: Tensor) -> Tensor:
             return model.embed_time(guidance.token_times(time, guide))

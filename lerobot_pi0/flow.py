@@ -106,9 +106,8 @@ FIXED = {
 def fixed_times(solver: str, steps: int, device: torch.device) -> Tensor:
     """Times at which `solver` asks for a velocity, in order: float32 (steps · stages,)."""
     step = torch.arange(steps, dtype=torch.float32, device=device)
-    return torch.stack(
-        [1.0 - (step + node) / steps for node in FIXED[solver].nodes], dim=1
-    ).flatten()  # no copy to a GPU
+    stages = [1.0 - (step + node) / steps for node in FIXED[solver].nodes]  # of a tensor of nodes, a GPU would wait
+    return torch.stack(stages, dim=1).flatten()
 
 
 def integrate(

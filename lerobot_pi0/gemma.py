@@ -97,10 +97,13 @@ class MLP(nn.Module):
         self.down_proj = Linear(cfg.mlp_dim, cfg.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = -(-x.shape[:-1].numel() * self.hidden // HIDDEN) if infers(x) else 1
-        rows = x.reshape(-1, x.shape[-1]).chunk(parts) if parts > 1 else (x,)
-        out = [self.down_proj(gated(self.gate_proj, self.up_proj, part)) for part in rows]
-        return torch.cat(out).view_as(x) if parts > 1 else out[0]
+        parts = -(-x.shape[:-1].numel() * self.hidden // HIDDEN)
+        if parts == 1 or not infers(x):
+            return self._whole(x)
+        return torch.cat([self._whole(part) for part in x.flatten(0, -2).chunk(parts)]).view_as(x)
+
+    def _whole(self, x: Tensor) -> Tensor:
+        return self.down_proj(gated(self.gate_proj, self.up_proj, x))
 
 
 def behind(past: Tensor, new: Tensor, mask: Tensor) -> Tensor:

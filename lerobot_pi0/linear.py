@@ -38,8 +38,9 @@ class Linear(nn.Linear):
     packed: Tensor | None = None  # the weight for oneDNN, while `packed` below holds
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed is not None and infers(x):
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        packed = self.packed
+        if packed is not None and infers(x):
+            return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
         if not self._widens(x):
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
@@ -47,8 +48,8 @@ class Linear(nn.Linear):
             return F.linear(x.float(), _widened(self.weight), bias).to(self.weight.dtype)
 
     def _widens(self, x: Tensor) -> bool:
-        many = x.numel() >= MANY_TOKENS * self.in_features
-        return BFLOAT16_IS_SLOW and many and x.device.type == "cpu" and infers(self.weight)
+        on_slow_cpu = BFLOAT16_IS_SLOW and x.device.type == "cpu"
+        return on_slow_cpu and infers(self.weight) and x.numel() >= MANY_TOKENS * self.in_features
 
 
 def infers(x: Tensor) -> bool:
@@ -97,7 +98,8 @@ def fuses(layer: nn.Module, x: Tensor) -> bool:
 
 def operand(layer: nn.Module) -> Any:
     """The layer's weight as oneDNN shall read it."""
-    return layer.weight if layer.packed is None else layer.packed
+    packed = layer.packed
+    return layer.weight if packed is None else packed
 
 
 @contextlib.contextmanager
@@ -118,7 +120,7 @@ def packed(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for layer in layers:
-            del layer.packed
+            layer.packed = None
 
 
 _copies: "weakref.WeakKeyDictionary[Linear, tuple[Tensor, Tensor]]" = weakref.WeakKeyDictionary()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import augment, checkpoint, flow, guidance, lora, quantize, safety
 from .calls import Calls
-from .configuration_pi0 import PLUGIN_CONFIG_NAME, PI0Config, dim_name
+from .configuration_pi0 import PLUGIN_CONFIG_NAME, PLUGIN_FIELDS, PI0Config, dim_name
 from .ema import Ema, check_averaging
 from .model_card import make_card
 from .network import PI0, Observation
@@ -96,6 +96,8 @@ class PI0Policy(PreTrainedPolicy):
         try:
             config.settle(saved, vlm_is_pretrained=pretrained)
         except ValueError as error:  # each was judged alone before
+            if saved.keys().isdisjoint(PLUGIN_FIELDS):
+                raise
             raise checkpoint.CheckpointConfigError(
                 f"options of the run and of the checkpoint ({PLUGIN_CONFIG_NAME}) do not go together: {error}"
             ) from error

@@ -194,10 +194,8 @@ class PI0(nn.Module):
 
     def frame(self, context: Context, samples: int, steps: int, dtype: torch.dtype) -> tuple[Rope, Tensor]:
         """Where the tokens of `velocity` stand and what they see: RoPE's angles, and the additive mask."""
-        own, with_state = (
-            torch.arange(steps, device=context.mask_BS.device).repeat(samples),
-            context.state_B1W is not None,
-        )
+        with_state = context.state_B1W is not None
+        own = torch.arange(steps, device=context.mask_BS.device).repeat(samples)
         own = F.pad(own + 1, (1, 0)) if with_state else own
         visible = block_mask(context.mask_BS, samples, steps, self.expert.cfg.heads, with_state)
         return self.expert.rope(context.length_B[:, None] + own), additive_mask(visible, dtype)

@@ -64,28 +64,28 @@ def check(kind: str, device: torch.device) -> None:
         )
 
 
+def _rounded_rows(x_RK: Tensor, most: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows as integers up to `most`, int8 (R, K), and the scale of each, (R, 1), computed in `dtype`."""
+    whole = torch.empty(x_RK.shape, dtype=torch.int8, device=x_RK.device)
+    scale_R1 = x_RK.new_empty(len(x_RK), 1, dtype=dtype)
+    rows = max(1, PART // x_RK.shape[1])
+    for part, target, scale in zip(*(x.split(rows) for x in (x_RK, whole, scale_R1)), strict=True):
+        part = part.to(dtype)
+        scale.copy_((part.abs().amax(dim=1, keepdim=True) / most).clamp_(min=torch.finfo(dtype).tiny))
+        target.copy_((part / scale).round_())
+    return whole, scale_R1
+
+
 @torch.no_grad()
 def rounded(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     """A weight as int8 (N, K), and the scale of each output channel, float32 (N,)."""
-    whole = torch.empty(weight_NK.shape, dtype=torch.int8, device=weight_NK.device)
-    scale_N = torch.empty(len(weight_NK), device=weight_NK.device)
-    rows = max(1, PART // weight_NK.shape[1])
-    for part, target, scale in zip(*(x.split(rows) for x in (weight_NK, whole, scale_N)), strict=True):
-        part = part.float()
-        scale.copy_((part.abs().amax(dim=1) / WEIGHT_RANGE).clamp_(min=torch.finfo(torch.float32).tiny))
-        target.copy_((part / scale[:, None]).round_())
-    return whole, scale_N
+    whole, scale_N1 = _rounded_rows(weight_NK, WEIGHT_RANGE, torch.float32)
+    return whole, scale_N1[:, 0]
 
 
 def rounded_tokens(x_MK: Tensor) -> tuple[Tensor, Tensor]:
     """Activations as int8 (M, K), and the scale of each token (M, 1), in their dtype; not finite where they are not."""
-    whole = torch.empty(x_MK.shape, dtype=torch.int8, device=x_MK.device)
-    scale_M1 = x_MK.new_empty(len(x_MK), 1)
-    rows = max(1, PART // x_MK.shape[1])
-    for part, target, scale in zip(*(x.split(rows) for x in (x_MK, whole, scale_M1)), strict=True):
-        scale.copy_((part.abs().amax(dim=1, keepdim=True) / TOKEN_RANGE).clamp_(min=torch.finfo(x_MK.dtype).tiny))
-        target.copy_((part / scale).round_())
-    return whole, scale_M1
+    return _rounded_rows(x_MK, TOKEN_RANGE, x_MK.dtype)
 
 
 def plain_product(x_MK: Tensor, weight_NK: Tensor, scale_N: Tensor, dtype: torch.dtype) -> Tensor:
@@ -95,7 +95,7 @@ def plain_product(x_MK: Tensor, weight_NK: Tensor, scale_N: Tensor, dtype: torch
 
 
 def packed_product(x_MK: Tensor, packed_KN: Tensor, scale_N: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same by oneDNN, from a weight in the order that its product reads it (`qlinear_prepack`)."""
+    """The same by oneDNN, from a weight in the order that its product reads it (`qlinear_prepack`); changes x_MK."""
     x_MK = x_MK.view(torch.uint8).bitwise_xor_(OFFSET)  # x + 128, in uint8; nobody else has them
     zero = scale_N.new_zeros(1, dtype=torch.int32)
     return torch.ops.onednn.qlinear_pointwise(

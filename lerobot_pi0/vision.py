@@ -4,6 +4,7 @@ Axes: N images (cameras of all samples), C channels, P patches, W width of the V
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -56,15 +57,9 @@ class MLP(nn.Module):
         return self.fc2(gelu_linear(self.fc1, x))
 
 
-def vision_tower(cfg: Vision, image_size: int) -> SiglipVisionModel:
-    """A SigLIP tower without the pooling head, which PaliGemma does not have.
-
-    Raises:
-        ValueError: the image does not divide into patches.
-    """
-    if image_size < cfg.patch_size:
-        raise ValueError(f"images of {image_size} pixels are smaller than one patch of {cfg.patch_size}")
-    siglip = SiglipVisionConfig(
+def siglip_config(cfg: Vision, image_size: int, **more: Any) -> SiglipVisionConfig:
+    """transformers' name for such a tower, without the pooling head, which PaliGemma does not have."""
+    return SiglipVisionConfig(
         hidden_size=cfg.width,
         num_hidden_layers=cfg.depth,
         intermediate_size=cfg.mlp_dim,
@@ -73,9 +68,19 @@ def vision_tower(cfg: Vision, image_size: int) -> SiglipVisionModel:
         image_size=image_size,
         hidden_act="gelu_pytorch_tanh",
         vision_use_head=False,
-        attn_implementation=ATTENTION,
+        **more,
     )
-    tower = SiglipVisionModel(siglip)
+
+
+def vision_tower(cfg: Vision, image_size: int) -> SiglipVisionModel:
+    """A SigLIP tower, with the small presets' stem and our MLP.
+
+    Raises:
+        ValueError: the image does not divide into patches.
+    """
+    if image_size < cfg.patch_size:
+        raise ValueError(f"images of {image_size} pixels are smaller than one patch of {cfg.patch_size}")
+    tower = SiglipVisionModel(siglip_config(cfg, image_size, attn_implementation=ATTENTION))
     if cfg.stem:
         tower.vision_model.embeddings.patch_embedding = ConvolutionalStem(cfg)
     for layer in tower.vision_model.encoder.layers:
