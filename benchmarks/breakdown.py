@@ -91,16 +91,18 @@ class Clock:
         yield module.register_forward_hook(end)
 
 
-def products_of_attention(q: Tensor, k: Tensor, *_: Any) -> int:
-    """Operations of attention with these queries and keys, (…, Q, D) and (…, S, D)."""
-    return 4 * q.numel() * k.shape[-2]
+def products_of_attention(
+    q: Tensor, new: attention.KeysValues, mask: attention.Mask | None = None, past: attention.KeysValues | None = None
+) -> int:
+    """Operations of attention with these queries, (…, Q, D), and keys, (…, S, D); in a chunk the past has room."""
+    return 4 * q.numel() * (new if past is None else past)[0].shape[-2]
 
 
 @contextlib.contextmanager
 def timed(policy: PI0Policy) -> Iterator[Clock]:
     """A clock that times the policy's network."""
     clock, net, handles = Clock(), policy.model, contextlib.ExitStack()
-    by_heads = clock.around("attention", attention.of_heads, lambda module, q, k, *_: products_of_attention(q, k))
+    by_heads = clock.around("attention", attention.of_heads, lambda _, q, k, v, *__: products_of_attention(q, (k, v)))
     with handles:
         names = {id(getattr(net, attribute)): stack for stack, attribute in STACKS.items()}
         stack_of = {

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import flow, guidance
-from .gemma import with_room
+from .attention import with_room
 from .linear import packed
 from .network import PI0, Context, Observation
 

@@ -17,11 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .architecture import Gemma as GemmaConfig
-from .attention import attention
+from .attention import KeysValues, Mask, attention, joined
 from .linear import Linear, gated, infers
-
-KeysValues = tuple[Tensor, Tensor]
-"""Keys (rotated) and values of one layer, each (B, S, D): one head serves all query heads."""
 
 Rope = tuple[Tensor, Tensor]
 """Cosine and sine of RoPE's angles, float32 (B, T, D/2)."""
@@ -54,11 +51,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
 
 
-def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where `visible`, -inf elsewhere: made once per call, where a boolean would be converted per layer."""
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, float("-inf"))
-
-
 class Attention(nn.Module):
     """Multi-query attention. With one key/value head, query heads are nothing but more queries."""
 
@@ -74,11 +66,11 @@ class Attention(nn.Module):
         """Keys and values of these tokens, each (B, T, D)."""
         return rotate(self.k_proj(x_BTW), *rope), self.v_proj(x_BTW)
 
-    def forward(self, x_BTW: Tensor, rope: Rope, kv: KeysValues, mask: Tensor) -> Tensor:
-        """Attend from x to `kv`, each (B, S, D), under an additive mask (B, 1 or T·H, S)."""
+    def forward(self, x_BTW: Tensor, rope: Rope, kv: KeysValues, mask: Mask, past: KeysValues | None) -> Tensor:
+        """Attend from x to `past` and to its own keys and values, each (B, S, D)."""
         cos, sin = (angle[:, :, None] for angle in rope)
         q_BTHD = rotate(rearrange(self.q_proj(x_BTW), "b t (h d) -> b t h d", h=self.heads), cos, sin)
-        out = attention(rearrange(q_BTHD, "b t h d -> b (t h) d"), *kv, mask)
+        out = attention(rearrange(q_BTHD, "b t h d -> b (t h) d"), kv, mask, past)
         return self.o_proj(rearrange(out, "b (t h) d -> b t (h d)", h=self.heads))
 
 
@@ -106,20 +98,6 @@ class MLP(nn.Module):
         return self.down_proj(gated(self.gate_proj, self.up_proj, x))
 
 
-def behind(past: Tensor, new: Tensor, mask: Tensor) -> Tensor:
-    """Both, one behind the other, (B, S, D): `new` in the room that `past` has been given (`with_room`), or a copy."""
-    if past.shape[1] < mask.shape[-1]:
-        return torch.cat([past, new], dim=1)
-    past[:, -new.shape[1] :] = new
-    return past
-
-
-def with_room(cache: Sequence[KeysValues], tokens: int) -> list[KeysValues]:
-    """The same keys and values, with room for those of some tokens more: they are put there, and nothing is copied
-    again. Not for what is differentiated, nor for two calls at a time."""
-    return [(F.pad(k, (0, 0, 0, tokens)), F.pad(v, (0, 0, 0, tokens))) for k, v in cache]
-
-
 class Layer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
@@ -131,15 +109,14 @@ class Layer(nn.Module):
         self.mlp = MLP(cfg)
 
     def forward(
-        self, x: Tensor, rope: Rope, mask: Tensor, past: KeysValues | None, kv_only: bool
+        self, x: Tensor, rope: Rope, mask: Mask, past: KeysValues | None, kv_only: bool
     ) -> tuple[Tensor, KeysValues]:
-        """Returns the layer's output, and the keys and values of `past` and x together, each (B, S, D)."""
+        """Returns the layer's output, and the keys and values of x, each (B, T, D)."""
         h = self.input_layernorm(x)
-        k, v = self.self_attn.keys_values(h, rope)
-        kv = (k, v) if past is None else (behind(past[0], k, mask), behind(past[1], v, mask))
+        kv = self.self_attn.keys_values(h, rope)
         if kv_only:
             return x, kv
-        x = x + self.self_attn(h, rope, kv, mask)
+        x = x + self.self_attn(h, rope, kv, mask, past)
         return x + self.mlp(self.post_attention_layernorm(x)), kv
 
 
@@ -166,24 +143,25 @@ class Gemma(nn.Module):
         return rotary_angles(positions_BT, self.cfg.head_dim)
 
     def cache(
-        self, x_BTW: Tensor, rope: Rope, mask: Tensor, past: Sequence[KeysValues] | None = None
+        self, x_BTW: Tensor, rope: Rope, mask: Mask, past: Sequence[KeysValues] | None = None
     ) -> list[KeysValues]:
         """Keys and values per layer of `past` and x together. The last layer's attention and MLP, which
         nobody would read, are not computed."""
-        return self._layers(x_BTW, rope, mask, past, cache_only=True)[1]
+        new = self._layers(x_BTW, rope, mask, past, cache_only=True)[1]
+        return new if past is None else [joined(*layer) for layer in zip(past, new, strict=True)]
 
-    def forward(self, x_BTW: Tensor, rope: Rope, mask: Tensor, past: Sequence[KeysValues] | None = None) -> Tensor:
+    def forward(self, x_BTW: Tensor, rope: Rope, mask: Mask, past: Sequence[KeysValues] | None = None) -> Tensor:
         """Final hidden states (B, T, W), after the last norm.
 
         Args:
             rope: the angles of each token.
-            mask: additive, (B, 1 or T·H, S) over the S = len(past) + T tokens attended to.
+            mask: (B, 1 or T·H, S) over the S = len(past) + T tokens attended to.
             past: keys and values per layer of the tokens before these, as they are or with room for these.
         """
         return self.norm(self._layers(x_BTW, rope, mask, past, cache_only=False)[0])
 
     def _layers(
-        self, x: Tensor, rope: Rope, mask: Tensor, past: Sequence[KeysValues] | None, cache_only: bool
+        self, x: Tensor, rope: Rope, mask: Mask, past: Sequence[KeysValues] | None, cache_only: bool
     ) -> tuple[Tensor, list[KeysValues]]:
         cache = []
         for i, layer in enumerate(self.layers):

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import SiglipVisionModel
 
 from .architecture import Architecture
-from .gemma import Gemma, KeysValues, RMSNorm, Rope, additive_mask
+from .attention import KeysValues, Mask, additive_mask
+from .gemma import Gemma, RMSNorm, Rope
 from .linear import draw_normal
 from .vision import image_tokens, initialise, vision_tower
 
@@ -42,7 +43,7 @@ class Context(NamedTuple):
     cache: list[KeysValues]  # per layer, each (B, S, D)
     mask_BS: Tensor  # False on padding
     state_B1W: Tensor | None = None  # the state's token, where it is not in the cache but runs with the actions
-    frame: tuple[Rope, Tensor] | None = None  # `PI0.frame`, where several velocities share it
+    frame: tuple[Rope, Mask] | None = None  # `PI0.frame`, where several velocities share it
 
     @property
     def length_B(self) -> Tensor:
@@ -192,13 +193,14 @@ class PI0(nn.Module):
         cache = self.expert.cache(state, rope, additive_mask(mask[:, None], state.dtype), past=cache)
         return Context(cache, mask)
 
-    def frame(self, context: Context, samples: int, steps: int, dtype: torch.dtype) -> tuple[Rope, Tensor]:
-        """Where the tokens of `velocity` stand and what they see: RoPE's angles, and the additive mask."""
+    def frame(self, context: Context, samples: int, steps: int, dtype: torch.dtype) -> tuple[Rope, Mask]:
+        """Where the tokens of `velocity` stand and what they see: RoPE's angles, and the mask."""
         with_state = context.state_B1W is not None
         own = torch.arange(steps, device=context.mask_BS.device).repeat(samples)
         own = F.pad(own + 1, (1, 0)) if with_state else own
         visible = block_mask(context.mask_BS, samples, steps, self.expert.cfg.heads, with_state)
-        return self.expert.rope(context.length_B[:, None] + own), additive_mask(visible, dtype)
+        mask = additive_mask(visible, dtype, samples, front=int(with_state))
+        return self.expert.rope(context.length_B[:, None] + own), mask
 
     def embed_time(self, time: Tensor) -> Tensor:
         """The part of the action MLP's input layer that depends on time alone, with its bias: (*, W).

@@ -7,6 +7,7 @@ from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from torch.utils.flop_counter import FlopCounterMode
 
 from lerobot_pi0 import attention, calls, gemma, linear
+from lerobot_pi0.network import block_mask
 
 
 @pytest.fixture(params=[True, False], ids=["written out", "fused"])
@@ -29,10 +30,10 @@ def test_formula(fast, monkeypatch, masked, rows):
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, n, 16, generator=draw).bfloat16() for n in (12, 37, 37))
     visible = torch.rand(2, 1 if masked == "all alike" else 12, 37, generator=draw) < 0.6
-    mask = None if masked == "none" else gemma.additive_mask(visible, torch.bfloat16)
+    mask = None if masked == "none" else attention.additive_mask(visible, torch.bfloat16)
     with torch.no_grad():
-        found = attention.attention(4 * q, k, v, mask)
-    exact = formula(4 * q, k, v, torch.zeros(1) if mask is None else mask)
+        found = attention.attention(4 * q, (k, v), mask)
+    exact = formula(4 * q, k, v, torch.zeros(1) if mask is None else mask.additive)
     assert found.dtype == torch.bfloat16 and found.shape == q.shape
     assert (found - exact).norm() < 6e-3 * exact.norm()
 
@@ -57,18 +58,59 @@ def test_derivative(fast, monkeypatch, masked, rows):
     inputs = [torch.randn(2, n, 16, generator=draw).bfloat16().requires_grad_() for n in shapes]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     visible = torch.rand(2, 1 if masked == "all alike" else 12, 37, generator=draw) < 0.6
-    mask, grad = gemma.additive_mask(visible, torch.bfloat16), torch.randn(2, 12, 16, generator=draw).bfloat16()
-    attention.attention(*inputs, mask).backward(grad)
-    formula(*exact, mask).backward(grad.double())
+    mask, grad = attention.additive_mask(visible, torch.bfloat16), torch.randn(2, 12, 16, generator=draw).bfloat16()
+    attention.attention(inputs[0], tuple(inputs[1:]), mask).backward(grad)
+    formula(*exact, mask.additive).backward(grad.double())
     for found, wanted in zip(inputs, exact, strict=True):
         assert found.grad.dtype == torch.bfloat16
         assert (found.grad - wanted.grad).norm() < 1.5e-2 * wanted.grad.norm()
 
     def of_queries(q):
-        return attention.attention(q, *(x.detach() for x in inputs[1:]), mask)
+        return attention.attention(q, tuple(x.detach() for x in inputs[1:]), mask)
 
     pulled = torch.func.vjp(of_queries, inputs[0].detach())[1](grad)[0]
     torch.testing.assert_close(pulled, inputs[0].grad)
+
+
+@pytest.mark.parametrize("rows", [5, 1000])
+@pytest.mark.parametrize("front", [0, 1, 2])
+@pytest.mark.parametrize("trained", [True, False], ids=["past trained", "past frozen"])
+def test_samples_behind_a_past(fast, monkeypatch, trained, front, rows):
+    """Catches a sample that sees another's keys, padding, or not all of the past and the front, a front that sees
+    samples, and gradients that are summed over too few samples, put at other keys or made where none is asked for."""
+    heads, past, samples, steps = 3, 7, 4, 5
+    new = front + samples * steps
+    monkeypatch.setattr(attention, "SCORES", rows * 2 * (past + front + steps))
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"q": new * heads, "k": new, "v": new, "past_k": past, "past_v": past}
+    inputs = {key: torch.randn(2, n, 16, generator=draw).bfloat16() for key, n in shapes.items()}
+    exact = {key: x.double().requires_grad_() for key, x in inputs.items()}
+    for key, x in inputs.items():
+        x.requires_grad_(trained or "past" not in key)
+    seen = torch.arange(past) < torch.tensor([[past], [past - 2]])
+    visible = block_mask(seen, samples, steps, heads)
+    if front:
+        own = torch.zeros(new, new, dtype=torch.bool)
+        own[:, :front] = True
+        own[front:, front:] = torch.block_diag(*[torch.ones(steps, steps)] * samples).bool()
+        own = own.repeat_interleave(heads, dim=0).expand(2, -1, -1)
+        visible = torch.cat([seen[:, None].expand(-1, own.shape[1], -1), own], dim=2)
+    mask, grad = (
+        attention.additive_mask(visible, torch.bfloat16, samples, front),
+        torch.randn(2, new * heads, 16, generator=draw).bfloat16(),
+    )
+
+    found = attention.attention(inputs["q"], (inputs["k"], inputs["v"]), mask, (inputs["past_k"], inputs["past_v"]))
+    keys, values = (torch.cat([exact["past_" + name], exact[name]], dim=1) for name in "kv")
+    wanted = formula(exact["q"], keys, values, mask.additive)
+    assert (found - wanted).norm() < 6e-3 * wanted.norm()
+    found.backward(grad)
+    wanted.backward(grad.double())
+    for key, x in inputs.items():
+        if x.requires_grad:
+            assert (x.grad - exact[key].grad).norm() < 1.5e-2 * exact[key].grad.norm(), key
+        else:
+            assert x.grad is None
 
 
 def test_scores_are_not_kept():
@@ -77,7 +119,7 @@ def test_scores_are_not_kept():
     q, k = torch.randn(1, 400, 8).bfloat16().requires_grad_(), torch.randn(1, 300, 8).bfloat16().requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-        attention.attention(q, k, k)
+        attention.attention(q, (k, k))
     assert max(kept) <= 400 * 8
 
 
@@ -88,11 +130,11 @@ def test_written_out_only_where_nobody_looks(monkeypatch):
     sdpa = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(attention.F, "scaled_dot_product_attention", lambda *a, **k: fused.append(1) or sdpa(*a, **k))
     x = torch.randn(1, 4, 8).bfloat16()
-    attention.attention(x.float(), x.float(), x.float())
+    attention.attention(x.float(), (x.float(), x.float()))
     with FlopCounterMode(display=False):
-        attention.attention(x, x, x)
+        attention.attention(x, (x, x))
     assert len(fused) == 2
-    attention.attention(x, x, x)
+    attention.attention(x, (x, x))
     assert (len(fused) == 2) == torch.backends.mkldnn.is_available()
 
 
