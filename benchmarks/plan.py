@@ -1,6 +1,6 @@
 """What `lerobot-pi0 plan` counts, beside the memory that a training step takes on the CPU.
 
-    python benchmarks/plan.py                  # six configurations of a medium network, minutes
+    python benchmarks/plan.py                  # seven configurations of a medium network, minutes
     python benchmarks/plan.py --size full      # two at full size: 14 GiB
 
 Measured is the most memory that the process has resident during its second training step (the first makes the
@@ -22,7 +22,7 @@ import torch
 from lerobot.configs.default import PeftConfig
 from subjects import SIZES, Ours, RandomWeights, make_batch, presets, with_weights
 
-from lerobot_pi0 import PI0Policy
+from lerobot_pi0 import PI0Policy, quantize
 from lerobot_pi0.network import PI0
 from lerobot_pi0.tools.memory import Counter, Load
 
@@ -50,6 +50,7 @@ MEDIUM = [
     Configuration("everything, float32", 2, 1, "float32"),
     Configuration("everything, checkpointing", 4, options=CHECKPOINTING),
     Configuration("LoRA", 2, frozen=None, lora=True),
+    Configuration("LoRA, frozen VLM in int8", 16, frozen=True, lora=True, options={"vlm_quantization": "int8"}),
 ]
 FULL = [Configuration("frozen VLM, batch 1", 1, frozen=True), Configuration("frozen VLM, batch 8", 8, frozen=True)]
 CONFIGURATIONS = {"small": MEDIUM, "medium": MEDIUM, "full": FULL}
@@ -87,8 +88,12 @@ def counted(line: Configuration, size: str) -> int:
 
 def trainer(line: Configuration, size: str) -> Callable[[], None]:
     """A policy with weights; the function makes a step, as lerobot-train does."""
+    config = make_config(line, size)
+    kind, config.vlm_quantization = config.vlm_quantization, None  # there is no checkpoint to round
     with presets(SIZES[size]), mock.patch.object(PI0, "initialise"):
-        policy = PI0Policy(make_config(line, size))
+        policy = PI0Policy(config)
+    if kind:
+        quantize.prepare(policy.model, kind)
     if line.lora:
         policy.wrap_with_peft(peft_cli_overrides=adapter(line))
     with_weights(policy, RandomWeights(), training=True)

@@ -301,8 +301,9 @@ class PI0Policy(PreTrainedPolicy):
         """Trained weights in float32. What an adapter has frozen after it was loaded in float32: as at inference."""
         storage = getattr(torch, self.config.dtype)
         for p in self.parameters():
-            if p.is_floating_point() and (p.requires_grad or p.dtype == torch.float32):
-                p.data = p.data.to(torch.float32 if p.requires_grad else storage)
+            wanted = torch.float32 if p.requires_grad else storage
+            if p.is_floating_point() and p.dtype != wanted and (p.requires_grad or p.dtype == torch.float32):
+                p.data = p.data.to(wanted)
 
     def _tell_what_is_trained(self) -> None:
         if not self._told:

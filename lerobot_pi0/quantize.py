@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from .linear import Linear
 
@@ -36,7 +37,7 @@ CUDA_TOKENS = 17
 """Fewest tokens that `torch._int_mm` takes on CUDA."""
 
 PART = 2**18
-"""Numbers that are rounded at a time: what is made in between stays in the cache."""
+"""Numbers that a CPU rounds at a time: what is made in between stays in the cache."""
 
 
 def check(kind: str, device: torch.device) -> None:
@@ -64,11 +65,16 @@ def check(kind: str, device: torch.device) -> None:
         )
 
 
+def _on_cpu(x: Tensor) -> bool:
+    """Whether these are numbers on a CPU. What has none, and is only counted, goes the way of GPUs."""
+    return x.device.type == "cpu" and not isinstance(x, FakeTensor)
+
+
 def _rounded_rows(x_RK: Tensor, most: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Rows as integers up to `most`, int8 (R, K), and the scale of each, (R, 1), computed in `dtype`."""
     whole = torch.empty(x_RK.shape, dtype=torch.int8, device=x_RK.device)
     scale_R1 = x_RK.new_empty(len(x_RK), 1, dtype=dtype)
-    rows = max(1, PART // x_RK.shape[1])
+    rows = max(1, PART // x_RK.shape[1] if _on_cpu(x_RK) else len(x_RK))
     for part, target, scale in zip(*(x.split(rows) for x in (x_RK, whole, scale_R1)), strict=True):
         part = part.to(dtype)
         scale.copy_((part.abs().amax(dim=1, keepdim=True) / most).clamp_(min=torch.finfo(dtype).tiny))
@@ -124,8 +130,8 @@ class RoundedLinear(nn.Module):
     def put(self, weight: Tensor) -> None:
         """Take the numbers of `weight` (N, K), on the device where they shall stay."""
         whole, self._scale_N = rounded(weight.detach())
-        self._product = plain_product if weight.device.type == "cuda" else packed_product
-        self._rounded = whole if weight.device.type == "cuda" else torch.ops.onednn.qlinear_prepack(whole, None)
+        self._product = packed_product if _on_cpu(weight) else plain_product
+        self._rounded = torch.ops.onednn.qlinear_prepack(whole, None) if _on_cpu(weight) else whole
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output in the dtype that its weights had, as autocast makes an nn.Linear answer.

@@ -11,7 +11,7 @@ import torch
 from conftest import CAMERAS, DIMS, features, tiny_config
 from lerobot.configs.default import PeftConfig
 
-from lerobot_pi0 import PI0Config, PI0Policy
+from lerobot_pi0 import PI0Config, PI0Policy, quantize
 from lerobot_pi0.tools import main
 from lerobot_pi0.tools.memory import Count, Counter, Load, largest_batch, peak_at
 from lerobot_pi0.tools.plan import MODES
@@ -52,6 +52,26 @@ def test_weights_gradients_and_states(micro, mode):
     assert x.weights == 4 * own + 2 * (total - own) + buffers
     assert x.peak >= x.weights + x.gradients + x.optimizer
     assert x.peaks["forward"] >= x.weights + x.optimizer + x.activations
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("adapted", [False, True], ids=["expert", "LoRA"])
+def test_a_rounded_vlm(micro, monkeypatch, kind, adapted):
+    """Catches rounded weights that are counted as they were, or on this machine's terms: it may have no kernel for
+    them; gradients and steps that a rounded VLM changes."""
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    options = {"dtype": "bfloat16", "train_expert_only": True, "pretrained_path": "base"}
+    adapter = vars(PeftConfig(r=2)) if adapted else None
+    plain, found = counter(adapter, **options), counter(adapter, **options, vlm_quantization=kind)
+    layers = quantize.layers(found.policy).values()
+    assert len(layers) > 10 and found.trained() == plain.trained()
+    x, y = plain.count(2, LOAD), found.count(2, LOAD)
+    numbers, channels = sum(m.weight.numel() for m in layers), sum(m.out_features for m in layers)
+    blocks = sum(-(-m.weight.numel() // 64) for m in layers)
+    scales = {"int8": numbers + 4 * channels, "nf4": numbers / 2 + 4 * blocks + 64 * len(layers)}[kind]
+    assert y.weights == pytest.approx(x.weights - 2 * numbers + scales, rel=1e-3)
+    assert (y.gradients, y.optimizer) == (x.gradients, x.optimizer)
+    assert y.activations == pytest.approx(x.activations, rel=0.05)
 
 
 def test_averages_count(micro):
@@ -135,6 +155,9 @@ def test_the_command(micro, capsys):
     assert main(["plan", *CLI, "--batch_size=2", "--modes=[everything]"]) == 0
     text = capsys.readouterr().out
     assert "2 cameras (480 x 640, 480 x 640)" in text and "everything" in text and "LoRA" not in text
+    assert main(["plan", *CLI, "--policy.vlm_quantization=int8", "--batch_size=2"]) == 0
+    text = capsys.readouterr().out
+    assert "VLM in int8" in text and text.count("frozen VLM") == 2 and "everything" not in text
 
 
 def test_what_cannot_be_planned(caplog):
@@ -142,19 +165,20 @@ def test_what_cannot_be_planned(caplog):
     assert main(["plan", *CLI, "--modes=[half]"]) == 1
     assert main(["plan", "--policy.type=act"]) == 1
     assert main(["plan", *CLI, "--batch_size=0"]) == 1
-    for said in ("half: there are frozen VLM", "another policy", "at least 1"):
+    assert main(["plan", *CLI, "--policy.vlm_quantization=nf4", "--modes=[everything]"]) == 1
+    for said in ("half: there are frozen VLM", "another policy", "at least 1", "rounds a VLM that is frozen"):
         assert said in caplog.text
 
 
 @pytest.mark.slow
 def test_as_measured(monkeypatch):
-    """Catches whatever the count leaves out: it is within 10 % of what a process takes, in six configurations."""
+    """Catches whatever the count leaves out: it is within 10 % of what a process takes, in seven configurations."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     try:
         results = importlib.import_module("plan").main(["--size", "medium"])
     finally:
         for name in ("plan", "measure", "subjects"):
             sys.modules.pop(name, None)
-    assert len(results) == 6
+    assert len(results) == 7
     for name, result in results.items():
         assert abs(result.deviation) < 0.1, name

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .. import checkpoint
+from .. import checkpoint, quantize
 from ..configuration_pi0 import PI0Config
 from ..modeling_pi0 import PI0Policy
 
@@ -103,23 +103,30 @@ class Counter:
             foreach: the optimizer takes all weights at a time, as torch's do on GPUs and not on CPUs.
 
         Raises:
-            ValueError: nothing would be trained, what is asked for does not go together, or the VLM is rounded.
+            ValueError: nothing would be trained, or what is asked for does not go together.
         """
-        if config.vlm_quantization:
-            raise ValueError(
-                "memory with vlm_quantization cannot be counted: its kernels take no tensors without numbers"
-            )
+        kind, config.vlm_quantization = config.vlm_quantization, None  # which this machine need not be able to do
+        if kind and not config.train_expert_only:
+            raise ValueError("vlm_quantization rounds a VLM that is frozen: leave it out, or train the expert alone")
         config.device, config.compile_model = "cpu", False
         config.max_action_step = config.action_range_margin = None  # they need statistics, and take nothing
         self.policy = PI0Policy.__new__(PI0Policy)  # without the weights, which `__init__` makes
         self.policy._build(config, None, None, saved={}, pretrained=bool(config.pretrained_path or config.vlm_path))
+        if kind:
+            config.vlm_quantization = kind
+            quantize.prepare(self.policy.model, kind)
         if adapter is not None:
             self.policy.wrap_with_peft(peft_cli_overrides=dict(adapter))
         self.policy._set_dtypes()
         self._fake, self._live = FakeTensorMode(), Live()
         with self._fake, self._live:
+            rounded = quantize.layers(self.policy)
             for name, p in list(self.policy.named_parameters()):
-                checkpoint.set_parameter(self.policy, name, torch.empty(p.shape, dtype=p.dtype))
+                weight = torch.empty(p.shape, dtype=p.dtype)
+                if name in rounded:
+                    rounded[name].put(weight)
+                else:
+                    checkpoint.set_parameter(self.policy, name, weight)
             self.policy._finish()
             self.policy.train()
             self._weights = self._live.now

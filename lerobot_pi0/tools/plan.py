@@ -45,8 +45,9 @@ class Options:
 
     # The policy: --policy.path=CHECKPOINT, or --policy.type=pi0 and the options that training will get.
     policy: PreTrainedConfig | None = None
-    # Ways to train: frozen VLM, frozen vision tower, everything, LoRA, or "LoRA, frozen VLM"; by default all.
-    modes: list[str] = field(default_factory=lambda: list(MODES))
+    # Ways to train: frozen VLM, frozen vision tower, everything, LoRA, or "LoRA, frozen VLM"; by default all, of a VLM
+    # that is rounded those that leave it frozen.
+    modes: list[str] | None = None
     # Samples per step on one GPU.
     batch_size: int = 8
     # How many cameras; by default the policy's own, or 2 where it has none yet.
@@ -74,15 +75,20 @@ def run(options: Options) -> None:
         CheckpointError, ToolError: there is no such policy or mode, or nothing would be trained.
     """
     config = need_pi0(options.policy)
-    if unknown := [mode for mode in options.modes if mode not in MODES]:
+    modes = options.modes
+    if modes is None:
+        frozen = config.vlm_quantization is not None
+        modes = [mode for mode, (changes, _) in MODES.items() if changes["train_expert_only"] or not frozen]
+    if unknown := [mode for mode in modes if mode not in MODES]:
         raise ToolError(f"--modes: {', '.join(unknown)}: there are {'; '.join(MODES)}")
     if options.batch_size < 1:
         raise ToolError(f"--batch_size={options.batch_size} has to be at least 1")
     load = make_load(config, options.cameras, options.image_size, options.prompt_tokens)
-    rows = {mode: plan(options, config, mode, load) for mode in options.modes}
+    rows = {mode: plan(options, config, mode, load) for mode in modes}
     content = {
         "policy": f"{config.paligemma_variant} + {config.action_expert_variant}",
         "dtype": config.dtype,
+        "vlm_quantization": config.vlm_quantization,
         "batch_size": options.batch_size,
         "cameras": [list(size) for size in load.images],
         "prompt_tokens": load.prompt,
@@ -150,6 +156,7 @@ def as_text(content: Mapping[str, Any]) -> str:
         f"π₀ {content['policy']}, {content['dtype']}, batch {content['batch_size']}, "
         f"{len(content['cameras'])} cameras ({cameras}), {content['prompt_tokens']} prompt tokens, "
         f"flow_samples={content['flow_samples']}"
+        + (f", VLM in {content['vlm_quantization']}" if content["vlm_quantization"] else "")
         + (", gradient checkpointing" if content["gradient_checkpointing"] else ""),
         "",
     ]
