@@ -123,12 +123,15 @@ class ObservationMaker:
         action beyond its end.
 
         Raises:
-            ObservationError: the batch does not say.
+            ObservationError: the batch does not say, or says it of other steps than it holds.
         """
         key = f"{ACTION}_is_pad"
         if key not in batch:
             raise ObservationError(f"no {key!r} in the batch, which mask_padded_actions needs: LeRobotDataset has it")
-        return ~torch.as_tensor(batch[key]).to(device, torch.bool)
+        padded, shape = torch.as_tensor(batch[key]), tuple(batch[ACTION].shape[:2])
+        if padded.shape != shape:
+            raise ObservationError(f"{key!r} has shape {tuple(padded.shape)}, expected (batch, steps) = {shape}")
+        return ~padded.to(device, torch.bool)
 
     def _vector(
         self, batch: Mapping[str, Any], key: str, most: tuple[int, str], device: torch.device, ndim: int = 2

@@ -238,11 +238,16 @@ KINDS = {
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "lora": 1e-3}
 
 
-def train(*options: str, processes: int = 1) -> str:
-    """lerobot-train, for several processes under torchrun; what it logged."""
+def command(*program: str, processes: int = 1) -> subprocess.CompletedProcess:
+    """A Python program, in several processes under torchrun."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launch, "-m", "lerobot.scripts.lerobot_train", *options]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=500)
+    line = [sys.executable, *launch, *program]
+    return subprocess.run(line, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=500)
+
+
+def train(*options: str, processes: int = 1) -> str:
+    """lerobot-train; what it logged."""
+    done = command("-m", "lerobot.scripts.lerobot_train", *options, processes=processes)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stderr
 
@@ -275,17 +280,54 @@ def base(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_real_command(base, tmp_path, kind):
-    """Catches whatever stands between `torchrun … lerobot-train` and one process's run, and a run in one process that
-    is taken for two. Of a run in bfloat16, gradients are rounded to 8 bits before they are summed."""
-    common = [
+def options_of(kind: str, base: Path) -> list[str]:
+    return [
         "--dataset.repo_id=test/tiny", f"--dataset.root={base / 'data'}", "--policy.device=cpu",
         "--policy.push_to_hub=false", "--num_workers=0", f"--steps={STEPS}", f"--save_freq={SAVED}", "--log_freq=1",
         "--policy.optimizer_lr=1e-3", "--policy.scheduler_warmup_steps=3", "--policy.scheduler_decay_steps=12",
         "--wandb.enable=false", *(option.format(base=base / "policy") for option in KINDS[kind]),
     ]  # fmt: skip
+
+
+BROKEN = """
+import os, sys
+import torch
+import lerobot_policy_pi0
+from lerobot.scripts.lerobot_train import main
+from lerobot_pi0 import PI0Policy
+
+forward, calls = PI0Policy.forward, []
+
+def broken(self, batch, *args, **kwargs):
+    calls.append(1)
+    if (os.environ["RANK"], len(calls)) == ("1", 4):
+        batch["action"][0, 0, 0] = torch.nan
+    return forward(self, batch, *args, **kwargs)
+
+PI0Policy.forward = broken
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_sample_of_one_process_that_is_not_finite(base, tmp_path):
+    """Catches a process that waits for ever for another that has stopped, and weights that are written after it."""
+    script = tmp_path / "train.py"
+    script.write_text(BROKEN)
+    options = [*options_of("float32", base), "--batch_size=2", f"--output_dir={tmp_path / 'run'}"]
+    done = command(str(script), *options, processes=PROCESSES)
+    assert done.returncode != 0
+    assert "DivergedError: the loss of the dataset's samples" in done.stderr
+    assert "action of the batch hold NaN" in done.stderr
+    assert [x.name for x in (tmp_path / "run/checkpoints").iterdir() if not x.is_symlink()] == ["000002"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_real_command(base, tmp_path, kind):
+    """Catches whatever stands between `torchrun … lerobot-train` and one process's run, and a run in one process that
+    is taken for two. Of a run in bfloat16, gradients are rounded to 8 bits before they are summed."""
+    common = options_of(kind, base)
     one, two = tmp_path / "one", tmp_path / "two"
     train(*common, "--batch_size=4", f"--output_dir={one}")
     log = train(*common, "--batch_size=2", f"--output_dir={two}", processes=PROCESSES)

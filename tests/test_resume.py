@@ -1,8 +1,8 @@
 """A run that is killed with SIGKILL and resumed is the run that was not: losses, weights, optimizer, schedule.
 
 Five kinds of run: float32 with everything trained; bfloat16 with a frozen VLM, whose trained weights are float32
-under autocast; one whose weights are averaged (the file of weights holds the average, the optimizer's both) and whose
-images are augmented; one that averages them with an optimizer of 8 bits; and LoRA, whose checkpoints hold an adapter
+under autocast; one with openpi's recipe, which averages weights (their file holds the average, the optimizer's both) and
+augments images; one that averages them with an optimizer of 8 bits; and LoRA, whose checkpoints hold an adapter
 and no policy. Losses are compared in hexadecimal, since LeRobot logs three digits of them.
 """
 
@@ -27,7 +27,7 @@ TINY = ["--policy.type=pi0", "--policy.paligemma_variant=tiny", "--policy.action
 KINDS = {
     "float32": TINY,
     "bfloat16": [*TINY, "--policy.dtype=bfloat16", "--policy.train_expert_only=true", "--policy.flow_samples=2"],
-    "averaged": [*TINY, "--policy.train_expert_only=true", "--policy.ema_decay=0.9", "--policy.augment_images=true"],
+    "openpi": [*TINY, "--policy.train_expert_only=true", "--policy.recipe=openpi", "--policy.ema_decay=0.9"],
     "8 bits": [*TINY, "--policy.train_expert_only=true", "--policy.ema_decay=0.9", "--policy.optimizer_8bit=true"],
     "lora": ["--policy.path={base}", "--peft.method_type=LORA", "--peft.r=4"],
 }

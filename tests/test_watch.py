@@ -9,6 +9,7 @@ from conftest import ACTION, CAMERAS, DIMS, make_batch, small_policy
 from lerobot.scripts.lerobot_train import update_policy
 from lerobot.utils.logging_utils import AverageMeter, MetricsTracker
 
+from lerobot_pi0.observation import ObservationError
 from lerobot_pi0.watch import DivergedError
 
 pytestmark = pytest.mark.usefixtures("small")
@@ -157,6 +158,9 @@ def test_padded_actions():
     other = masked.losses(batch)
     assert torch.equal(other[0], found[0])
     assert not other[1][:, 20:].any()
+    for padded in (batch[PAD][:1], batch[PAD][0]):  # broadcast in silence
+        with pytest.raises(ObservationError, match=r"action_is_pad.*expected \(batch, steps\) = \(3, 50\)"):
+            masked.losses(batch | {PAD: padded})
     del batch[PAD]
-    with pytest.raises(ValueError, match="action_is_pad"):
+    with pytest.raises(ObservationError, match="no 'action_is_pad'"):
         masked.losses(batch)
