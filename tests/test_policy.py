@@ -156,6 +156,24 @@ def test_frozen_parameters_stay(small):
     assert moved == trained_names(policy)
 
 
+@pytest.mark.parametrize(
+    ("mode", "parts"),
+    [("all", "111"), ("expert only", "001"), ("frozen vision", "011")],
+)
+def test_the_log_says_what_is_trained(caplog, mode, parts):
+    """Catches a line with counts of another mode than the one that runs, said never or at every step."""
+    policy = tiny_policy(**MODES[mode])
+    with caplog.at_level("INFO", "lerobot_pi0"):
+        policy.train().eval()
+        policy.train()
+    (line,) = (r.getMessage() for r in caplog.records if r.getMessage().startswith("trained: "))
+    sizes = policy.part_sizes()
+    assert all(f"{name} {own / 1e6:.2f} of {n / 1e6:.2f} M" in line for name, (n, own) in sizes.items())
+    vision, vlm, expert, projections = (own for _, own in sizes.values())
+    assert [vision > 0, vlm > 0, expert > 0] == [part == "1" for part in parts] and projections > 0
+    assert vision + vlm + expert + projections == sum(p.numel() for p in policy.get_optim_params())
+
+
 # --- train_expert_only, automatic ---------------------------------------------------------------------------
 
 
