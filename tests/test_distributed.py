@@ -238,16 +238,25 @@ KINDS = {
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "lora": 1e-3}
 
 
-def command(*program: str, processes: int = 1) -> subprocess.CompletedProcess:
-    """A Python program, in several processes under torchrun."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    line = [sys.executable, *launch, *program]
+LAUNCHERS = {
+    None: [],
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"],
+    "accelerate": [
+        "-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={PROCESSES}", "--num_machines=1",
+        "--mixed_precision=no", "--dynamo_backend=no",
+    ],
+}  # fmt: skip
+"""How processes are started. `--multi_gpu` is how accelerate starts several on one machine, on CPUs too."""
+
+
+def command(*program: str, launcher: str | None = None) -> subprocess.CompletedProcess:
+    line = [sys.executable, *LAUNCHERS[launcher], *program]
     return subprocess.run(line, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=500)
 
 
-def train(*options: str, processes: int = 1) -> str:
+def train(*options: str, launcher: str | None = None) -> str:
     """lerobot-train; what it logged."""
-    done = command("-m", "lerobot.scripts.lerobot_train", *options, processes=processes)
+    done = command("-m", "lerobot.scripts.lerobot_train", *options, launcher=launcher)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stderr
 
@@ -315,7 +324,7 @@ def test_a_sample_of_one_process_that_is_not_finite(base, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(BROKEN)
     options = [*options_of("float32", base), "--batch_size=2", f"--output_dir={tmp_path / 'run'}"]
-    done = command(str(script), *options, processes=PROCESSES)
+    done = command(str(script), *options, launcher="torchrun")
     assert done.returncode != 0
     assert "DivergedError: the loss of the dataset's samples" in done.stderr
     assert "action of the batch hold NaN" in done.stderr
@@ -323,14 +332,14 @@ def test_a_sample_of_one_process_that_is_not_finite(base, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_real_command(base, tmp_path, kind):
+@pytest.mark.parametrize(("kind", "launcher"), [*((kind, "torchrun") for kind in KINDS), ("float32", "accelerate")])
+def test_the_real_command(base, tmp_path, kind, launcher):
     """Catches whatever stands between `torchrun … lerobot-train` and one process's run, and a run in one process that
     is taken for two. Of a run in bfloat16, gradients are rounded to 8 bits before they are summed."""
     common = options_of(kind, base)
     one, two = tmp_path / "one", tmp_path / "two"
     train(*common, "--batch_size=4", f"--output_dir={one}")
-    log = train(*common, "--batch_size=2", f"--output_dir={two}", processes=PROCESSES)
+    log = train(*common, "--batch_size=2", f"--output_dir={two}", launcher=launcher)
     assert "Effective batch size: 2 x 2 = 4" in log
     assert load_training_num_processes(checkpoint(two)) == PROCESSES
     expected, found = trained(one), trained(two)
