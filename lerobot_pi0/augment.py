@@ -76,7 +76,8 @@ def apply(images_BNCHW: Tensor, change: Change) -> Tensor:
     side, x, y, angle, *factors = (rearrange(field.to(images.dtype), "b n -> (b n)") for field in change)
     cos, sin = side * angle.cos(), side * angle.sin()
     where = torch.stack([cos, -sin, x, sin, cos, y], dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(where, list(images.shape), align_corners=False)
+    with torch.autocast(images.device.type, enabled=False):  # which would round places to half a pixel
+        grid = F.affine_grid(where, list(images.shape), align_corners=False)
     images = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     brightness, contrast, saturation = (factor[:, None, None, None] for factor in factors)
     images = images * brightness

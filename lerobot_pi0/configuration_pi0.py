@@ -197,11 +197,15 @@ class PI0Config(BuiltinPI0Config):
         """`rtc_guidance`, or what the policy was trained for."""
         return self.rtc_guidance or ("trained" if self.rtc_training_max_delay else "identity")
 
-    def settle(self, saved: dict[str, Any], vlm_is_pretrained: bool) -> None:
-        """Give a value to every option that is still unset: the checkpoint's, or else the default."""
+    def inherit(self, saved: dict[str, Any]) -> None:
+        """Take over what the plugin saved with a checkpoint, where it is unset here and not the run's own."""
         for name in PLUGIN_FIELDS:
             if getattr(self, name) is None and name not in OF_THE_RUN:
                 setattr(self, name, saved.get(name))
+
+    def settle(self, saved: dict[str, Any], vlm_is_pretrained: bool) -> None:
+        """Give a value to every option that is still unset: the checkpoint's, or else the default."""
+        self.inherit(saved)
         if self.text_tokenizer_name is None:
             self.text_tokenizer_name = self.tokenizer
         for name, default in DEFAULTS.items():

@@ -63,16 +63,7 @@ class Ema(list[nn.Parameter]):
 
     @torch.no_grad()
     def update(self) -> None:
-        """One step of the average.
-
-        Raises:
-            ValueError: the optimizer is not the policy's own, so that nothing would be restored on resume.
-        """
-        if not self.averages:
-            raise ValueError(
-                "ema_decay needs the policy's own optimizer, in whose state the averages are kept: leave "
-                "--use_policy_training_preset at true, or set --policy.ema_decay=0"
-            )
+        """One step of the average."""
         torch._foreach_lerp_(self.averages, [p.data for p in self], 1 - self.decay)
 
     @torch.no_grad()
@@ -85,6 +76,8 @@ class Ema(list[nn.Parameter]):
 
     def deployed_state(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
         """The averages, by the names that the averaged ones of `parameters` have."""
+        if not self.averages:  # there is no optimizer yet
+            return {}
         tensors = {id(p): p.data if self.deployed else average for p, average in zip(self, self.averages, strict=True)}
         return {name: tensors[id(p)] for name, p in parameters if id(p) in tensors}
 

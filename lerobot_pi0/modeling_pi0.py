@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from . import augment, checkpoint, flow, guidance, lora, quantize, safety
 from .calls import Calls
 from .configuration_pi0 import PLUGIN_CONFIG_NAME, PLUGIN_FIELDS, PI0Config, dim_name
-from .ema import Ema, check_averaging
+from .ema import Ema, check_averaging, sharding
 from .model_card import make_card
 from .network import PI0, Observation
-from .observation import ObservationMaker
+from .observation import IS_PAD, ObservationMaker
 from .processor_pi0 import check_statistics
 from .prompt import PromptStep
 from .relative import Anchor, check_relative_statistics
@@ -118,9 +118,9 @@ class PI0Policy(PreTrainedPolicy):
         self._calls = Calls(config.compile_mode if config.compile_model else None)
         self._watch, self._held_out = Watch(self.parameters), HeldOut()
         self._ema: Ema | None = None
-        self._told = False
+        self._sizes: dict[str, tuple[int, int]] | None = None  # `part_sizes` of training, which may spread the weights
         self._base: checkpoint.Base | None = None
-        self._warned_of_delay = False
+        self._warned_of_delay = self._warned_of_update = False
         self._lent: dict[str, str] = {}  # digests of the weights that the base has
         self._seed = torch.initial_seed()
         config.updates = saved.get("updates", 0)
@@ -159,8 +159,11 @@ class PI0Policy(PreTrainedPolicy):
                 raise ValueError(
                     f"vlm_quantization trains the expert over a VLM that is rounded in memory: set --policy.{name}=true"
                 )
+        if trains and (kind := sharding()):
+            raise ValueError(f"vlm_quantization does not go together with {kind}: leave it out, or train under DDP")
         quantize.prepare(self.model, self.config.vlm_quantization)
-        self._ddp_params_and_buffers_to_ignore = list(quantize.layers(self))  # they have no numbers to send round
+        names = list(quantize.layers(self))  # they have no numbers to send round; peft puts a prefix before them
+        self._ddp_params_and_buffers_to_ignore = [*names, *(f"base_model.model.{name}" for name in names)]
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -245,6 +248,7 @@ class PI0Policy(PreTrainedPolicy):
 
     def _deployed_state(self, gathered: dict[str, Tensor] | None) -> dict[str, Tensor]:
         """All weights; of those that are averaged, the average."""
+        self._catch_up()
         if self._ema is None:
             return self.state_dict() if gathered is None else gathered
         if gathered is not None:
@@ -288,6 +292,7 @@ class PI0Policy(PreTrainedPolicy):
 
     def train(self, mode: bool = True) -> "PI0Policy":
         """Switch to training and its weights, or to what is deployed; LeRobot calls this at every step."""
+        self._catch_up()
         if mode != self.training and self._ema is not None:
             self._ema.deploy(not mode)
         if mode and not self.training:
@@ -306,10 +311,10 @@ class PI0Policy(PreTrainedPolicy):
                 p.data = p.data.to(wanted)
 
     def _tell_what_is_trained(self) -> None:
-        if not self._told:
-            parts = [f"{name} {own / 1e6:.2f} of {n / 1e6:.2f} M" for name, (n, own) in self.part_sizes().items()]
+        if self._sizes is None:
+            self._sizes = self.part_sizes()
+            parts = [f"{name} {own / 1e6:.2f} of {n / 1e6:.2f} M" for name, (n, own) in self._sizes.items()]
             logger.info("trained: %s", ", ".join(parts))
-            self._told = True
 
     def get_optim_params(self) -> list[nn.Parameter]:  # type: ignore[override]
         """The parameters that are trained, and no others.
@@ -330,10 +335,12 @@ class PI0Policy(PreTrainedPolicy):
                 "nothing would be trained: the targets of the adapter (--peft.target_modules) are layers whose output "
                 "π₀ never reads (queries, attention output and MLP of the VLM's last layer)"
             )
+        self._tell_what_is_trained()
         if not self.config.ema_decay:
             return trained
         check_averaging(self.config.use_peft)
-        self._ema = Ema(trained, self.config.ema_decay)
+        if self._ema is None or [*map(id, self._ema)] != [*map(id, trained)]:
+            self._ema = Ema(trained, self.config.ema_decay)
         return self._ema
 
     def supports_rtc(self) -> bool:
@@ -406,9 +413,9 @@ class PI0Policy(PreTrainedPolicy):
         """Mean squared error of chunks sampled from fixed noise: the loss says little of what a robot would do."""
         actions = self._observe.actions(batch, self._device)
         noise, *_ = self._draw(batch, actions.shape[1:], self._device)
-        chunk = self.predict_action_chunk(batch, noise=noise[:, 0])
-        pad = f"{ACTION}_is_pad" in batch
-        valid = self._observe.valid(batch, self._device) if pad else actions.new_ones(actions.shape[:2])
+        with torch.inference_mode(False), torch.no_grad():
+            chunk = self._sample(self._observe(batch, self._device), noise[:, 0])
+        valid = self._observe.valid(batch, self._device) if IS_PAD in batch else actions.new_ones(actions.shape[:2])
         return self._held_out.add(chunk, actions[..., : self._action_dims], valid)
 
     def losses(
@@ -423,6 +430,7 @@ class PI0Policy(PreTrainedPolicy):
         With `rtc_training_max_delay` the first `delay` actions are known (arXiv 2512.05964): they enter as they are, at
         t = 0, and their errors are zero; the others' are scaled so that the mean over T is theirs.
         """
+        self._catch_up()
         cfg, device = self.config, self._device
         change = (lambda x, keys: self._augment(batch, x, keys)) if self.training and cfg.augment_images else None
         obs = self._observe(batch, device, change)
@@ -432,8 +440,11 @@ class PI0Policy(PreTrainedPolicy):
             noise, time, delay = (new if old is None else old for old, new in given)
         _check_draws(actions, noise, time, delay)
         errors = self.errors(obs, actions, noise, time, delay)
-        if cfg.mask_padded_actions:  # they count as zero, so that every other step weighs the same in all batches
-            errors = errors * self._observe.valid(batch, device)[:, None, :, None]
+        if cfg.mask_padded_actions if self.training else IS_PAD in batch:
+            valid = self._observe.valid(batch, device)[:, None, :, None].float()
+            errors = errors * valid  # zeros, so that every other step weighs the same in all batches of training
+            if not self.training:  # the mean over T is that of the steps that there are
+                errors = errors / valid.mean(dim=2, keepdim=True).clamp(min=1 / cfg.chunk_size)
         return errors
 
     def errors(
@@ -486,10 +497,30 @@ class PI0Policy(PreTrainedPolicy):
         return [x.to(device) for x in drawn]
 
     def update(self) -> None:
-        """LeRobot calls this after each optimiser step."""
+        """To be called after each optimizer's step, as LeRobot does: the next draws, the next average.
+
+        Raises:
+            ValueError: there is to be an average, but no optimizer that carries it.
+        """
+        self._watch.stepped = False
         self.config.updates += 1
-        if self._ema is not None:
-            self._ema.update()
+        if not self.config.ema_decay:
+            return
+        if self._ema is None or not self._ema.averages:
+            raise ValueError(
+                "ema_decay needs the policy's own optimizer, in whose state the averages are kept from the first step: "
+                "leave --use_policy_training_preset at true and, of a run that is resumed, ema_decay as it was; or set "
+                "--policy.ema_decay=0"
+            )
+        self._ema.update()
+
+    def _catch_up(self) -> None:
+        """Do what a loop of one's own left undone: without `update`, draws would repeat and the average stand still."""
+        if self._watch.stepped:
+            if not self._warned_of_update:
+                self._warned_of_update = True
+                logger.warning("policy.update() was not called after the optimizer's step, and is called now")
+            self.update()
 
     @property
     def _action_dims(self) -> int:
@@ -533,6 +564,12 @@ class PI0Policy(PreTrainedPolicy):
         if noise.shape != shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {shape}")
         guide = self._guide(prev_chunk_left_over, inference_delay or 0, execution_horizon, noise[:, None])
+        actions = self._sample(obs, noise, guide)
+        return actions if self._bounds is None else self._bounds.chunk(actions, batch[OBS_STATE].to(device))
+
+    def _sample(self, obs: Observation, noise: Tensor, guide: guidance.Guide | None = None) -> Tensor:
+        """The network's chunk, before the robot's bounds; otherwise as `predict_action_chunk`."""
+        cfg = self.config
         solver = {"solver": cfg.solver, "steps": cfg.num_inference_steps, "tolerance": cfg.solver_tolerance}
         with self._precision():
             chunk = self._calls.chunk(self.model, obs, noise[:, None], guide, dims=self._action_dims, **solver)
@@ -542,7 +579,7 @@ class PI0Policy(PreTrainedPolicy):
                 "π₀ produced actions that are not finite, so none is returned: check the weights and that the "
                 "statistics of the preprocessor are those of training"
             )
-        return actions if self._bounds is None else self._bounds.chunk(actions, batch[OBS_STATE].to(device))
+        return actions
 
     def _guide(
         self, left_over: Tensor | None, delay: int, horizon: int | None, noise_BKTA: Tensor
@@ -618,7 +655,7 @@ class PI0Policy(PreTrainedPolicy):
         dataset_meta: Any = None,
     ) -> ModelCard:
         """The card that LeRobot pushes with the weights; needs no network."""
-        return make_card(self.config, self.part_sizes(), self._start, dataset_repo_id, cfg, dataset_meta)
+        return make_card(self.config, self._sizes or self.part_sizes(), self._start, dataset_repo_id, cfg, dataset_meta)
 
     def _get_default_peft_targets(self) -> dict[str, Any]:
         """openpi's recipe (`lora.py`); of a VLM that is to stay frozen, nothing.

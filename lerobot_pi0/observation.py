@@ -21,6 +21,10 @@ from .network import Observation
 logger = logging.getLogger(__name__)
 
 
+IS_PAD = f"{ACTION}_is_pad"
+"""LeRobot's name for: which steps of a chunk are beyond the end of the episode."""
+
+
 class ObservationError(ValueError):
     """A batch that the policy cannot take; the message names the key, what was found and the way out."""
 
@@ -125,12 +129,13 @@ class ObservationMaker:
         Raises:
             ObservationError: the batch does not say, or says it of other steps than it holds.
         """
-        key = f"{ACTION}_is_pad"
-        if key not in batch:
-            raise ObservationError(f"no {key!r} in the batch, which mask_padded_actions needs: LeRobotDataset has it")
-        padded, shape = torch.as_tensor(batch[key]), tuple(batch[ACTION].shape[:2])
+        if IS_PAD not in batch:
+            raise ObservationError(
+                f"no {IS_PAD!r} in the batch, which mask_padded_actions needs: LeRobotDataset has it"
+            )
+        padded, shape = torch.as_tensor(batch[IS_PAD]), tuple(batch[ACTION].shape[:2])
         if padded.shape != shape:
-            raise ObservationError(f"{key!r} has shape {tuple(padded.shape)}, expected (batch, steps) = {shape}")
+            raise ObservationError(f"{IS_PAD!r} has shape {tuple(padded.shape)}, expected (batch, steps) = {shape}")
         return ~padded.to(device, torch.bool)
 
     def _vector(

@@ -32,13 +32,14 @@ class Watch:
         self._waits = False  # for the gradients of a loss
         self._index: Any = None
         self._keys = ""
-        _watches.add(self)
+        self.stepped = False  # the policy's weights, since it was last told of it (`PI0Policy.update`)
 
     def check_loss(self, loss: float, per_sample_B: Tensor, batch: Mapping[str, Any]) -> None:
         """
         Raises:
             DivergedError: the loss is not finite; says for which samples, and which of their values are to blame.
         """
+        _watches.add(self)  # here, as a policy may be a copy
         self._waits, self._index, self._keys = per_sample_B.requires_grad, batch.get("index"), ", ".join(batch)
         if math.isfinite(loss):
             return
@@ -68,6 +69,7 @@ class Watch:
                 f"a gradient of {self._samples()} is not finite, and the step is not taken: look at these frames "
                 f"({self._keys}), lower the learning rate, or train with dtype=float32"
             )
+        self.stepped = bool(trained)
 
     def _samples(self, rows: Sequence[int] | None = None) -> str:
         """Which samples these rows of the last batch are, all of them by default."""

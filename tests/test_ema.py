@@ -104,9 +104,37 @@ def test_both_sets_travel_with_the_optimizer(tmp_path, evaluating):
     assert len(load_file(tmp_path / "optimizer_state.safetensors")) == 5 * len(policy.get_optim_params())
 
 
+def test_a_loop_that_does_not_tell(tmp_path):
+    """Catches a loop of one's own, without LeRobot's `update`, that saves the weights it began with."""
+    policies = averaging_policy(), averaging_policy()
+    optimizers = [policy.config.get_optimizer_preset().build(policy.get_optim_params()) for policy in policies]
+    for seed in range(3):
+        learn(policies[0], optimizers[0], [seed])
+        policies[1].train().forward(batch_of(seed))[0].backward()
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+    expected = {name: x.double() for name, x in saved(policies[0], tmp_path / "lerobot's").items()}
+    assert_close(saved(policies[1], tmp_path / "own"), expected)
+
+
+def test_asked_twice(tmp_path):
+    """Catches an average that loses its optimizer when the parameters are asked for again, to be counted, and a policy
+    that cannot be saved before it has one."""
+    policy = averaging_policy()
+    before = {name: p.detach().double() for name, p in policy.named_parameters()}
+    parameters = policy.get_optim_params()
+    assert_close(saved(policy, tmp_path / "untrained"), before)
+    optimizer = policy.config.get_optimizer_preset().build(parameters)
+    assert policy.get_optim_params() is parameters
+    expected = by_hand(policy, optimizer, [0, 1])
+    assert_close(saved(policy, tmp_path / "trained"), expected)
+
+
 def test_refusals(monkeypatch, tmp_path):
     """Catches an average that is kept where it would be lost in silence."""
     policy = averaging_policy()
+    with pytest.raises(ValueError, match="use_policy_training_preset"):  # LeRobot hands it all parameters then
+        learn(policy, torch.optim.SGD(policy.parameters(), 0.1), [0])
     optimizer = torch.optim.SGD(policy.get_optim_params(), 0.1)
     with pytest.raises(ValueError, match="use_policy_training_preset"):
         learn(policy, optimizer, [0])

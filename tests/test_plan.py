@@ -160,6 +160,17 @@ def test_the_command(micro, capsys):
     assert "VLM in int8" in text and text.count("frozen VLM") == 2 and "everything" not in text
 
 
+def test_options_of_a_checkpoint(tmp_path, capsys):
+    """Catches a plan for other options than training would take from the checkpoint."""
+    config = tiny_config(CAMERAS[:1], flow_samples=8)
+    PI0Policy(config).save_pretrained(tmp_path)
+    plan = ["plan", f"--policy.path={tmp_path}", "--batch_size=2", "--modes=[everything]", "--json"]
+    assert main(plan) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert main([*plan, "--policy.flow_samples=8"]) == 0
+    assert found == json.loads(capsys.readouterr().out) and found["flow_samples"] == 8
+
+
 def test_what_cannot_be_planned(caplog):
     """Catches a traceback where there is no such mode, no such policy, or no sample."""
     assert main(["plan", *CLI, "--modes=[half]"]) == 1

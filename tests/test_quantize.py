@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from conftest import CAMERAS, assert_gradients_close, draws, gradients, make_batch, relative, shake, small_policy, stats
 from lerobot.utils.constants import OBS_STATE
@@ -241,6 +242,13 @@ def test_nf4_is_the_network_of_rounded_weights(base, tmp_path):
     assert all(torch.equal(exact.get_parameter(name), tuned.get_parameter(name)) for name in names)
 
 
+def test_spread_weights_are_refused(base, monkeypatch):
+    """Catches FSDP, which would want to make the rounded weights anew."""
+    monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", "FSDP")
+    with pytest.raises(ValueError, match="FSDP"):
+        load(base, training=True, **TRAINING)
+
+
 @pytest.mark.parametrize(
     ("options", "training", "message"),
     [
@@ -334,10 +342,12 @@ def test_the_vlm_is_never_whole_in_memory(base, monkeypatch):
     assert max(most) <= kept + 5  # one in each of four threads, and one that is being forgotten
 
 
-def test_several_processes(base):
+@pytest.mark.parametrize("adapted", [False, True], ids=["expert", "LoRA"])
+def test_several_processes(base, adapted):
     """Catches LeRobot's data-parallel training, which sends round every parameter at its start, stumbling over weights
     that have no numbers."""
-    policy = load(base, training=True, **TRAINING).train()
+    policy = load(base, training=True, **TRAINING, pretrained_path=str(base))
+    policy = (policy.wrap_with_peft(peft_cli_overrides=CLI) if adapted else policy).train()
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         wrapped = torch.nn.parallel.DistributedDataParallel(policy, find_unused_parameters=True)

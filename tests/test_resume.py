@@ -1,7 +1,7 @@
 """A run that is killed with SIGKILL and resumed is the run that was not: losses, weights, optimizer, schedule.
 
 Five kinds of run: float32 with everything trained; bfloat16 with a frozen VLM, whose trained weights are float32
-under autocast; one with openpi's recipe, which averages weights (their file holds the average, the optimizer's both) and
+under autocast; one with openpi's recipe, which averages weights (a file holds the average, the optimizer both) and
 augments images; one that averages them with an optimizer of 8 bits; and LoRA, whose checkpoints hold an adapter
 and no policy. Losses are compared in hexadecimal, since LeRobot logs three digits of them.
 """

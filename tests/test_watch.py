@@ -1,14 +1,16 @@
 """Numbers that can be trusted: steps that are not finite, losses by joint, and what is said of held-out samples."""
 
+import copy
 import logging
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ACTION, CAMERAS, DIMS, make_batch, small_policy
+from conftest import ACTION, CAMERAS, DIMS, make_batch, small_policy, stats
 from lerobot.scripts.lerobot_train import update_policy
 from lerobot.utils.logging_utils import AverageMeter, MetricsTracker
 
+from lerobot_pi0 import safety
 from lerobot_pi0.observation import ObservationError
 from lerobot_pi0.watch import DivergedError
 
@@ -138,13 +140,54 @@ def test_held_out_chunks(caplog):
 def test_held_out_numbers_repeat():
     """Catches draws that depend on the run, on its options, or on earlier evaluations: numbers of two runs would not
     compare."""
-    batches = [batch_of()]
+    batches = [batch_of(**{PAD: torch.arange(50) >= torch.tensor([[50], [20], [1]])})]
     first = policy_of().train()
-    again = policy_of(flow_samples=3, time_sampling_beta_beta=0.2, rtc_training_max_delay=9).train()
+    again = policy_of(flow_samples=3, time_sampling_beta_beta=0.2, rtc_training_max_delay=9, mask_padded_actions=True)
+    again.config.max_action_step = 0.01
+    again._bounds = safety.make_bounds(again.config, stats)
+    again.train()
     again.config.updates = 100
     expected, found = held_out(first, batches)[0], held_out(again, batches)[0]
     assert found == pytest.approx(expected, rel=1e-5)
     assert held_out(first, batches)[0] == expected
+
+
+def test_held_out_loss_is_of_the_steps_there_are():
+    """Catches steps after the end of an episode that count, or that make the others count less."""
+    policy, batch = policy_of(), batch_of()
+    with torch.no_grad():
+        every = policy.losses(batch)
+        batch[PAD] = torch.arange(50) >= torch.tensor([[50], [20], [1]])
+        found = policy.losses(batch).mean(dim=(1, 2, 3))
+    for i, steps in enumerate((50, 20, 1)):
+        assert found[i] == pytest.approx(every[i, :, :steps].mean().item(), rel=1e-5)
+
+
+def test_a_loop_that_does_not_tell(caplog):
+    """Catches draws that repeat because nobody called `update`, and steps that are counted twice where LeRobot did."""
+    policies, batch = [policy_of(augment_images=True).train() for _ in range(2)], batch_of()
+    losses: list[list[float]] = [[], []]
+    for policy, found in zip(policies, losses, strict=True):
+        optimizer = torch.optim.SGD(policy.get_optim_params(), 0.0)
+        for _ in range(3):
+            loss = policy.forward(batch)[0]
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+            if policy is policies[0]:
+                policy.update()
+    assert losses[0] == losses[1] and len(set(losses[0])) == 3
+    assert [policy.train(False).config.updates for policy in policies] == [3, 3]
+    assert sum("update() was not called" in record.message for record in caplog.records) == 1
+
+
+def test_a_copy_is_watched_too():
+    """Catches a copy of a policy that takes steps which the first would refuse."""
+    policy = copy.deepcopy(policy_of()).train()
+    policy.forward(batch_of())[0].backward()
+    policy.model.expert.norm.weight.grad[0] = float("nan")
+    with pytest.raises(DivergedError):
+        torch.optim.SGD(policy.parameters(), 0.1).step()
 
 
 def test_padded_actions():

@@ -111,8 +111,6 @@ def read_trained(config: PI0Config) -> Trained:
     except TokenizerError as error:
         return Trained(None, None, {}, None, str(error))
     before = checkpoint.read_config(source)
-    if config.text_tokenizer_name is None:
-        config.text_tokenizer_name = checkpoint.read_plugin_config(source).get("text_tokenizer_name")
     if checkpoint.hub_or_local(source, f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json") is None:
         return Trained(str(source), before, {}, None, f"{source} has no preprocessor, which LeRobot will ask for")
     try:

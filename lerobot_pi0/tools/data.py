@@ -3,6 +3,7 @@
 Axes: N frames, D dims of state or action.
 """
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.utils.constants import ACTION, OBS_STATE
 
+from .. import checkpoint
 from ..configuration_pi0 import PI0Config
 from . import ToolError
 
@@ -98,15 +100,19 @@ def read_columns(dataset: LeRobotDataset) -> Columns:
 
 
 def need_pi0(policy: PreTrainedConfig | None) -> PI0Config:
-    """The policy's config.
+    """The policy's config, with what the plugin saved beside its checkpoint; one that is not at hand is a name.
 
     Raises:
+        CheckpointError: what is beside the checkpoint cannot be read.
         ToolError: none was given, or another policy's.
     """
     if policy is None:
         raise ToolError("no policy: give --policy.path=CHECKPOINT, or --policy.type=pi0 for one that is yet to be made")
     if not isinstance(policy, PI0Config):
         raise ToolError(f"--policy.type={policy.type} is another policy; this command knows pi0 alone")
+    if policy.pretrained_path:
+        with contextlib.suppress(checkpoint.CheckpointNotFoundError):
+            policy.inherit(checkpoint.read_plugin_config(policy.pretrained_path, revision=policy.pretrained_revision))
     return policy
 
 
