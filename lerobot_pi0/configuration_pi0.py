@@ -94,6 +94,13 @@ class PI0Config(BuiltinPI0Config):
     updates = 0
 
     def __post_init__(self) -> None:
+        try:
+            self._complete()
+        except ValueError as error:
+            logger.error("%s", error)  # LeRobot's commands say no more than that the options do not make a config
+            raise
+
+    def _complete(self) -> None:
         PreTrainedConfig.__post_init__(self)  # not the built-in's, which refuses the small presets
         for name, presets in (
             ("paligemma_variant", PALIGEMMA_PRESETS),
@@ -211,6 +218,11 @@ class PI0Config(BuiltinPI0Config):
         for name, default in DEFAULTS.items():
             if getattr(self, name) is None:
                 setattr(self, name, default)
+        if self.train_expert_only and not vlm_is_pretrained:
+            logger.warning(
+                "train_expert_only=true, and the VLM that is frozen is random: give it weights with "
+                "--policy.pretrained_path or --policy.vlm_path"
+            )
         if self.train_expert_only is None:
             self.train_expert_only = vlm_is_pretrained
             logger.info(

@@ -1,5 +1,6 @@
 """The optimizer with states of 8 bits (`optimizer_8bit`), as LeRobot chooses and resumes it; bitsandbytes makes it."""
 
+import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -7,6 +8,12 @@ from lerobot.optim import AdamWConfig, OptimizerConfig
 from torch.optim import Optimizer
 
 from .ema import AveragedAdamWConfig, sharding
+
+
+def is_8bit(optimizer: Optimizer) -> bool:
+    """Whether it is what `AdamW8bitConfig` builds."""
+    module = sys.modules.get(f"{__package__}.adamw_8bit")  # not imported for the question: it needs bitsandbytes
+    return module is not None and isinstance(optimizer, module.AdamW8bit)
 
 
 @OptimizerConfig.register_subclass("pi0_adamw_8bit")

@@ -17,10 +17,12 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import ACTION, OBS_STATE, TRAINING_STATE_DIR
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from . import augment, checkpoint, flow, guidance, lora, quantize, safety
 from .calls import Calls
 from .configuration_pi0 import PLUGIN_CONFIG_NAME, PLUGIN_FIELDS, PI0Config, dim_name
+from .eight_bit import is_8bit
 from .ema import Ema, check_averaging, sharding
 from .model_card import make_card
 from .network import PI0, Observation
@@ -60,12 +62,12 @@ class PI0Policy(PreTrainedPolicy):
                 then checked, and trained weights are held in float32.
         """
         vlm = getattr(config, "vlm_path", None)  # a config of another class is refused below, by name
-        self._build(config, dataset_stats, dataset_meta, saved={"start": vlm}, pretrained=vlm is not None)
-        if config.vlm_quantization:
+        if getattr(config, "vlm_quantization", None):
             raise ValueError(
                 "vlm_quantization rounds the VLM of a checkpoint when it is loaded, and there is none: give "
-                "--policy.path, or leave it out"
+                "--policy.path or --policy.pretrained_path, or leave it out"
             )
+        self._build(config, dataset_stats, dataset_meta, saved={"start": vlm}, pretrained=vlm is not None)
         device = torch.device(config.device)
         for name, p in list(self.named_parameters()):
             if vlm is None or not name.startswith(checkpoint.VLM):
@@ -116,7 +118,7 @@ class PI0Policy(PreTrainedPolicy):
             self._quantize(trains)
         self._observe = ObservationMaker(config)
         self._calls = Calls(config.compile_mode if config.compile_model else None)
-        self._watch, self._held_out = Watch(self.parameters), HeldOut()
+        self._watch, self._held_out = Watch(self.parameters, self._check_optimizer), HeldOut()
         self._ema: Ema | None = None
         self._sizes: dict[str, tuple[int, int]] | None = None  # `part_sizes` of training, which may spread the weights
         self._base: checkpoint.Base | None = None
@@ -154,11 +156,12 @@ class PI0Policy(PreTrainedPolicy):
                 hold rounded weights under the names of the real ones.
         """
         quantize.check(self.config.vlm_quantization, torch.device(self.config.device))
-        for name in ("train_expert_only", "save_expert_only"):
-            if trains and not getattr(self.config, name):
-                raise ValueError(
-                    f"vlm_quantization trains the expert over a VLM that is rounded in memory: set --policy.{name}=true"
-                )
+        needed = [name for name in ("train_expert_only", "save_expert_only") if not getattr(self.config, name)]
+        if trains and needed:
+            raise ValueError(
+                "vlm_quantization trains the expert over a VLM that is rounded in memory: set "
+                + " and ".join(f"--policy.{name}=true" for name in needed)
+            )
         if trains and (kind := sharding()):
             raise ValueError(f"vlm_quantization does not go together with {kind}: leave it out, or train under DDP")
         quantize.prepare(self.model, self.config.vlm_quantization)
@@ -255,7 +258,7 @@ class PI0Policy(PreTrainedPolicy):
             raise ValueError("ema_decay does not go together with weights that are gathered from several processes")
         return self.state_dict() | self._ema.deployed_state(self.named_parameters())
 
-    def _lent_to(self, folder: Path) -> tuple[set[str], checkpoint.Base]:
+    def _lent_to(self, folder: Path | None) -> tuple[set[str], checkpoint.Base]:
         """Which weights a checkpoint in `folder` need not hold, and where they are: frozen, and the base's own."""
         frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
         lent = {name: x for name, x in self._lent.items() if name in frozen}
@@ -264,18 +267,39 @@ class PI0Policy(PreTrainedPolicy):
                 "save_expert_only=True leaves the frozen weights to the checkpoint they were loaded from, but this "
                 "policy was not loaded from one, or trains everything: set save_expert_only=False"
             )
-        if str(folder.resolve()) == self._base.id:
+        if folder is not None and str(folder.resolve()) == self._base.id:
             raise ValueError(
                 f"save_expert_only=True would write the trained weights over {folder}, which alone holds the frozen "
                 "ones: save to another folder"
             )
         return set(lent), self._base._replace(digest=checkpoint.digest_of_digests(lent))
 
+    @property
+    def _folder(self) -> str | None:
+        """The folder that the weights come from, if they do not come from the Hub."""
+        return None if self._base is None or self._base.revision is not None else self._base.id
+
+    def _check_push(self) -> None:
+        """
+        Raises:
+            ValueError: what is to be pushed at the end of training could not be.
+        """
+        pushes = self.config.push_to_hub and self.config.repo_id
+        if pushes and self.config.vlm_quantization and self._folder is not None:
+            raise ValueError(
+                f"the frozen weights are in the folder {self._folder}, which nobody else has, and a VLM that is "
+                "rounded (vlm_quantization) cannot be pushed with the trained ones: set --policy.push_to_hub=false, "
+                "and push the checkpoint after training, loaded without vlm_quantization; or begin with a checkpoint "
+                "of the Hub"
+            )
+
     def push_model_to_hub(self, *args: Any, **kwargs: Any) -> None:
         """LeRobot's push; of `save_expert_only` over a folder, which nobody else has, it pushes all weights."""
         asked = self.config.save_expert_only
-        if asked and self._base is not None and self._base.revision is None:
-            logger.warning("pushing all weights, not the expert's alone: their base is the folder %s", self._base.id)
+        if self.config.use_peft and self._folder is not None:
+            logger.warning("pushing an adapter alone: its base is the folder %s, which nobody else has", self._folder)
+        elif asked and self._folder is not None:
+            logger.warning("pushing all weights, not the expert's alone: their base is the folder %s", self._folder)
             self.config.save_expert_only = False
         try:
             super().push_model_to_hub(*args, **kwargs)
@@ -320,7 +344,8 @@ class PI0Policy(PreTrainedPolicy):
         """The parameters that are trained, and no others.
 
         Raises:
-            ValueError: there are none, or they are to be averaged where that cannot be kept.
+            ValueError: there are none, they are to be averaged where that cannot be kept, or the checkpoints that are
+                asked for could not be written.
         """
         for p in self.model.unread_parameters():  # adapters may be hung there
             p.requires_grad_(False)
@@ -335,6 +360,9 @@ class PI0Policy(PreTrainedPolicy):
                 "nothing would be trained: the targets of the adapter (--peft.target_modules) are layers whose output "
                 "π₀ never reads (queries, attention output and MLP of the VLM's last layer)"
             )
+        if self.config.save_expert_only:
+            self._lent_to(None)
+        self._check_push()
         self._tell_what_is_trained()
         if not self.config.ema_decay:
             return trained
@@ -497,22 +525,26 @@ class PI0Policy(PreTrainedPolicy):
         return [x.to(device) for x in drawn]
 
     def update(self) -> None:
-        """To be called after each optimizer's step, as LeRobot does: the next draws, the next average.
-
-        Raises:
-            ValueError: there is to be an average, but no optimizer that carries it.
-        """
+        """To be called after each optimizer's step, as LeRobot does: the next draws, the next average."""
         self._watch.stepped = False
         self.config.updates += 1
-        if not self.config.ema_decay:
-            return
-        if self._ema is None or not self._ema.averages:
-            raise ValueError(
-                "ema_decay needs the policy's own optimizer, in whose state the averages are kept from the first step: "
-                "leave --use_policy_training_preset at true and, of a run that is resumed, ema_decay as it was; or set "
-                "--policy.ema_decay=0"
-            )
-        self._ema.update()
+        if self._ema is not None:
+            self._ema.update()
+
+    def _check_optimizer(self, optimizer: Optimizer) -> None:
+        """
+        Raises:
+            ValueError: options ask for another optimizer: the run brings its own, or is resumed with that which it has.
+        """
+        remedy = (
+            "leave --use_policy_training_preset at true; a run that is resumed keeps its optimizer, so leave the "
+            "option as it was, or begin a new run from its checkpoint (--policy.path)"
+        )
+        if self.config.ema_decay and (self._ema is None or not self._ema.averages):
+            raise ValueError(f"ema_decay needs the policy's own optimizer, which carries the averages: {remedy}")
+        if bool(self.config.optimizer_8bit) != is_8bit(optimizer):
+            kind = type(optimizer).__name__
+            raise ValueError(f"optimizer_8bit={self.config.optimizer_8bit}, but the optimizer is {kind}: {remedy}")
 
     def _catch_up(self) -> None:
         """Do what a loop of one's own left undone: without `update`, draws would repeat and the average stand still."""

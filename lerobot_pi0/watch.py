@@ -27,8 +27,15 @@ class Watch:
     calls before any optimizer's step: after gradients are reduced over processes, so that all of them stop.
     """
 
-    def __init__(self, parameters: Callable[[], Iterable[nn.Parameter]]) -> None:
-        self._parameters = parameters
+    def __init__(
+        self, parameters: Callable[[], Iterable[nn.Parameter]], check_optimizer: Callable[[Optimizer], None]
+    ) -> None:
+        """
+        Args:
+            parameters: the policy's.
+            check_optimizer: called before each step of an optimizer that has some of them.
+        """
+        self._parameters, self._check_optimizer = parameters, check_optimizer
         self._waits = False  # for the gradients of a loss
         self._index: Any = None
         self._keys = ""
@@ -61,6 +68,8 @@ class Watch:
             return
         own = {id(p) for p in self._parameters()}
         trained = [p for group in optimizer.param_groups for p in group["params"] if id(p) in own]
+        if trained:
+            self._check_optimizer(optimizer)
         grads = [p.grad for p in trained if p.grad is not None]
         self._waits = not trained
         # One pass and one synchronisation with the host for all of them.

@@ -579,6 +579,8 @@ def test_expert_only_needs_a_base(saved, tmp_path):
     """Catches frozen weights that are written nowhere: the policy is from scratch, or would overwrite its base."""
     with pytest.raises(ValueError, match="save_expert_only=False"):
         micro_policy(**EXPERT_ONLY).save_pretrained(tmp_path / "scratch")
+    with pytest.raises(ValueError, match="save_expert_only=False"):
+        micro_policy(**EXPERT_ONLY).get_optim_params()  # before a step that would be lost
     with pytest.raises(ValueError, match="save to another folder"):
         load(saved[0], **EXPERT_ONLY).save_pretrained(saved[0])
     assert_same_weights(PI0Policy.from_pretrained(saved[0]), saved[1])

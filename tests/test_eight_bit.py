@@ -8,9 +8,10 @@ import sys
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import tiny_config
+from conftest import CAMERAS, make_batch, tiny_config
 from lerobot.optim import AdamWConfig, OptimizerConfig, load_optimizer_state, save_optimizer_state
 
+from lerobot_pi0 import PI0Policy
 from lerobot_pi0.eight_bit import AdamW8bitConfig, AveragedAdamW8bitConfig
 from lerobot_pi0.ema import Ema
 
@@ -85,6 +86,17 @@ def test_the_choice():
         assert type(preset) is kind is OptimizerConfig.get_choice_class(preset.type)
     with pytest.raises(ValueError, match="ema_decay is not set"):
         AVERAGED.build(parameters())
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_another_optimizer_than_is_asked_for(asked):
+    """Catches a run that is resumed with the optimizer it has, though it is told to change, and a config that lies."""
+    policy = PI0Policy(tiny_config(CAMERAS[:1], optimizer_8bit=asked)).train()
+    own = policy.get_optim_params()
+    policy.forward(make_batch(cameras=CAMERAS[:1], size=64))[0].backward()
+    optimizer = AdamWConfig(grad_clip_norm=0).build(own) if asked else PRESET.build(own)
+    with pytest.raises(ValueError, match=f"optimizer_8bit={asked}, but the optimizer is AdamW.*keeps its optimizer"):
+        optimizer.step()
 
 
 def test_refusals(monkeypatch):

@@ -201,6 +201,12 @@ def test_a_pretrained_vlm_is_frozen(tmp_path, caplog):
     assert "train_expert_only=True: the VLM starts from pretrained weights" in caplog.text
 
 
+def test_a_random_vlm_that_is_frozen(caplog):
+    """Catches a run over random features: the checkpoint was forgotten."""
+    tiny_policy(train_expert_only=True)
+    assert "the VLM that is frozen is random: give it weights with --policy.pretrained_path" in caplog.text
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_an_explicit_choice_stays(tmp_path, frozen):
     """Catches an automatic choice that overrules the user's, in the config or through the checkpoint."""

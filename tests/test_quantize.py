@@ -273,10 +273,21 @@ def test_nf4_without_its_library(base, monkeypatch):
         load(base, vlm_quantization="nf4")
 
 
+def test_a_push_that_would_fail_at_the_end(base):
+    """Catches hours of training whose result cannot be pushed: nobody else has the frozen weights."""
+    options = TRAINING | {"pretrained_path": str(base), "push_to_hub": True}
+    with pytest.raises(ValueError, match=r"--policy\.push_to_hub=false"):
+        load(base, training=True, **options, repo_id="you/pi0").get_optim_params()
+    assert load(base, training=True, **options | {"push_to_hub": False}, repo_id="you/pi0").get_optim_params()
+
+
 def test_it_needs_a_checkpoint_and_all_of_its_vlm(base):
-    """Catches random weights that are rounded."""
-    with pytest.raises(ValueError, match=r"--policy\.path"):
-        small_policy(**INT8)
+    """Catches random weights that are rounded, and a first error that does not name what is missing."""
+    for options in (INT8, TRAINING | {"train_expert_only": None}):
+        with pytest.raises(ValueError, match=r"--policy\.path or --policy\.pretrained_path"):
+            small_policy(**options)
+    with pytest.raises(ValueError, match=r"train_expert_only=true and --policy\.save_expert_only=true"):
+        load(base, training=True, **INT8, train_expert_only=False)
     torch.manual_seed(0)
     tensors = load_file(base / "model.safetensors")
     lost = next(name for name in tensors if ".paligemma." in name and name.endswith(".1.mlp.up_proj.weight"))

@@ -285,3 +285,14 @@ def test_eval_reports_no_success(run):
     """Catches an evaluation that did not happen: the environment has no goal, so nothing succeeds."""
     found, *_ = run
     assert found["success"] == 0.0
+
+
+def test_an_option_that_is_refused_is_explained():
+    """Catches LeRobot's parser, which keeps to itself what a config has to say about its options."""
+    options = ["--policy.type=pi0", "--policy.recipe=open_pi", "--dataset.repo_id=you/cubes"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lerobot.scripts.lerobot_train", *options],
+        capture_output=True, text=True, cwd=Path(__file__).parent, timeout=300,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "recipe='open_pi' is not one of lerobot, openpi" in done.stderr
