@@ -342,6 +342,15 @@ def index_tensors(files: Iterable[Path], prefix: str = "") -> dict[str, Stored]:
     return found
 
 
+def adapts_vlm(source: str | Path, **hub: Any) -> bool:
+    """Whether a PEFT adapter has weights for the VLM."""
+    file = hub_or_local(source, "adapter_model.safetensors", **hub)
+    if file is None:
+        return False
+    with _opened(file) as opened:
+        return any(VLM.removeprefix("model.") in name for name in opened.keys())  # noqa: SIM118
+
+
 def revision_of(source: str | Path, **hub: Any) -> str | None:
     """The commit of a Hub checkpoint; None for a folder."""
     if Path(source).is_dir():
@@ -355,6 +364,27 @@ def base_of(source: str | Path, **hub: Any) -> Base:
     folder = Path(source)
     name = str(folder.resolve()) if folder.is_dir() else str(source)
     return Base(name, revision_of(source, **hub), digest="")
+
+
+def stored_tensors(source: str | Path, base: Base | None, **hub: Any) -> tuple[Mapping[str, Stored], dict[str, Stored]]:
+    """What a checkpoint's own files hold, and the same with what it leaves to its base."""
+    own = index_tensors(weight_files(source, **hub))
+    if base is None:
+        return own, own
+    return own, index_tensors(weight_files(base.id, **{**hub, "revision": base.revision})) | own
+
+
+SHAPING = ("paligemma_variant", "action_expert_variant", "max_state_dim", "max_action_dim", "image_resolution")
+"""Options on which shapes of weights depend."""
+
+CHECK = f"Check {', '.join(SHAPING)}"
+
+
+def options_that_differ(source: str | Path, config: PI0Config, **hub: Any) -> str:
+    """Advice for weights that do not fit: what the checkpoint's own config.json says otherwise."""
+    made, asked = check_config(source, **hub) or {}, config.to_files()[CONFIG_NAME]
+    options = [f"--policy.{name}={made[name]}" for name in SHAPING if made.get(name, asked[name]) != asked[name]]
+    return f"The checkpoint was made with {' '.join(options)}" if options else CHECK
 
 
 def load_weights(
@@ -381,13 +411,12 @@ def load_weights(
     """
     started = time.perf_counter()
     wanted = dict(policy.named_parameters())
-    own = found = index_tensors(weight_files(source, **hub))
+    own, found = stored_tensors(source, base, **hub)
     if base is not None:
-        found = index_tensors(weight_files(base.id, **{**hub, "revision": base.revision})) | own
         lent = wanted.keys() - own.keys()
     else:
         lent = {name for name, p in wanted.items() if policy.config.save_expert_only and not p.requires_grad}
-    judge(source, wanted, found, strict)
+    judge(source, wanted, found, strict, options_that_differ(source, policy.config, **hub))
     missing = [name for name in wanted if name not in found]
     if nowhere := quantize.layers(policy).keys() & missing:
         raise MismatchedCheckpointError(
@@ -548,7 +577,9 @@ def _fits(stored: Stored, wanted: Tensor) -> bool:
     return stored.shape == tuple(wanted.shape) and stored.dtype in streaming.DTYPES
 
 
-def judge(source: str | Path, wanted: Mapping[str, Tensor], found: dict[str, Stored], strict: bool) -> None:
+def judge(
+    source: str | Path, wanted: Mapping[str, Tensor], found: dict[str, Stored], strict: bool, advice: str = CHECK
+) -> None:
     """Compare names, shapes and kinds before a weight is read.
 
     Raises:
@@ -563,10 +594,7 @@ def judge(source: str | Path, wanted: Mapping[str, Tensor], found: dict[str, Sto
     if not any("gemma_expert" in name for name in found):
         raise WrongPolicyError(f"{report}. There is no action expert: these are weights of a VLM, or of π₀-FAST")
     if strict or not all(_fits(s, wanted[name]) for name, s in found.items() if name in wanted):
-        raise MismatchedCheckpointError(
-            f"{report}. Check paligemma_variant, action_expert_variant, max_state_dim and max_action_dim; strict=False "
-            "takes what fits and leaves the rest random"
-        )
+        raise MismatchedCheckpointError(f"{report}. {advice}; strict=False takes what fits and leaves the rest random")
     logger.warning("%s. strict=False: the missing ones are random", report)
 
 

@@ -217,6 +217,11 @@ class PI0Policy(PreTrainedPolicy):
         processors = (source, hub)
         if config.use_peft and config.pretrained_path:
             processors = config.pretrained_path, hub | {"revision": config.pretrained_revision}
+            if getattr(config, "vlm_quantization", None) and checkpoint.adapts_vlm(processors[0], **processors[1]):
+                raise checkpoint.CheckpointConfigError(
+                    f"the adapter {processors[0]} adapts the VLM, which vlm_quantization would round: merge it first "
+                    "(examples/merge_adapter.py), or leave the option out"
+                )
         statistics = partial(safety.read_statistics, processors[0], **processors[1])
         policy._build(config, dataset_stats, dataset_meta, saved, True, statistics)  # type: ignore[arg-type]
         policy._lent = checkpoint.load_weights(policy, source, torch.device(config.device), strict, base, **hub)

@@ -53,7 +53,10 @@ def check_relative_statistics(config: PI0Config, stats: Mapping[str, Mapping[str
     if config.use_relative_actions:
         command += f" --operation.relative_action=true --operation.chunk_size={config.chunk_size}"
         command += f' --operation.relative_exclude_joints="{config.relative_exclude_joints}"'
-    raise ValueError(f"{problem}. Make the right statistics, in a copy of the dataset, and train on that: {command}")
+    raise ValueError(
+        f"{problem}. Make the right statistics, in a copy of the dataset that will be {name}_recomputed_stats in "
+        f"LeRobot's own folder (no --dataset.root), and train on that: {command}"
+    )
 
 
 def _problem(config: PI0Config, stats: Mapping[str, Mapping[str, Any]], meta: Any) -> str | None:

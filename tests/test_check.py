@@ -266,6 +266,16 @@ def test_other_cameras(clean, tmp_path, capsys):
     assert "mixed up" in serious(found)["warning cameras"]
 
 
+def test_weights(clean, capsys):
+    """Catches a checkpoint of another size that passes here and stops the training, and one that fits and does not."""
+    start = f"--policy.pretrained_path={clean / 'policy'}"
+    status, found = findings(capsys, clean / "data", "--policy.type=pi0", start, *SCRATCH)
+    assert "error weights" not in serious(found)
+    assert any(x["about"] == "weights" for x in found)
+    status, found = findings(capsys, clean / "data", "--policy.type=pi0", start, *SCRATCH, "--policy.max_action_dim=40")
+    assert status == 1 and "made with --policy.max_action_dim=32" in serious(found)["error weights"]
+
+
 def test_memory(clean, capsys):
     """Catches a card that is too small and passes, one that is large enough and does not, and a silent answer."""
     batch, said = ("--batch_size=4",), {}

@@ -7,7 +7,7 @@ there what it would fetch from the Hub.
 import contextlib
 import dataclasses
 import functools
-import importlib
+import importlib.util
 import inspect
 import io
 import re
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NamedTuple, get_type_hints
 
 import draccus
-import lerobot
 import pytest
 import torch
 from conftest import stats, tiny_config, write_dataset
@@ -346,7 +345,9 @@ def test_an_option_that_is_none_is_unknown():
 
 def test_quoted_messages_are_real():
     """Catches a message that the page on troubleshooting explains and that nothing says any more."""
-    files = [*(ROOT / "lerobot_pi0").rglob("*.py"), *Path(lerobot.__file__).parent.rglob("*.py")]
+    others = (importlib.util.find_spec(name) for name in ("lerobot", "draccus", "torchcodec"))
+    folders = [ROOT / "lerobot_pi0", *(Path(spec.origin).parent for spec in others)]
+    files = [file for folder in folders for file in folder.rglob("*.py")]
     said = "\n".join(re.sub(r'"\s*\n\s*[rf]*"', "", file.read_text()) for file in files)
     text = (ROOT / "docs/troubleshooting.md").read_text()
     for message in re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE):

@@ -12,11 +12,15 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from conftest import write_dataset
+from conftest import make_batch, relative, write_dataset
 from hub_server import serve
-from lerobot.datasets import LeRobotDataset
+from lerobot.configs import PreTrainedConfig
+from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
+from lerobot.policies import make_policy
 from lerobot.utils.constants import ACTION
 from safetensors.torch import load_file
+
+from lerobot_pi0 import PI0Policy
 
 ROOT = Path(__file__).parent.parent
 LAST = "checkpoints/last/pretrained_model"
@@ -73,6 +77,37 @@ def test_load_and_act(tuned):
     recorded = np.stack([data[2 + step][ACTION] for step in range(4)])
     assert np.allclose(numbers[..., 1], recorded, atol=0.01)
     assert np.abs(numbers[..., 0]).max() > 5  # the data's deviation is 30: these are no normalised numbers
+
+
+def test_merge_adapter(tuned, tmp_path):
+    """Catches a merged policy that acts otherwise, or without its processors, options or joints."""
+    run = tmp_path / "lora"
+    subprocess.run(
+        [
+            sys.executable, "-m", "lerobot.scripts.lerobot_train", f"--policy.path={tuned / 'scratch' / LAST}",
+            "--policy.push_to_hub=false", "--policy.device=cpu", "--peft.method_type=LORA", "--peft.r=2",
+            "--policy.flow_samples=3", "--policy.optimizer_lr=1e-2", "--dataset.repo_id=test/tiny",
+            f"--dataset.root={tuned / 'data'}", "--batch_size=2", "--num_workers=0", "--steps=2",
+            f"--output_dir={run}",
+        ],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    said = finish(start("merge_adapter.py", f"--adapter={run / LAST}", f"--output={tmp_path / 'merged'}"))
+    assert f"--policy.path={tmp_path / 'merged'}" in said
+    config = PreTrainedConfig.from_pretrained(run / LAST)
+    meta = LeRobotDatasetMetadata("test/tiny", root=tuned / "data")
+    config.pretrained_path = run / LAST
+    adapted, merged = make_policy(config, ds_meta=meta), PI0Policy.from_pretrained(tmp_path / "merged")
+    assert merged.config.flow_samples == 3
+    draw = torch.Generator().manual_seed(0)
+    batch = make_batch(cameras=list(merged.config.image_features), size=64)
+    noise = torch.randn(2, merged.config.chunk_size, merged.config.max_action_dim, generator=draw)
+    chunks = [policy.eval().predict_action_chunk(batch, noise=noise) for policy in (adapted, merged)]
+    assert relative(chunks[1], chunks[0]) < 1e-2
+    plain = PI0Policy.from_pretrained(tuned / "scratch" / LAST).predict_action_chunk(batch, noise=noise)
+    assert relative(plain, chunks[0]) > 10 * relative(chunks[1], chunks[0])
+    for file in (tuned / "scratch" / LAST).glob("policy_*.json"):
+        assert (tmp_path / "merged" / file.name).read_text() == (run / LAST / file.name).read_text()
 
 
 def test_push(tuned, tmp_path):

@@ -17,7 +17,7 @@ from test_laws import subset, widen
 from test_lora import CLI
 
 from lerobot_pi0 import PI0Policy, checkpoint, quantize, streaming
-from lerobot_pi0.checkpoint import MismatchedCheckpointError
+from lerobot_pi0.checkpoint import CheckpointConfigError, MismatchedCheckpointError
 from lerobot_pi0.linear import Linear
 from lerobot_pi0.quantize import LAYERS, RoundedLinear, packed_product, plain_product, rounded, rounded_tokens
 
@@ -325,6 +325,20 @@ def test_lora(base):
     policy.model.vlm.layers[0].input_layernorm.weight.requires_grad_(True)
     with pytest.raises(ValueError, match="a part of the VLM would be trained"):
         policy.get_optim_params()
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["in the VLM", "in the expert"])
+def test_a_trained_adapter(base, tmp_path, frozen):
+    """Catches an adapter of the VLM over rounded weights, which peft refuses in words of its own."""
+    policy = load(base, training=True, train_expert_only=frozen, pretrained_path=str(base))
+    policy.wrap_with_peft(peft_cli_overrides=CLI).save_pretrained(tmp_path / "adapter")
+    config = small_config(base)
+    config.use_peft, config.pretrained_path = True, tmp_path / "adapter"
+    if frozen:
+        assert quantize.layers(PI0Policy.from_pretrained(base, config=config))
+        return
+    with pytest.raises(CheckpointConfigError, match="merge it first"):
+        PI0Policy.from_pretrained(base, config=config)
 
 
 def test_the_vlm_is_never_whole_in_memory(base, monkeypatch):

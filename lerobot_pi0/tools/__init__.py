@@ -30,6 +30,10 @@ VERBS = {
 }
 
 
+IDLE = {verb: ["--policy.device=cpu"] for verb in ("plan", "check")}
+"""What is said for verbs that run no policy: LeRobot would warn that there is no GPU."""
+
+
 class ToolError(RuntimeError):
     """What a verb cannot do; the message says what to do instead. Shown without a traceback."""
 
@@ -56,6 +60,8 @@ def parse(options: type, args: list[str], prog: str) -> Any:
     """
     flags = {f"--{field.name}" for field in fields(options) if field.type is bool}
     args = [f"{arg}=true" if arg in flags else arg for arg in args]
+    if any(arg.startswith("--policy.") for arg in args) and not any(arg.startswith("--policy.device") for arg in args):
+        args = [*args, *IDLE.get(prog.split()[-1], ())]
     path = parser.get_path_arg("policy", args)
     parsed: Any = draccus.parse(options, args=parser.filter_path_args("policy", args), prog=prog)
     if path is not None:

@@ -21,6 +21,7 @@ from lerobot.robots import Robot
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 from tqdm import tqdm
 
+from .. import checkpoint
 from ..configuration_pi0 import PI0Config
 from ..observation import ObservationMaker
 from ..processor_pi0 import NEAR_CONSTANT, STATISTICS, check_statistics
@@ -658,6 +659,25 @@ def one_batch(subject: Subject) -> Iterable[Finding]:
     yield Finding(FINE, "sample", "the first frame goes through the processors, and the policy takes it")
 
 
+def weights(subject: Subject) -> Iterable[Finding]:
+    """The checkpoint's tensors are those of the network that the options ask for."""
+    source, config = subject.trained.source, subject.config
+    if source is None or config.use_peft:
+        return
+    from ..network import PI0  # takes its time
+
+    with torch.device("meta"):
+        network = PI0(config.architecture(), config.image_size)
+    try:
+        _, found = checkpoint.stored_tensors(source, checkpoint.read_plugin_config(source).get("base"))
+        wanted = {f"model.{name}": p for name, p in network.named_parameters()}
+        checkpoint.judge(source, wanted, found, True, checkpoint.options_that_differ(source, config))
+    except checkpoint.CheckpointError as error:
+        yield Finding(ERROR, "weights", str(error), "training would stop with the same message")
+        return
+    yield Finding(FINE, "weights", f"names and shapes of {source}'s tensors are the network's")
+
+
 def memory(subject: Subject) -> Iterable[Finding]:
     """Whether a step of training fits the card."""
     if subject.card_gb is None:
@@ -685,12 +705,15 @@ def memory(subject: Subject) -> Iterable[Finding]:
         yield Finding(FINE, "memory", f"{takes}; the largest batch is {largest}")
         return
     less = f"--batch_size={largest}, or " if largest else ""
-    remedy = f"{less}--policy.gradient_checkpointing=true, or train less; `lerobot-pi0 plan` compares the modes"
+    remedy = (
+        f"{less}--policy.gradient_checkpointing=true, --policy.train_expert_only=true, --policy.dtype=bfloat16, "
+        "--policy.optimizer_8bit=true; `lerobot-pi0 plan` lists what fits, LoRA too"
+    )
     yield Finding(ERROR, "memory", takes, remedy)
 
 
 CHECKS: tuple[Callable[[Subject], Iterable[Finding]], ...] = (
     cameras, pictures_of_training, images, joints, units, motion, statistics, outliers, prompts, episodes, one_batch,
-    memory,
+    weights, memory,
 )  # fmt: skip
 """In the order of the report."""

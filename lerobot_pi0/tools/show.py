@@ -124,7 +124,9 @@ def _kind(adapter: dict[str, Any] | None, base: checkpoint.Base | None) -> str:
             f"{adapter.get('base_model_name_or_path')}"
         )
     if base is not None:
-        return f"the trained weights alone, over the frozen ones of {base.id} (revision {base.revision})"
+        return f"the trained weights alone, over the frozen ones of {base.id}" + (
+            f" (revision {base.revision})" if base.revision else ""
+        )
     return "a complete checkpoint"
 
 
@@ -228,8 +230,7 @@ def _our_reasons(
         return
     try:
         if base is not None:
-            files = checkpoint.weight_files(base.id, **{**hub, "revision": base.revision})
-            found = checkpoint.index_tensors(files) | found
+            _, found = checkpoint.stored_tensors(source, base, **hub)
         checkpoint.judge(source, wanted, found, strict=True)
     except CheckpointError as error:
         yield str(error)

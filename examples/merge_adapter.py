@@ -1,0 +1,47 @@
+"""Merge a LoRA adapter into the weights it adapts: a checkpoint like any other, to go on from in whatever mode.
+
+    python examples/merge_adapter.py --adapter=outputs/train/my_lora/checkpoints/last/pretrained_model --output=merged
+
+The adapter's base has to be where it was in training: on the Hub, or in its folder.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import draccus
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies import make_pre_post_processors
+from peft import PeftConfig, PeftModel
+
+from lerobot_pi0 import PI0Config, PI0Policy
+from lerobot_pi0.checkpoint import read_plugin_config
+
+
+@dataclass
+class Options:
+    """Merge an adapter."""
+
+    # Folder of the adapter, `pretrained_model` of a run with --peft.method_type=LORA.
+    adapter: Path
+    # New folder for the merged checkpoint.
+    output: Path
+
+
+@draccus.wrap()
+def main(options: Options) -> None:
+    if options.output.exists():
+        raise SystemExit(f"{options.output} exists: name a new folder")
+    config = PreTrainedConfig.from_pretrained(options.adapter)
+    assert isinstance(config, PI0Config)
+    config.use_peft = False  # not what the weights will be
+    config.inherit(read_plugin_config(options.adapter))
+    base = PeftConfig.from_pretrained(options.adapter).base_model_name_or_path
+    policy = PI0Policy.from_pretrained(base, config=config)
+    PeftModel.from_pretrained(policy, options.adapter).merge_and_unload().save_pretrained(options.output)
+    for processor in make_pre_post_processors(config, str(options.adapter)):
+        processor.save_pretrained(options.output)
+    print(f"merged: lerobot-train --policy.path={options.output}")
+
+
+if __name__ == "__main__":
+    main()
