@@ -473,7 +473,8 @@ class PI0Policy(PreTrainedPolicy):
             noise, time, delay = (new if old is None else old for old, new in given)
         _check_draws(actions, noise, time, delay)
         errors = self.errors(obs, actions, noise, time, delay)
-        if cfg.mask_padded_actions if self.training else IS_PAD in batch:
+        masked = cfg.mask_padded_actions if self.training else IS_PAD in batch
+        if masked:
             valid = self._observe.valid(batch, device)[:, None, :, None].float()
             errors = errors * valid  # zeros, so that every other step weighs the same in all batches of training
             if not self.training:  # the mean over T is that of the steps that there are
