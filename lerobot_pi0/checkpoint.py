@@ -366,25 +366,25 @@ def base_of(source: str | Path, **hub: Any) -> Base:
     return Base(name, revision_of(source, **hub), digest="")
 
 
-def stored_tensors(source: str | Path, base: Base | None, **hub: Any) -> tuple[Mapping[str, Stored], dict[str, Stored]]:
-    """What a checkpoint's own files hold, and the same with what it leaves to its base."""
-    own = index_tensors(weight_files(source, **hub))
+def with_base(own: dict[str, Stored], base: Base | None, **hub: Any) -> dict[str, Stored]:
+    """The tensors of a checkpoint's own files, and those that it leaves to its base."""
     if base is None:
-        return own, own
-    return own, index_tensors(weight_files(base.id, **{**hub, "revision": base.revision})) | own
+        return own
+    return index_tensors(weight_files(base.id, **{**hub, "revision": base.revision})) | own
 
 
 SHAPING = ("paligemma_variant", "action_expert_variant", "max_state_dim", "max_action_dim", "image_resolution")
 """Options on which shapes of weights depend."""
 
-CHECK = f"Check {', '.join(SHAPING)}"
 
-
-def options_that_differ(source: str | Path, config: PI0Config, **hub: Any) -> str:
-    """Advice for weights that do not fit: what the checkpoint's own config.json says otherwise."""
-    made, asked = check_config(source, **hub) or {}, config.to_files()[CONFIG_NAME]
-    options = [f"--policy.{name}={made[name]}" for name in SHAPING if made.get(name, asked[name]) != asked[name]]
-    return f"The checkpoint was made with {' '.join(options)}" if options else CHECK
+def _advice(source: str | Path, config: PI0Config | None, **hub: Any) -> str:
+    """For weights that do not fit: what the checkpoint's own config.json says otherwise."""
+    if config is not None and (made := check_config(source, **hub)):
+        asked = config.to_files()[CONFIG_NAME]
+        options = [f"--policy.{name}={made[name]}" for name in SHAPING if made.get(name, asked[name]) != asked[name]]
+        if options:
+            return f"The checkpoint was made with {' '.join(options)}"
+    return f"Check {', '.join(SHAPING)}"
 
 
 def load_weights(
@@ -411,12 +411,13 @@ def load_weights(
     """
     started = time.perf_counter()
     wanted = dict(policy.named_parameters())
-    own, found = stored_tensors(source, base, **hub)
+    own = index_tensors(weight_files(source, **hub))
+    found = with_base(own, base, **hub)
     if base is not None:
         lent = wanted.keys() - own.keys()
     else:
         lent = {name for name, p in wanted.items() if policy.config.save_expert_only and not p.requires_grad}
-    judge(source, wanted, found, strict, options_that_differ(source, policy.config, **hub))
+    judge(source, wanted, found, strict, policy.config, **hub)
     missing = [name for name in wanted if name not in found]
     if nowhere := quantize.layers(policy).keys() & missing:
         raise MismatchedCheckpointError(
@@ -578,9 +579,17 @@ def _fits(stored: Stored, wanted: Tensor) -> bool:
 
 
 def judge(
-    source: str | Path, wanted: Mapping[str, Tensor], found: dict[str, Stored], strict: bool, advice: str = CHECK
+    source: str | Path,
+    wanted: Mapping[str, Tensor],
+    found: dict[str, Stored],
+    strict: bool,
+    config: PI0Config | None = None,
+    **hub: Any,
 ) -> None:
     """Compare names, shapes and kinds before a weight is read.
+
+    Args:
+        config: the options that were asked for, where they may be others than the checkpoint's.
 
     Raises:
         CheckpointError: they are not this network's. What is missing or surplus is forgiven unless `strict`.
@@ -594,7 +603,9 @@ def judge(
     if not any("gemma_expert" in name for name in found):
         raise WrongPolicyError(f"{report}. There is no action expert: these are weights of a VLM, or of π₀-FAST")
     if strict or not all(_fits(s, wanted[name]) for name, s in found.items() if name in wanted):
-        raise MismatchedCheckpointError(f"{report}. {advice}; strict=False takes what fits and leaves the rest random")
+        raise MismatchedCheckpointError(
+            f"{report}. {_advice(source, config, **hub)}; strict=False takes what fits and leaves the rest random"
+        )
     logger.warning("%s. strict=False: the missing ones are random", report)
 
 

@@ -30,8 +30,8 @@ VERBS = {
 }
 
 
-IDLE = {verb: ["--policy.device=cpu"] for verb in ("plan", "check")}
-"""What is said for verbs that run no policy: LeRobot would warn that there is no GPU."""
+IDLE = ("plan", "check")
+"""Verbs that run no policy: LeRobot would choose a device for it, and warn that there is no GPU."""
 
 
 class ToolError(RuntimeError):
@@ -60,8 +60,6 @@ def parse(options: type, args: list[str], prog: str) -> Any:
     """
     flags = {f"--{field.name}" for field in fields(options) if field.type is bool}
     args = [f"{arg}=true" if arg in flags else arg for arg in args]
-    if any(arg.startswith("--policy.") for arg in args) and not any(arg.startswith("--policy.device") for arg in args):
-        args = [*args, *IDLE.get(prog.split()[-1], ())]
     path = parser.get_path_arg("policy", args)
     parsed: Any = draccus.parse(options, args=parser.filter_path_args("policy", args), prog=prog)
     if path is not None:
@@ -80,6 +78,8 @@ def main(args: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         print(f"lerobot-pi0: {verb!r} is none of its verbs\n\n{usage()}", file=sys.stderr)
         return 2
+    if verb in IDLE and any(arg.startswith("--policy.") for arg in rest):
+        rest = ["--policy.device=cpu", *rest]
     init_logging()
     module = importlib.import_module(f"{__name__}.{verb.replace('-', '_')}")
     if {"-h", "--help"} & {*rest}:

@@ -28,6 +28,7 @@ from ..processor_pi0 import NEAR_CONSTANT, STATISTICS, check_statistics
 from ..relative import check_relative_statistics
 from . import ToolError
 from .data import Columns, dim_names, some
+from .show import network_parameters
 
 ERROR, WARNING, FINE = "error", "warning", "fine"
 
@@ -664,14 +665,10 @@ def weights(subject: Subject) -> Iterable[Finding]:
     source, config = subject.trained.source, subject.config
     if source is None or config.use_peft:
         return
-    from ..network import PI0  # takes its time
-
-    with torch.device("meta"):
-        network = PI0(config.architecture(), config.image_size)
     try:
-        _, found = checkpoint.stored_tensors(source, checkpoint.read_plugin_config(source).get("base"))
-        wanted = {f"model.{name}": p for name, p in network.named_parameters()}
-        checkpoint.judge(source, wanted, found, True, checkpoint.options_that_differ(source, config))
+        own = checkpoint.index_tensors(checkpoint.weight_files(source))
+        found = checkpoint.with_base(own, checkpoint.read_plugin_config(source).get("base"))
+        checkpoint.judge(source, network_parameters(config), found, strict=True, config=config)
     except checkpoint.CheckpointError as error:
         yield Finding(ERROR, "weights", str(error), "training would stop with the same message")
         return

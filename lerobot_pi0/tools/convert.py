@@ -32,6 +32,7 @@ from ..architecture import EXPERT_PRESETS, PALIGEMMA_PRESETS
 from ..checkpoint import CheckpointNotFoundError, CorruptCheckpointError, MismatchedCheckpointError, Stored
 from ..configuration_pi0 import BYTE_TOKENIZER, PLUGIN_CONFIG_NAME, PI0Config
 from . import ToolError
+from .show import network_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -320,12 +321,7 @@ def read_state(source: Source, config: PI0Config) -> dict[str, Tensor]:
     Raises:
         CheckpointError: names or shapes are not the network's, or a tensor is broken.
     """
-    from ..network import PI0
-
-    with torch.device("meta"):
-        network = PI0(config.architecture(), config.image_size)
-    wanted = {f"model.{name}": p for name, p in network.named_parameters()}
-    checkpoint.judge(source.root, wanted, source.found, strict=True)
+    checkpoint.judge(source.root, network_parameters(config), source.found, strict=True)
     state = dict(source.tensors(getattr(torch, config.dtype)))
     logger.info(
         "read %d tensors (%.2f B parameters) of %s%s, to be written as %s",

@@ -229,9 +229,7 @@ def _our_reasons(
     if adapter is not None:
         return
     try:
-        if base is not None:
-            _, found = checkpoint.stored_tensors(source, base, **hub)
-        checkpoint.judge(source, wanted, found, strict=True)
+        checkpoint.judge(source, wanted, checkpoint.with_base(found, base, **hub), strict=True)
     except CheckpointError as error:
         yield str(error)
 
