@@ -23,8 +23,10 @@ from measure import account_inference, seconds
 from subjects import SIZES, NoWeights, Ours, RandomWeights, make_batch
 from torch import Tensor, nn
 
-from lerobot_pi0 import PI0Policy, attention, gemma, quantize, vision
-from lerobot_pi0.linear import Linear
+from lerobot_pi0 import PI0Policy
+from lerobot_pi0.kernels import rounding
+from lerobot_pi0.kernels.linear import Linear
+from lerobot_pi0.network import attention, gemma, siglip
 
 GIGA, TERA = 1e9, 1e12
 STACKS = {"vision tower": "vision", "VLM": "vlm", "expert": "expert"}
@@ -110,9 +112,9 @@ def timed(policy: PI0Policy) -> Iterator[Clock]:
         }
         for name, module in net.named_modules():
             stack = stack_of.get(id(module), "")
-            if isinstance(module, gemma.MLP | vision.MLP):
+            if isinstance(module, gemma.MLP | siglip.MLP):
                 part = "MLP"
-            elif isinstance(module, nn.Linear | quantize.RoundedLinear | nn.Conv2d) and ".mlp." not in name:
+            elif isinstance(module, nn.Linear | rounding.RoundedLinear | nn.Conv2d) and ".mlp." not in name:
                 part = "projections of attention" if "attn" in name else "other products"
             else:
                 continue
@@ -141,13 +143,13 @@ def limits(size: str, dtype: str, tokens: int, rounded: bool) -> dict[str, float
     x, work = torch.randn(tokens, cfg.width, dtype=layer.weight.dtype), 2 * tokens * cfg.width * cfg.mlp_dim
     best = {dtype: work / min(seconds(lambda: layer(x)) for _ in range(7))}
     if rounded:
-        weight, scale = quantize.rounded(layer.weight)
+        weight, scale = rounding.rounded(layer.weight)
         packed = torch.ops.onednn.qlinear_prepack(weight, None)
 
         def product() -> Tensor:
-            return quantize.packed_product(whole, packed, scale, x.dtype)
+            return rounding.packed_product(whole, packed, scale, x.dtype)
 
-        whole, _ = quantize.rounded_tokens(x)
+        whole, _ = rounding.rounded_tokens(x)
         best["int8"] = work / min(seconds(product) for _ in range(7))
     memory = torch.ones(READ)
     best["memory"] = memory.nbytes / min(seconds(memory.sum) for _ in range(5))

@@ -36,7 +36,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lerobot_pi0 import PI0Policy, flow
+from lerobot_pi0 import PI0Policy
+from lerobot_pi0.network import flow
 
 DELAYS = (0, 2, 4, 8, 12)
 GUIDES = ("sync", "none", "lerobot", "identity", "vjp", "trained")

@@ -39,7 +39,7 @@ from safetensors.torch import load_file
 from torch.utils.data import default_collate
 
 from lerobot_pi0 import PI0Policy
-from lerobot_pi0.ema import WEIGHTS
+from lerobot_pi0.training.ema import WEIGHTS
 
 DECAY = 0.99
 SAMPLES = (1, 2, 4, 8)

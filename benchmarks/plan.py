@@ -22,8 +22,9 @@ import torch
 from lerobot.configs.default import PeftConfig
 from subjects import SIZES, Ours, RandomWeights, make_batch, presets, with_weights
 
-from lerobot_pi0 import PI0Policy, quantize
-from lerobot_pi0.network import PI0
+from lerobot_pi0 import PI0Policy
+from lerobot_pi0.kernels import rounding
+from lerobot_pi0.network.pi0 import PI0
 from lerobot_pi0.tools.memory import Counter, Load
 
 GIB = 2**30
@@ -93,7 +94,7 @@ def trainer(line: Configuration, size: str) -> Callable[[], None]:
     with presets(SIZES[size]), mock.patch.object(PI0, "initialise"):
         policy = PI0Policy(config)
     if kind:
-        quantize.prepare(policy.model, kind)
+        rounding.prepare(policy.model, kind)
     if line.lora:
         policy.wrap_with_peft(peft_cli_overrides=adapter(line))
     with_weights(policy, RandomWeights(), training=True)

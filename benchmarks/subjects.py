@@ -27,11 +27,13 @@ from transformers import GemmaConfig, PaliGemmaConfig, PI0ForConditionalGenerati
 from transformers import PI0Config as TransformersConfig
 
 import lerobot_pi0.configuration_pi0 as our_configuration
-from lerobot_pi0 import PI0Config, PI0Policy, flow, quantize
-from lerobot_pi0.architecture import GEMMA_2B, GEMMA_300M, PALIGEMMA_VOCAB, SO400M, Gemma, PaliGemma, Vision
-from lerobot_pi0.calls import Calls
-from lerobot_pi0.network import PI0
-from lerobot_pi0.vision import siglip_config
+from lerobot_pi0 import PI0Config, PI0Policy
+from lerobot_pi0.control.calls import Calls
+from lerobot_pi0.kernels import rounding
+from lerobot_pi0.network import flow
+from lerobot_pi0.network.pi0 import PI0
+from lerobot_pi0.network.siglip import siglip_config
+from lerobot_pi0.network.sizes import GEMMA_2B, GEMMA_300M, PALIGEMMA_VOCAB, SO400M, Gemma, PaliGemma, Vision
 
 CAMERAS = ("observation.images.front", "observation.images.left", "observation.images.wrist")
 DIMS = 6
@@ -152,7 +154,7 @@ def _config(cls: type, size: Size, dtype: str, train_expert_only: bool | None, *
 
 def with_weights(policy: Policy, make: MakeWeight, training: bool) -> Policy:
     """The policy, its weights made by `make`."""
-    rounded = quantize.layers(policy)
+    rounded = rounding.layers(policy)
     for name, layer in rounded.items():
         layer.put(make(name, layer.weight.shape, layer.dtype))
     weights = {name: make(name, p.shape, p.dtype) for name, p in policy.named_parameters() if name not in rounded}
@@ -183,7 +185,7 @@ class Ours:
         with presets(size), mock.patch.object(PI0, "initialise"):
             policy = PI0Policy(cls.config(size, dtype, frozen, **options))
         if rounded:
-            quantize.prepare(policy.model, "int8")
+            rounding.prepare(policy.model, "int8")
         return with_weights(policy, make, training)
 
     @staticmethod

@@ -20,8 +20,8 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from lerobot_pi0.architecture import EXPERT_PRESETS, PALIGEMMA_PRESETS, Architecture, Gemma, PaliGemma, Vision
-from lerobot_pi0.network import PI0, Observation
+from lerobot_pi0.network.pi0 import PI0, Observation
+from lerobot_pi0.network.sizes import EXPERT_PRESETS, PALIGEMMA_PRESETS, Architecture, Gemma, PaliGemma, Vision
 
 VLM, STATE, ACTIONS, NOBODY = "#3b6fb6", "#d9822b", "#3a9457", "#e9e9ec"
 INK = "#222222"

@@ -15,7 +15,7 @@ from lerobot.configs.train import TrainPipelineConfig
 from lerobot.scripts.lerobot_train import train
 
 from lerobot_pi0 import PI0Config
-from lerobot_pi0.checkpoint import read_config
+from lerobot_pi0.checkpoints.checkpoint import read_config
 
 TINY = {"paligemma_variant": "tiny", "action_expert_variant": "tiny", "dtype": "float32"}
 KEPT = ("paligemma_variant", "action_expert_variant", "max_state_dim", "max_action_dim", "chunk_size", "n_action_steps")

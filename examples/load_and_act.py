@@ -15,7 +15,7 @@ from lerobot.policies import make_pre_post_processors
 from lerobot.utils.constants import ACTION
 
 from lerobot_pi0 import PI0Policy
-from lerobot_pi0.checkpoint import read_config
+from lerobot_pi0.checkpoints.checkpoint import read_config
 
 
 @dataclass

@@ -14,7 +14,7 @@ from lerobot.policies import make_pre_post_processors
 from peft import PeftConfig, PeftModel
 
 from lerobot_pi0 import PI0Config, PI0Policy
-from lerobot_pi0.checkpoint import read_plugin_config
+from lerobot_pi0.checkpoints.checkpoint import read_plugin_config
 
 
 @dataclass

@@ -31,9 +31,9 @@ def _take_over() -> None:
     `register_subclass` would raise, since LeRobot has registered its own by then, and plugin discovery
     only logs what raises: the built-in would run in silence.
     """
+    from .inputs.prompt import register_prompt_step
+    from .inputs.relative import register_relative_step
     from .processor_pi0 import register_tokenizer_step
-    from .prompt import register_prompt_step
-    from .relative import register_relative_step
 
     PreTrainedConfig.get_known_choices()["pi0"] = PI0Config
     register_tokenizer_step()

@@ -19,10 +19,10 @@ from lerobot.optim import AdamWConfig, LRSchedulerConfig
 from lerobot.policies.pi0.configuration_pi0 import PI0Config as BuiltinPI0Config
 from lerobot.utils.constants import ACTION
 
-from .architecture import EXPERT_PRESETS, PALIGEMMA_PRESETS, Architecture
-from .eight_bit import AdamW8bitConfig, AveragedAdamW8bitConfig
-from .ema import AveragedAdamWConfig
-from .schedule import WarmupCosineConfig
+from .network.sizes import EXPERT_PRESETS, PALIGEMMA_PRESETS, Architecture
+from .training.eight_bit import AdamW8bitConfig, AveragedAdamW8bitConfig
+from .training.ema import AveragedAdamWConfig
+from .training.schedule import WarmupCosineConfig
 
 logger = logging.getLogger(__name__)
 

@@ -19,18 +19,22 @@ from lerobot.utils.constants import ACTION, OBS_STATE, TRAINING_STATE_DIR
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import augment, checkpoint, flow, guidance, lora, quantize, safety
-from .calls import Calls
+from .checkpoints import checkpoint
+from .checkpoints.model_card import make_card
 from .configuration_pi0 import PLUGIN_CONFIG_NAME, PLUGIN_FIELDS, PI0Config, dim_name
-from .eight_bit import is_8bit
-from .ema import Ema, check_averaging, sharding
-from .model_card import make_card
-from .network import PI0, Observation
-from .observation import IS_PAD, ObservationMaker
+from .control import bounds, guidance
+from .control.calls import Calls
+from .inputs.observation import IS_PAD, ObservationMaker
+from .inputs.prompt import PromptStep
+from .inputs.relative import Anchor, check_relative_statistics
+from .kernels import rounding
+from .network import flow
+from .network.pi0 import PI0, Observation
 from .processor_pi0 import check_statistics
-from .prompt import PromptStep
-from .relative import Anchor, check_relative_statistics
-from .watch import HeldOut, Watch
+from .training import augment, lora
+from .training.eight_bit import is_8bit
+from .training.ema import Ema, check_averaging, sharding
+from .training.watch import HeldOut, Watch
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +88,7 @@ class PI0Policy(PreTrainedPolicy):
         dataset_meta: Any,
         saved: dict[str, Any],
         pretrained: bool,
-        statistics: Callable[[], safety.Statistics | None] = lambda: None,
+        statistics: Callable[[], bounds.Statistics | None] = lambda: None,
     ) -> None:
         """Everything but the weights: the network is on the `meta` device, in its final dtypes."""
         if not isinstance(config, PI0Config):
@@ -107,7 +111,7 @@ class PI0Policy(PreTrainedPolicy):
         if trains:
             check_statistics(config, stats)
             check_relative_statistics(config, stats or {}, dataset_meta)
-        self._bounds = safety.make_bounds(config, statistics if stats is None else lambda: stats)
+        self._bounds = bounds.make_bounds(config, statistics if stats is None else lambda: stats)
         with torch.device("meta"):
             self.model = PI0(config.architecture(), config.image_size)
         self._freeze()
@@ -155,7 +159,7 @@ class PI0Policy(PreTrainedPolicy):
             ValueError: the device cannot, the VLM is to be trained, or a whole checkpoint is to be written: it would
                 hold rounded weights under the names of the real ones.
         """
-        quantize.check(self.config.vlm_quantization, torch.device(self.config.device))
+        rounding.check(self.config.vlm_quantization, torch.device(self.config.device))
         needed = [name for name in ("train_expert_only", "save_expert_only") if not getattr(self.config, name)]
         if trains and needed:
             raise ValueError(
@@ -164,8 +168,8 @@ class PI0Policy(PreTrainedPolicy):
             )
         if trains and (kind := sharding()):
             raise ValueError(f"vlm_quantization does not go together with {kind}: leave it out, or train under DDP")
-        quantize.prepare(self.model, self.config.vlm_quantization)
-        names = list(quantize.layers(self))  # they have no numbers to send round; peft puts a prefix before them
+        rounding.prepare(self.model, self.config.vlm_quantization)
+        names = list(rounding.layers(self))  # they have no numbers to send round; peft puts a prefix before them
         self._ddp_params_and_buffers_to_ignore = [*names, *(f"base_model.model.{name}" for name in names)]
 
     @classmethod
@@ -222,7 +226,7 @@ class PI0Policy(PreTrainedPolicy):
                     f"the adapter {processors[0]} adapts the VLM, which vlm_quantization would round: merge it first "
                     "(examples/merge_adapter.py), or leave the option out"
                 )
-        statistics = partial(safety.read_statistics, processors[0], **processors[1])
+        statistics = partial(bounds.read_statistics, processors[0], **processors[1])
         policy._build(config, dataset_stats, dataset_meta, saved, True, statistics)  # type: ignore[arg-type]
         policy._lent = checkpoint.load_weights(policy, source, torch.device(config.device), strict, base, **hub)
         policy._base = base or checkpoint.base_of(source, **hub)

@@ -23,8 +23,8 @@ from lerobot.processor import (
 from torch import Tensor
 
 from .configuration_pi0 import BYTE_TOKENIZER, PALIGEMMA_TOKENIZER, PI0Config, dim_name
-from .prompt import PromptStep
-from .relative import AnchoredRelativeStep
+from .inputs.prompt import PromptStep
+from .inputs.relative import AnchoredRelativeStep
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,10 @@ from conftest import CAMERAS, DIMS, make_batch, shake, small_policy
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from torch.utils.flop_counter import FlopCounterMode
 
-from lerobot_pi0 import attention, calls, gemma, linear
-from lerobot_pi0.network import block_mask
+from lerobot_pi0.control import calls
+from lerobot_pi0.kernels import linear
+from lerobot_pi0.network import attention, gemma
+from lerobot_pi0.network.pi0 import block_mask
 
 
 @pytest.fixture(params=[True, False], ids=["written out", "fused"])

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from conftest import CAMERAS, make_batch, relative, small_policy
 
-from lerobot_pi0.augment import Change, apply, change_of, draw
+from lerobot_pi0.training.augment import Change, apply, change_of, draw
 
 SIDE = 40
 

@@ -19,8 +19,9 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lerobot_pi0 import PI0Policy, checkpoint, streaming
-from lerobot_pi0.checkpoint import (
+from lerobot_pi0 import PI0Policy
+from lerobot_pi0.checkpoints import checkpoint, streaming
+from lerobot_pi0.checkpoints.checkpoint import (
     EMBEDDING,
     EXPERT_HEAD,
     LM_HEAD,

@@ -24,12 +24,14 @@ from lerobot.rollout.context import _wrap_predict_action_chunk_with_torch_compil
 from torch._dynamo.utils import counters
 from torch._subclasses import FakeTensorMode
 
-from lerobot_pi0 import PI0Policy, flow, guidance
-from lerobot_pi0.architecture import EXPERT_PRESETS, PALIGEMMA_PRESETS, Architecture
-from lerobot_pi0.calls import Calls
+from lerobot_pi0 import PI0Policy
 from lerobot_pi0.configuration_pi0 import GUIDANCE
-from lerobot_pi0.network import PI0, Observation
-from lerobot_pi0.observation import bucket
+from lerobot_pi0.control import guidance
+from lerobot_pi0.control.calls import Calls
+from lerobot_pi0.inputs.observation import bucket
+from lerobot_pi0.network import flow
+from lerobot_pi0.network.pi0 import PI0, Observation
+from lerobot_pi0.network.sizes import EXPERT_PRESETS, PALIGEMMA_PRESETS, Architecture
 
 
 @pytest.fixture

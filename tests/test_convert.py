@@ -22,7 +22,7 @@ from lerobot.utils.constants import ACTION, OBS_LANGUAGE_TOKENS, OBS_STATE
 from safetensors.torch import load_file, save_file
 
 from lerobot_pi0 import PI0Config, PI0Policy
-from lerobot_pi0.checkpoint import (
+from lerobot_pi0.checkpoints.checkpoint import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
     MismatchedCheckpointError,
@@ -389,8 +389,8 @@ def test_jax_bfloat16_is_kept(tree, tmp_path):
 
 def test_full_size_names_and_shapes(tmp_path):
     """The table at the size of the releases: every published tensor, and none else, in its shape."""
-    from lerobot_pi0.architecture import GEMMA_2B, GEMMA_300M, PALIGEMMA_VOCAB, SO400M, Architecture, PaliGemma
-    from lerobot_pi0.network import PI0
+    from lerobot_pi0.network.pi0 import PI0
+    from lerobot_pi0.network.sizes import GEMMA_2B, GEMMA_300M, PALIGEMMA_VOCAB, SO400M, Architecture, PaliGemma
     from lerobot_pi0.tools.openpi_jax import _parts, table
 
     N, D, L = 8, 256, 18

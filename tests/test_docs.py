@@ -24,8 +24,9 @@ from conftest import stats, tiny_config, write_dataset
 from lerobot.configs import parser
 from lerobot.utils.import_utils import register_third_party_plugins
 
-from lerobot_pi0 import PI0Config, PI0Policy, lora, make_pi0_pre_post_processors, tools
-from lerobot_pi0.network import PI0
+from lerobot_pi0 import PI0Config, PI0Policy, make_pi0_pre_post_processors, tools
+from lerobot_pi0.network.pi0 import PI0
+from lerobot_pi0.training import lora
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "examples/virtual_so100/README.md"])

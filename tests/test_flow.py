@@ -8,8 +8,8 @@ import scipy.stats
 import torch
 from lerobot.policies.common.flow_matching import euler_integrate
 
-from lerobot_pi0 import flow
 from lerobot_pi0.configuration_pi0 import SOLVERS
+from lerobot_pi0.network import flow
 
 CPU = torch.device("cpu")
 

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lerobot_pi0 import PI0Policy
-from lerobot_pi0.checkpoint import EXPERT_HEAD, LM_HEAD, CheckpointError
+from lerobot_pi0.checkpoints.checkpoint import EXPERT_HEAD, LM_HEAD, CheckpointError
 
 pytestmark = pytest.mark.usefixtures("micro")
 

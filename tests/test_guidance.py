@@ -22,8 +22,10 @@ from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.policies.rtc.modeling_rtc import RTCProcessor
 from torch import Tensor
 
-from lerobot_pi0 import PI0Policy, flow, guidance
+from lerobot_pi0 import PI0Policy
 from lerobot_pi0.configuration_pi0 import GUIDANCE
+from lerobot_pi0.control import guidance
+from lerobot_pi0.network import flow
 
 SCHEDULES = list(RTCAttentionSchedule)
 CHUNK = 50

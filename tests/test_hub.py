@@ -22,8 +22,13 @@ from test_processor import word_tokenizer
 from test_registration import finish, start
 
 from lerobot_pi0 import PI0Policy
-from lerobot_pi0.checkpoint import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, read_config
-from lerobot_pi0.streaming import digest
+from lerobot_pi0.checkpoints.checkpoint import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    read_config,
+)
+from lerobot_pi0.checkpoints.streaming import digest
 
 COMMAND = """
 import sys
@@ -362,7 +367,7 @@ def test_a_push_in_the_middle_of_a_download(hub, tmp_path, monkeypatch):
     first = tiny_checkpoint(tmp_path / "first", chunk_size=10, n_action_steps=10)
     tiny_checkpoint(tmp_path / "second", chunk_size=20, n_action_steps=20)
     hub.publish("me/x", tmp_path / "first")
-    monkeypatch.setattr("lerobot_pi0.checkpoint.read_config", pushing(hub, tmp_path / "second"))
+    monkeypatch.setattr("lerobot_pi0.checkpoints.checkpoint.read_config", pushing(hub, tmp_path / "second"))
     policy = PI0Policy.from_pretrained("me/x")
     assert policy.config.chunk_size == 10
     assert_same_weights(policy, first)

@@ -19,9 +19,9 @@ from conftest import (
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 
 from lerobot_pi0 import PI0Policy
-from lerobot_pi0.architecture import PALIGEMMA_PRESETS
-from lerobot_pi0.network import Context, block_mask
-from lerobot_pi0.vision import initialise, vision_tower
+from lerobot_pi0.network.pi0 import Context, block_mask
+from lerobot_pi0.network.siglip import initialise, vision_tower
+from lerobot_pi0.network.sizes import PALIGEMMA_PRESETS
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("small")

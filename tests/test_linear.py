@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lerobot_pi0 import linear
-from lerobot_pi0.linear import MANY_TOKENS, PART, Linear, draw_normal
+from lerobot_pi0.kernels import linear
+from lerobot_pi0.kernels.linear import MANY_TOKENS, PART, Linear, draw_normal
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from conftest import CAMERAS, make_batch, tiny_config
 
 from lerobot_pi0 import PI0Policy
-from lerobot_pi0.lora import PROJECTIONS
+from lerobot_pi0.training.lora import PROJECTIONS
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CLI = {"method_type": "LORA", "r": 16, "target_modules": None, "full_training_modules": None, "init_type": None,

@@ -6,7 +6,7 @@ import torch
 from conftest import BuiltinPI0Config, features
 
 from lerobot_pi0 import PI0Config, PI0Policy
-from lerobot_pi0.network import PI0
+from lerobot_pi0.network.pi0 import PI0
 
 HEADS = {  # of published checkpoints, and not ours
     "model.paligemma_with_expert.paligemma.lm_head.weight",  # the embedding's matrix

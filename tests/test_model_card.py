@@ -13,7 +13,7 @@ from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from lerobot_pi0 import PI0Config, PI0Policy
-from lerobot_pi0.checkpoint import set_parameter
+from lerobot_pi0.checkpoints.checkpoint import set_parameter
 
 DATASET = "me/cubes"
 JOINTS = [f"joint_{i}" for i in range(6)]
@@ -108,7 +108,9 @@ def test_a_relative_folder_is_no_hub_id(tmp_path, monkeypatch):
 @pytest.mark.parametrize("resumed", [False, True])
 def test_only_the_vlm_came_from_paligemma(tmp_path, monkeypatch, resumed):
     """Catches "fine-tuned from PaliGemma" for a policy whose action expert began with random weights."""
-    monkeypatch.setattr("lerobot_pi0.checkpoint.load_vlm", zeros_for_the_vlm)  # its weights are test_vlm_path's matter
+    monkeypatch.setattr(
+        "lerobot_pi0.checkpoints.checkpoint.load_vlm", zeros_for_the_vlm
+    )  # its weights are test_vlm_path's matter
     policy = small_policy(vlm_path="google/paligemma-3b-pt-224")
     if resumed:
         policy.save_pretrained(tmp_path)

@@ -9,11 +9,11 @@ from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LAN
 from torch.overrides import TorchFunctionMode
 
 from lerobot_pi0 import PI0Config
-from lerobot_pi0.observation import ObservationError, ObservationMaker, resize_with_pad
+from lerobot_pi0.inputs.observation import ObservationError, ObservationMaker, resize_with_pad
 
 CPU = torch.device("cpu")
 FRONT = CAMERAS[0]
-WARNED = "lerobot_pi0.observation"
+WARNED = "lerobot_pi0.inputs.observation"
 
 
 def maker(cameras=CAMERAS, dims: int = DIMS, **options) -> ObservationMaker:

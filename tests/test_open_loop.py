@@ -19,7 +19,7 @@ from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 
 import lerobot_pi0.configuration_pi0 as configuration
 from lerobot_pi0 import PI0Config, PI0Policy, make_pi0_pre_post_processors
-from lerobot_pi0.architecture import Gemma, PaliGemma, Vision
+from lerobot_pi0.network.sizes import Gemma, PaliGemma, Vision
 from lerobot_pi0.tools import main
 from lerobot_pi0.tools.data import DatasetOptions
 from lerobot_pi0.tools.open_loop import by_step, held_out, ignored, partners, rms, spread_over, verdicts

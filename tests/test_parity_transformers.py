@@ -26,8 +26,8 @@ from transformers import GemmaConfig, PaliGemmaConfig, PI0ForConditionalGenerati
 from transformers import PI0Config as TheirConfig
 from transformers.models.pi0.modeling_pi0 import PI0TimestepEmbeddings
 
-from lerobot_pi0.architecture import Gemma
-from lerobot_pi0.observation import pad_last
+from lerobot_pi0.inputs.observation import pad_last
+from lerobot_pi0.network.sizes import Gemma
 
 IMAGE_TOKEN = SMALL_VLM.vocab_size  # beyond the vocabulary, as in the published configs
 PATCHES = (SMALL_VLM.vision.image_size // SMALL_VLM.vision.patch_size) ** 2

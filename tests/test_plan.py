@@ -11,7 +11,8 @@ import torch
 from conftest import CAMERAS, DIMS, features, tiny_config
 from lerobot.configs.default import PeftConfig
 
-from lerobot_pi0 import PI0Config, PI0Policy, quantize
+from lerobot_pi0 import PI0Config, PI0Policy
+from lerobot_pi0.kernels import rounding
 from lerobot_pi0.tools import main
 from lerobot_pi0.tools.memory import Count, Counter, Load, largest_batch, peak_at
 from lerobot_pi0.tools.plan import MODES
@@ -63,7 +64,7 @@ def test_a_rounded_vlm(micro, monkeypatch, kind, adapted):
     options = {"dtype": "bfloat16", "train_expert_only": True, "pretrained_path": "base"}
     adapter = vars(PeftConfig(r=2)) if adapted else None
     plain, found = counter(adapter, **options), counter(adapter, **options, vlm_quantization=kind)
-    layers = quantize.layers(found.policy).values()
+    layers = rounding.layers(found.policy).values()
     assert len(layers) > 10 and found.trained() == plain.trained()
     x, y = plain.count(2, LOAD), found.count(2, LOAD)
     numbers, channels = sum(m.weight.numel() for m in layers), sum(m.out_features for m in layers)

@@ -31,8 +31,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from lerobot_pi0 import PI0Policy, make_pi0_pre_post_processors
+from lerobot_pi0.inputs.prompt import PromptStep
 from lerobot_pi0.processor_pi0 import NOT_CARRIED, PI0TokenizerStep, check_statistics
-from lerobot_pi0.prompt import PromptStep
 
 # The preprocessor of lerobot/pi0_base, as published.
 PUBLISHED = json.loads("""

@@ -16,10 +16,12 @@ from safetensors.torch import load_file
 from test_laws import subset, widen
 from test_lora import CLI
 
-from lerobot_pi0 import PI0Policy, checkpoint, quantize, streaming
-from lerobot_pi0.checkpoint import CheckpointConfigError, MismatchedCheckpointError
-from lerobot_pi0.linear import Linear
-from lerobot_pi0.quantize import LAYERS, RoundedLinear, packed_product, plain_product, rounded, rounded_tokens
+from lerobot_pi0 import PI0Policy
+from lerobot_pi0.checkpoints import checkpoint, streaming
+from lerobot_pi0.checkpoints.checkpoint import CheckpointConfigError, MismatchedCheckpointError
+from lerobot_pi0.kernels import rounding
+from lerobot_pi0.kernels.linear import Linear
+from lerobot_pi0.kernels.rounding import LAYERS, RoundedLinear, packed_product, plain_product, rounded, rounded_tokens
 
 HAS_VNNI = torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
 pytestmark = [pytest.mark.usefixtures("small"), pytest.mark.skipif(not HAS_VNNI, reason="the CPU has no VNNI")]
@@ -165,8 +167,8 @@ def test_chunks(base, dtype):
     batch, (noise, _) = make_batch(), draws(0, 2)
     policy = load(base, **INT8, dtype=dtype)
     linear = [m for part in (policy.model.vision, policy.model.vlm) for m in part.modules() if type(m) is Linear]
-    assert not linear and len(quantize.layers(policy)) == 2 * 6 + 3 * 7
-    assert not quantize.layers(policy.model.expert)
+    assert not linear and len(rounding.layers(policy)) == 2 * 6 + 3 * 7
+    assert not rounding.layers(policy.model.expert)
     exact, plain = (load(base, dtype=d) for d in ("float32", dtype))
     chunks = [p.predict_action_chunk(batch, noise=noise[:, 0]) for p in (policy, plain, exact)]
     error = relative(chunks[0], chunks[2])
@@ -211,13 +213,13 @@ def test_training(base, tmp_path, dtype):
     assert "vlm_quantization" not in config
     assert not any("paligemma." in name for name in load_file(tmp_path / "tuned" / "model.safetensors"))
     tuned = PI0Policy.from_pretrained(tmp_path / "tuned")
-    assert tuned.config.vlm_quantization is None and not quantize.layers(tuned)
+    assert tuned.config.vlm_quantization is None and not rounding.layers(tuned)
     original = load(base, dtype=dtype)
     for name, p in original.model.paligemma.named_parameters():
         assert torch.equal(p, tuned.model.paligemma.get_parameter(name)), name
     again = load(tmp_path / "tuned", training=True, **TRAINING)  # a resumed run, or the next one
     again.save_pretrained(tmp_path / "again")
-    assert len(quantize.layers(load(tmp_path / "again", **INT8))) == 33
+    assert len(rounding.layers(load(tmp_path / "again", **INT8))) == 33
 
 
 def test_nf4_is_the_network_of_rounded_weights(base, tmp_path):
@@ -225,8 +227,8 @@ def test_nf4_is_the_network_of_rounded_weights(base, tmp_path):
     rounded weights in a checkpoint: NF4 leaves activations alone, so that rounding is all there is to it."""
     options = {"train_expert_only": True, "save_expert_only": True, "dtype": "float32"}
     ours, plain = (load(base, True, **options, vlm_quantization=kind).train() for kind in ("nf4", None))
-    names = quantize.layers(ours)
-    assert names.keys() == quantize.layers(load(base, **INT8)).keys()
+    names = rounding.layers(ours)
+    assert names.keys() == rounding.layers(load(base, **INT8)).keys()
     for name in names:
         weight = plain.get_parameter(name)
         weight.data = dequantize_4bit(*quantize_4bit(weight.data, blocksize=64, quant_type="nf4"))
@@ -335,7 +337,7 @@ def test_a_trained_adapter(base, tmp_path, frozen):
     config = small_config(base)
     config.use_peft, config.pretrained_path = True, tmp_path / "adapter"
     if frozen:
-        assert quantize.layers(PI0Policy.from_pretrained(base, config=config))
+        assert rounding.layers(PI0Policy.from_pretrained(base, config=config))
         return
     with pytest.raises(CheckpointConfigError, match="merge it first"):
         PI0Policy.from_pretrained(base, config=config)
@@ -346,7 +348,7 @@ def test_the_vlm_is_never_whole_in_memory(base, monkeypatch):
     alive: weakref.WeakSet = weakref.WeakSet()
     most = []
     empty, put = streaming.empty, RoundedLinear.put
-    shapes = {p.shape for p in quantize.layers(load(base, **INT8)).values() for p in [p.weight]}
+    shapes = {p.shape for p in rounding.layers(load(base, **INT8)).values() for p in [p.weight]}
 
     def counted(shape, *args):
         x = empty(shape, *args)

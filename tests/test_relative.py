@@ -19,7 +19,7 @@ from lerobot.utils.constants import OBS_STATE
 
 from lerobot_pi0 import PI0Policy, make_pi0_pre_post_processors
 from lerobot_pi0.configuration_pi0 import GUIDANCE
-from lerobot_pi0.safety import make_bounds
+from lerobot_pi0.control.bounds import make_bounds
 
 CHUNK, CAMERA = 4, CAMERAS[:1]
 NAMES = [f"joint_{i}" for i in range(DIMS)]
@@ -143,7 +143,7 @@ def test_sync_rollout(rollout, monkeypatch):
     observations, noises = [observation(i) for i in range(7)], torch.randn(3, 1, CHUNK, 32)
     expected = by_hand(policy, pre, observations, noises, numbers)
     draws = iter(noises)
-    monkeypatch.setattr("lerobot_pi0.flow.sample_noise", lambda *args: next(draws))
+    monkeypatch.setattr("lerobot_pi0.network.flow.sample_noise", lambda *args: next(draws))
     features = {ACTION: {"dtype": "float32", "shape": (DIMS,), "names": NAMES}}
     engine = SyncInferenceEngine(policy, pre, post, features, NAMES, "reach", "cpu", "so100")
     for seen, action in zip(observations, expected, strict=True):
@@ -163,7 +163,7 @@ def test_lerobot_evals_loop(rollout, monkeypatch):
         noises = draws[2 * episode : 2 * episode + 2]
         expected = by_hand(policy, pre, observations, noises, numbers)
         queue = iter(noises)
-        monkeypatch.setattr("lerobot_pi0.flow.sample_noise", lambda *args, queue=queue: next(queue))
+        monkeypatch.setattr("lerobot_pi0.network.flow.sample_noise", lambda *args, queue=queue: next(queue))
         policy.reset()
         for seen, action in zip(observations, expected, strict=True):
             found = post(policy.select_action(pre(dict(seen))))

@@ -40,7 +40,7 @@ from test_meta import OnMeta, theirs  # noqa: F401  a fixture
 from test_processor import sample, word_tokenizer
 
 from lerobot_pi0 import PI0Policy, make_pi0_pre_post_processors
-from lerobot_pi0.checkpoint import EMBEDDING, LM_HEAD, published_state
+from lerobot_pi0.checkpoints.checkpoint import EMBEDDING, LM_HEAD, published_state
 
 
 @contextmanager

@@ -11,9 +11,10 @@ from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.policies import make_pre_post_processors
 from test_processor import sample
 
-from lerobot_pi0 import PI0Policy, make_pi0_pre_post_processors, safety
+from lerobot_pi0 import PI0Policy, make_pi0_pre_post_processors
 from lerobot_pi0.configuration_pi0 import PI0Config
-from lerobot_pi0.safety import ActionBounds
+from lerobot_pi0.control import bounds
+from lerobot_pi0.control.bounds import ActionBounds
 
 JOINTS = ["pan", "lift", "elbow", "flex", "roll", "gripper"]
 MODES = ["MEAN_STD", "MIN_MAX", "QUANTILES", "IDENTITY"]
@@ -27,12 +28,12 @@ def statistics() -> dict:
     return made
 
 
-def bounds(mode: str = "MEAN_STD", **options) -> tuple[PI0Config, ActionBounds]:
+def bounds_of(mode: str = "MEAN_STD", **options) -> tuple[PI0Config, ActionBounds]:
     config = tiny_config(action_feature_names=JOINTS, **options)
     config.normalization_mapping = {"VISUAL": NormalizationMode.IDENTITY} | dict.fromkeys(
         ("STATE", "ACTION"), NormalizationMode[mode]
     )
-    made = safety.make_bounds(config, statistics)
+    made = bounds.make_bounds(config, statistics)
     assert made is not None
     return config, made
 
@@ -64,7 +65,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("mode", MODES)
 def test_distance_from_the_measured_joints(mode, relative):
     """Catches a bound in normalised units, one that forgets the state of relative actions, or that is off in a mode."""
-    config, made = bounds(mode, max_action_step=0.4, use_relative_actions=relative)
+    config, made = bounds_of(mode, max_action_step=0.4, use_relative_actions=relative)
     state, actions = draw(3, DIMS), draw(3, 1, DIMS, seed=1) * 3
     bounded = made.chunk(actions, state)
     measured, before = physical(config, state, actions)
@@ -79,7 +80,7 @@ def test_distance_from_the_measured_joints(mode, relative):
 
 def test_a_chunk_moves_from_action_to_action():
     """Catches a chunk that is held at the first bound: each action may go on from the one before."""
-    config, made = bounds(max_action_step=0.1)
+    config, made = bounds_of(max_action_step=0.1)
     state, actions = draw(2, DIMS), draw(2, 20, DIMS, seed=1) * 5
     measured, after = physical(config, state, made.chunk(actions, state))
     path = torch.cat([measured[:, None], after], dim=1)
@@ -90,7 +91,7 @@ def test_a_chunk_moves_from_action_to_action():
 @pytest.mark.parametrize("margin", [0.0, 0.25])
 def test_range_of_the_data(margin):
     """Catches a range that is not that of the statistics, or a margin that is not a part of it."""
-    config, made = bounds(action_range_margin=margin)
+    config, made = bounds_of(action_range_margin=margin)
     known = statistics()[ACTION]
     room = margin * (known["max"] - known["min"])
     actions = draw(4, 6, DIMS) * 6
@@ -101,7 +102,7 @@ def test_range_of_the_data(margin):
 
 def test_the_measured_joints_have_the_last_word():
     """Catches an arm that is thrown into the range of the data when it stands outside."""
-    config, made = bounds(max_action_step=0.1, action_range_margin=0.0)
+    config, made = bounds_of(max_action_step=0.1, action_range_margin=0.0)
     state = torch.full((1, DIMS), 40.0)
     measured, after = physical(config, state, made.step(torch.zeros(1, DIMS), state)[:, None])
     assert torch.allclose(after[:, 0], measured - 0.1, atol=1e-3)
@@ -110,9 +111,9 @@ def test_the_measured_joints_have_the_last_word():
 def test_it_is_loud(caplog, monkeypatch):
     """Catches a bound that acts in silence, that names the wrong joint or amount, or that floods the terminal."""
     caplog.set_level(logging.WARNING, "lerobot_pi0")
-    _, made = bounds("IDENTITY", max_action_step=1.0)
+    _, made = bounds_of("IDENTITY", max_action_step=1.0)
     now = 100.0
-    monkeypatch.setattr("lerobot_pi0.safety.time.monotonic", lambda: now)
+    monkeypatch.setattr("lerobot_pi0.control.bounds.time.monotonic", lambda: now)
     state, action = torch.zeros(1, DIMS), torch.zeros(1, DIMS)
     made.step(action, state)
     assert not caplog.records
@@ -193,11 +194,11 @@ def test_refusals(tmp_path):
     known = statistics()
     without_range = known | {ACTION: {"mean": known[ACTION]["mean"], "std": known[ACTION]["std"]}}
     with pytest.raises(ValueError, match="min and max"):
-        safety.make_bounds(tiny_config(action_range_margin=0.0), lambda: without_range)
+        bounds.make_bounds(tiny_config(action_range_margin=0.0), lambda: without_range)
     flat = known | {ACTION: known[ACTION] | {"std": known[ACTION]["std"] * torch.tensor([1, 1, 1, 1, 0, 1])}}
     with pytest.raises(ValueError, match="cannot hold roll"):
-        safety.make_bounds(tiny_config(max_action_step=1.0, action_feature_names=JOINTS), lambda: flat)
+        bounds.make_bounds(tiny_config(max_action_step=1.0, action_feature_names=JOINTS), lambda: flat)
     other = tiny_config(max_action_step=1.0)
     other.output_features = features(dims=4)["output_features"]
     with pytest.raises(ValueError, match="max_action_step compares"):
-        safety.make_bounds(other, lambda: known)
+        bounds.make_bounds(other, lambda: known)

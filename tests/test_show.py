@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from test_roundtrip import without_plugin
 
 from lerobot_pi0 import PI0Policy, make_pi0_pre_post_processors
-from lerobot_pi0.checkpoint import read_config
+from lerobot_pi0.checkpoints.checkpoint import read_config
 from lerobot_pi0.tools import main
 from lerobot_pi0.tools.show import describe
 

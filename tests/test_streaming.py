@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
-from lerobot_pi0.checkpoint import CorruptCheckpointError, Stored, fill, index_tensors, read_tensors
-from lerobot_pi0.streaming import DTYPES, PART, SERIAL, digest, is_finite, write
+from lerobot_pi0.checkpoints.checkpoint import CorruptCheckpointError, Stored, fill, index_tensors, read_tensors
+from lerobot_pi0.checkpoints.streaming import DTYPES, PART, SERIAL, digest, is_finite, write
 
 CPU = torch.device("cpu")
 MIB = 2**20

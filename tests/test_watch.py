@@ -10,9 +10,9 @@ from conftest import ACTION, CAMERAS, DIMS, make_batch, small_policy, stats
 from lerobot.scripts.lerobot_train import update_policy
 from lerobot.utils.logging_utils import AverageMeter, MetricsTracker
 
-from lerobot_pi0 import safety
-from lerobot_pi0.observation import ObservationError
-from lerobot_pi0.watch import DivergedError
+from lerobot_pi0.control import bounds
+from lerobot_pi0.inputs.observation import ObservationError
+from lerobot_pi0.training.watch import DivergedError
 
 pytestmark = pytest.mark.usefixtures("small")
 INDEX = torch.tensor([41, 7, 12])
@@ -144,7 +144,7 @@ def test_held_out_numbers_repeat():
     first = policy_of().train()
     again = policy_of(flow_samples=3, time_sampling_beta_beta=0.2, rtc_training_max_delay=9, mask_padded_actions=True)
     again.config.max_action_step = 0.01
-    again._bounds = safety.make_bounds(again.config, stats)
+    again._bounds = bounds.make_bounds(again.config, stats)
     again.train()
     again.config.updates = 100
     expected, found = held_out(first, batches)[0], held_out(again, batches)[0]

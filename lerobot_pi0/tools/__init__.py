@@ -16,7 +16,7 @@ from draccus.utils import DecodingError
 from lerobot.configs import PreTrainedConfig, parser
 from lerobot.utils.utils import init_logging
 
-from ..checkpoint import CheckpointError, read_config
+from ..checkpoints.checkpoint import CheckpointError, read_config
 
 logger = logging.getLogger(__name__)
 

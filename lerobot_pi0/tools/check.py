@@ -20,7 +20,7 @@ from lerobot.scripts import lerobot_rollout  # noqa: F401  makes LeRobot's robot
 from lerobot.utils.constants import ACTION, POLICY_PREPROCESSOR_DEFAULT_NAME
 from lerobot.utils.feature_utils import dataset_to_policy_features
 
-from .. import checkpoint
+from ..checkpoints import checkpoint
 from ..configuration_pi0 import PI0Config
 from ..processor_pi0 import PI0TokenizerStep, TokenizerError, load_tokenizer
 from . import ToolError, checks

@@ -21,11 +21,11 @@ from lerobot.robots import Robot
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 from tqdm import tqdm
 
-from .. import checkpoint
+from ..checkpoints import checkpoint
 from ..configuration_pi0 import PI0Config
-from ..observation import ObservationMaker
+from ..inputs.observation import ObservationMaker
+from ..inputs.relative import check_relative_statistics
 from ..processor_pi0 import NEAR_CONSTANT, STATISTICS, check_statistics
-from ..relative import check_relative_statistics
 from . import ToolError
 from .data import Columns, dim_names, some
 from .show import network_parameters

@@ -27,10 +27,10 @@ from lerobot.processor import NormalizerProcessorStep
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 from torch import Tensor
 
-from .. import checkpoint
-from ..architecture import EXPERT_PRESETS, PALIGEMMA_PRESETS
-from ..checkpoint import CheckpointNotFoundError, CorruptCheckpointError, MismatchedCheckpointError, Stored
+from ..checkpoints import checkpoint
+from ..checkpoints.checkpoint import CheckpointNotFoundError, CorruptCheckpointError, MismatchedCheckpointError, Stored
 from ..configuration_pi0 import BYTE_TOKENIZER, PLUGIN_CONFIG_NAME, PI0Config
+from ..network.sizes import EXPERT_PRESETS, PALIGEMMA_PRESETS
 from . import ToolError
 from .show import network_parameters
 

@@ -12,7 +12,7 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.utils.constants import ACTION, OBS_STATE
 
-from .. import checkpoint
+from ..checkpoints import checkpoint
 from ..configuration_pi0 import PI0Config
 from . import ToolError
 

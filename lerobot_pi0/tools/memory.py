@@ -20,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .. import checkpoint, quantize
+from ..checkpoints import checkpoint
 from ..configuration_pi0 import PI0Config
+from ..kernels import rounding
 from ..modeling_pi0 import PI0Policy
 
 POINTS = (1, 8, 64)
@@ -114,13 +115,13 @@ class Counter:
         self.policy._build(config, None, None, saved={}, pretrained=bool(config.pretrained_path or config.vlm_path))
         if kind:
             config.vlm_quantization = kind
-            quantize.prepare(self.policy.model, kind)
+            rounding.prepare(self.policy.model, kind)
         if adapter is not None:
             self.policy.wrap_with_peft(peft_cli_overrides=dict(adapter))
         self.policy._set_dtypes()
         self._fake, self._live = FakeTensorMode(), Live()
         with self._fake, self._live:
-            rounded = quantize.layers(self.policy)
+            rounded = rounding.layers(self.policy)
             for name, p in list(self.policy.named_parameters()):
                 weight = torch.empty(p.shape, dtype=p.dtype)
                 if name in rounded:

@@ -33,7 +33,8 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from .. import __version__, checkpoint
+from .. import __version__
+from ..checkpoints import checkpoint
 from ..configuration_pi0 import PI0Config
 from ..processor_pi0 import NEAR_CONSTANT
 from . import ToolError

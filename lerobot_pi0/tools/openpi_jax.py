@@ -16,8 +16,8 @@ import torch
 from einops import EinopsError, rearrange
 from torch import Tensor
 
-from ..checkpoint import NETWORK, CheckpointError, CorruptCheckpointError, MismatchedCheckpointError, Stored
-from ..streaming import is_finite
+from ..checkpoints.checkpoint import NETWORK, CheckpointError, CorruptCheckpointError, MismatchedCheckpointError, Stored
+from ..checkpoints.streaming import is_finite
 
 logger = logging.getLogger(__name__)
 

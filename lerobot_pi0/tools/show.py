@@ -21,8 +21,8 @@ from lerobot.utils.constants import ACTION, POLICY_PREPROCESSOR_DEFAULT_NAME
 from safetensors import safe_open
 from torch import nn
 
-from .. import checkpoint
-from ..checkpoint import EMBEDDING, LM_HEAD, NETWORK, VLM, CheckpointError, Stored
+from ..checkpoints import checkpoint
+from ..checkpoints.checkpoint import EMBEDDING, LM_HEAD, NETWORK, VLM, CheckpointError, Stored
 from ..configuration_pi0 import BYTE_TOKENIZER, PI0Config
 
 PARTS = {
@@ -94,7 +94,7 @@ def describe(source: str, **hub: Any) -> dict[str, Any]:
 
 def network_parameters(config: PI0Config) -> dict[str, nn.Parameter]:
     """The network's parameters by published name, without memory (`meta` device)."""
-    from ..network import PI0
+    from ..network.pi0 import PI0
 
     with torch.device("meta"):
         network = PI0(config.architecture(), config.image_size)

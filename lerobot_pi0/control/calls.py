@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import flow, guidance
-from .attention import with_room
-from .linear import packed
-from .network import PI0, Context, Observation
+from ..kernels.linear import packed
+from ..network import flow
+from ..network.attention import with_room
+from ..network.pi0 import PI0, Context, Observation
+from . import guidance
 
 RECOMPILATIONS = 64
 """Prompts come in at most four lengths, times training and control, times guided and not; PyTorch's limit is eight."""

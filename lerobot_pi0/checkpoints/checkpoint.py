@@ -32,8 +32,9 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from . import quantize, streaming
-from .configuration_pi0 import PLUGIN_CONFIG_NAME, PLUGIN_FIELDS, PI0Config
+from ..configuration_pi0 import PLUGIN_CONFIG_NAME, PLUGIN_FIELDS, PI0Config
+from ..kernels import rounding
+from . import streaming
 
 logger = logging.getLogger(__name__)
 
@@ -419,7 +420,7 @@ def load_weights(
         lent = {name for name, p in wanted.items() if policy.config.save_expert_only and not p.requires_grad}
     judge(source, wanted, found, strict, policy.config, **hub)
     missing = [name for name in wanted if name not in found]
-    if nowhere := quantize.layers(policy).keys() & missing:
+    if nowhere := rounding.layers(policy).keys() & missing:
         raise MismatchedCheckpointError(
             f"{source} lacks {len(nowhere)} weights of the VLM, such as {min(nowhere)}; they would be random, which "
             "vlm_quantization does not round: leave it out"
@@ -491,7 +492,7 @@ def fill(
     Raises:
         CorruptCheckpointError: one is not what was written, or not finite.
     """
-    parameters, rounded = dict(policy.named_parameters()), quantize.layers(policy)
+    parameters, rounded = dict(policy.named_parameters()), rounding.layers(policy)
     names = set(names)
 
     def memory(name: str) -> Tensor:

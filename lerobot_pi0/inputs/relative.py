@@ -15,7 +15,7 @@ from lerobot.lerobot_types import EnvTransition, TransitionKey
 from lerobot.processor import ProcessorStepRegistry, RelativeActionsProcessorStep
 from lerobot.utils.constants import ACTION, OBS_STATE
 
-from .configuration_pi0 import PI0Config, dim_name
+from ..configuration_pi0 import PI0Config, dim_name
 
 logger = logging.getLogger(__name__)
 

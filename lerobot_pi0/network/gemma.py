@@ -16,9 +16,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .architecture import Gemma as GemmaConfig
+from ..kernels.linear import Linear, gated, infers
 from .attention import KeysValues, Mask, attention, joined
-from .linear import Linear, gated, infers
+from .sizes import Gemma as GemmaConfig
 
 Rope = tuple[Tensor, Tensor]
 """Cosine and sine of RoPE's angles, float32 (B, T, D/2)."""

@@ -24,7 +24,7 @@ from torch._subclasses import FakeTensor
 from .linear import Linear
 
 if TYPE_CHECKING:  # it brings transformers, which reading a checkpoint's header does without
-    from .network import PI0
+    from ..network.pi0 import PI0
 
 WEIGHT_RANGE = 127
 TOKEN_RANGE = 126

@@ -15,8 +15,8 @@ import torch.nn.functional as F  # noqa: N812
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor
 
-from .configuration_pi0 import PI0Config
-from .network import Observation
+from ..configuration_pi0 import PI0Config
+from ..network.pi0 import Observation
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from .architecture import Vision
+from ..kernels.linear import Linear, draw_normal, gelu_linear, use_linear
 from .attention import ATTENTION
-from .linear import Linear, draw_normal, gelu_linear, use_linear
+from .sizes import Vision
 
 
 class ConvolutionalStem(nn.Module):

@@ -7,8 +7,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from lerobot.configs import FeatureType
 from lerobot.utils.constants import ACTION
 
-from . import __version__
-from .configuration_pi0 import PALIGEMMA_TOKENIZER, PI0Config
+from .. import __version__
+from ..configuration_pi0 import PALIGEMMA_TOKENIZER, PI0Config
 
 GEMMA_TERMS = (
     "The weights derive from PaliGemma: their use is bound by the "

@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from transformers import AttentionInterface
 
-from .linear import multiplies_fast
+from ..kernels.linear import multiplies_fast
 
 SCORES = 2**20
 """Numbers of a block of scores: what fits into the cache with its softmax."""

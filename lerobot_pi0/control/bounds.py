@@ -23,8 +23,8 @@ from lerobot.utils.constants import ACTION, OBS_STATE, POLICY_PREPROCESSOR_DEFAU
 from safetensors.torch import load_file
 from torch import Tensor
 
-from . import checkpoint
-from .configuration_pi0 import PI0Config
+from ..checkpoints import checkpoint
+from ..configuration_pi0 import PI0Config
 
 logger = logging.getLogger(__name__)
 

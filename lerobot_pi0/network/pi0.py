@@ -18,11 +18,11 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from transformers import SiglipVisionModel
 
-from .architecture import Architecture
+from ..kernels.linear import draw_normal
 from .attention import KeysValues, Mask, additive_mask
 from .gemma import Gemma, RMSNorm, Rope
-from .linear import draw_normal
-from .vision import image_tokens, initialise, vision_tower
+from .siglip import image_tokens, initialise, vision_tower
+from .sizes import Architecture
 
 SHARPNESS, LOUDNESS = 3.0, 2.0
 """How many times larger than unit variance asks queries and the output of attention are begun."""

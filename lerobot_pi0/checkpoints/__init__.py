@@ -1,0 +1,1 @@
+"""Weights in and out: files and Hub repositories, names of tensors, reading, writing, the model card."""

@@ -1,0 +1,1 @@
+"""What control adds: sampling, real-time chunking and bounds on actions."""

@@ -1,0 +1,1 @@
+"""What training adds: random draws, augmentation, averages, optimizers, guards and LoRA."""
