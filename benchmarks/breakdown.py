@@ -19,13 +19,13 @@ from typing import Any
 from unittest import mock
 
 import torch
+from lerobot_pi0.kernels.linear import Linear
 from measure import account_inference, seconds
 from subjects import SIZES, NoWeights, Ours, RandomWeights, make_batch
 from torch import Tensor, nn
 
 from lerobot_pi0 import PI0Policy
 from lerobot_pi0.kernels import rounding
-from lerobot_pi0.kernels.linear import Linear
 from lerobot_pi0.network import attention, gemma, siglip
 
 GIGA, TERA = 1e9, 1e12

@@ -21,6 +21,7 @@ from accelerate import init_empty_weights
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.pi0.configuration_pi0 import PI0Config as BuiltinConfig
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
+from lerobot_pi0.control.calls import Calls
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from transformers import GemmaConfig, PaliGemmaConfig, PI0ForConditionalGeneration
@@ -28,12 +29,19 @@ from transformers import PI0Config as TransformersConfig
 
 import lerobot_pi0.configuration_pi0 as our_configuration
 from lerobot_pi0 import PI0Config, PI0Policy
-from lerobot_pi0.control.calls import Calls
 from lerobot_pi0.kernels import rounding
 from lerobot_pi0.network import flow
 from lerobot_pi0.network.pi0 import PI0
 from lerobot_pi0.network.siglip import siglip_config
-from lerobot_pi0.network.sizes import GEMMA_2B, GEMMA_300M, PALIGEMMA_VOCAB, SO400M, Gemma, PaliGemma, Vision
+from lerobot_pi0.network.sizes import (
+    GEMMA_2B,
+    GEMMA_300M,
+    PALIGEMMA_VOCAB,
+    SO400M,
+    GemmaSize,
+    PaliGemmaSize,
+    VisionSize,
+)
 
 CAMERAS = ("observation.images.front", "observation.images.left", "observation.images.wrist")
 DIMS = 6
@@ -48,28 +56,28 @@ MakeWeight = Callable[[str, torch.Size, torch.dtype], Tensor]
 class Size:
     """Shapes of both policies. Eight query heads always: LeRobot has that number written into its attention."""
 
-    vlm: PaliGemma
-    expert: Gemma
+    vlm: PaliGemmaSize
+    expert: GemmaSize
 
 
 SIZES = {
     "small": Size(
-        PaliGemma(
-            Vision(width=64, depth=2, mlp_dim=128, heads=4, patch_size=8, image_size=64),
-            Gemma(width=128, depth=3, mlp_dim=512, heads=8, head_dim=16),
+        PaliGemmaSize(
+            VisionSize(width=64, depth=2, mlp_dim=128, heads=4, patch_size=8, image_size=64),
+            GemmaSize(width=128, depth=3, mlp_dim=512, heads=8, head_dim=16),
             vocab_size=512,
         ),
-        Gemma(width=64, depth=3, mlp_dim=128, heads=8, head_dim=16),
+        GemmaSize(width=64, depth=3, mlp_dim=128, heads=8, head_dim=16),
     ),
     "medium": Size(
-        PaliGemma(
-            Vision(width=384, depth=12, mlp_dim=1536, heads=6, patch_size=14, image_size=224),
-            Gemma(width=768, depth=6, mlp_dim=6144, heads=8, head_dim=128),
+        PaliGemmaSize(
+            VisionSize(width=384, depth=12, mlp_dim=1536, heads=6, patch_size=14, image_size=224),
+            GemmaSize(width=768, depth=6, mlp_dim=6144, heads=8, head_dim=128),
             vocab_size=32_768,
         ),
-        Gemma(width=384, depth=6, mlp_dim=1536, heads=8, head_dim=128),
+        GemmaSize(width=384, depth=6, mlp_dim=1536, heads=8, head_dim=128),
     ),
-    "full": Size(PaliGemma(SO400M, GEMMA_2B, PALIGEMMA_VOCAB), GEMMA_300M),
+    "full": Size(PaliGemmaSize(SO400M, GEMMA_2B, PALIGEMMA_VOCAB), GEMMA_300M),
 }
 
 
@@ -239,7 +247,7 @@ class Transformers:
     """transformers' π₀, which has no policy around it: chunks alone, asked for at no more cost than it needs."""
 
     @staticmethod
-    def _gemma(cfg: Gemma, vocab_size: int) -> GemmaConfig:
+    def _gemma(cfg: GemmaSize, vocab_size: int) -> GemmaConfig:
         return GemmaConfig(
             hidden_size=cfg.width,
             num_hidden_layers=cfg.depth,

@@ -21,14 +21,23 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from lerobot_pi0.network.pi0 import PI0, Observation
-from lerobot_pi0.network.sizes import EXPERT_PRESETS, PALIGEMMA_PRESETS, Architecture, Gemma, PaliGemma, Vision
+from lerobot_pi0.network.sizes import (
+    EXPERT_PRESETS,
+    PALIGEMMA_PRESETS,
+    Architecture,
+    GemmaSize,
+    PaliGemmaSize,
+    VisionSize,
+)
 
 VLM, STATE, ACTIONS, NOBODY = "#3b6fb6", "#d9822b", "#3a9457", "#e9e9ec"
 INK = "#222222"
 FULL = Architecture(PALIGEMMA_PRESETS["gemma_2b"], EXPERT_PRESETS["gemma_300m"])
 FEW = Architecture(
-    PaliGemma(Vision(width=8, depth=1, mlp_dim=8, heads=1, patch_size=16, image_size=32), Gemma(8, 2, 8, 1, 8), 16),
-    Gemma(width=8, depth=2, mlp_dim=8, heads=1, head_dim=8),
+    PaliGemmaSize(
+        VisionSize(width=8, depth=1, mlp_dim=8, heads=1, patch_size=16, image_size=32), GemmaSize(8, 2, 8, 1, 8), 16
+    ),
+    GemmaSize(width=8, depth=2, mlp_dim=8, heads=1, head_dim=8),
 )
 STEPS, CHUNK, PROMPT = 4, 50, 48
 PRODUCTS = ("k_proj", "v_proj", "q_proj", "o_proj", "mlp")

@@ -19,11 +19,12 @@ from lerobot.utils.constants import ACTION, OBS_STATE, TRAINING_STATE_DIR
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from . import kernels
 from .checkpoints import checkpoint
 from .checkpoints.model_card import make_card
 from .configuration_pi0 import PLUGIN_CONFIG_NAME, PLUGIN_FIELDS, PI0Config, dim_name
 from .control import bounds, guidance
-from .control.calls import Calls
+from .control.sampling import Sampler
 from .inputs.observation import IS_PAD, ObservationMaker
 from .inputs.prompt import PromptStep
 from .inputs.relative import Anchor, check_relative_statistics
@@ -31,7 +32,7 @@ from .kernels import rounding
 from .network import flow
 from .network.pi0 import PI0, Observation
 from .processor_pi0 import check_statistics
-from .training import augment, lora
+from .training import augment, draws, lora
 from .training.eight_bit import is_8bit
 from .training.ema import Ema, check_averaging, sharding
 from .training.watch import HeldOut, Watch
@@ -114,6 +115,7 @@ class PI0Policy(PreTrainedPolicy):
         self._bounds = bounds.make_bounds(config, statistics if stats is None else lambda: stats)
         with torch.device("meta"):
             self.model = PI0(config.architecture(), config.image_size)
+        kernels.install(self.model)
         self._freeze()
         storage = getattr(torch, config.dtype)
         for p in self.parameters():
@@ -121,7 +123,7 @@ class PI0Policy(PreTrainedPolicy):
         if config.vlm_quantization:
             self._quantize(trains)
         self._observe = ObservationMaker(config)
-        self._calls = Calls(config.compile_mode if config.compile_model else None)
+        self._calls = Sampler(config.compile_mode if config.compile_model else None)
         self._watch, self._held_out = Watch(self.parameters, self._check_optimizer), HeldOut()
         self._ema: Ema | None = None
         self._sizes: dict[str, tuple[int, int]] | None = None  # `part_sizes` of training, which may spread the weights
@@ -134,7 +136,6 @@ class PI0Policy(PreTrainedPolicy):
 
     def _finish(self) -> None:
         """What can only be done once the weights are there."""
-        self.model.reset_buffers(torch.device(self.config.device))
         if self.config.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         self._note_mixed_precision()
@@ -529,9 +530,9 @@ class PI0Policy(PreTrainedPolicy):
         if "index" not in batch:
             shape = (len(batch[ACTION]), *shape_KTA)
             noise, time = flow.sample_noise(shape, device), distribution.sample(shape[:2], device)
-            return [noise, time, flow.sample_delay(shape[:2], most, device)]
+            return [noise, time, draws.sample_delay(shape[:2], most, device)]
         seed, update = (self._seed, cfg.updates) if self.training else (0, -1)
-        drawn = flow.repeatable_draws(seed, update, _index(batch), shape_KTA, distribution, most)
+        drawn = draws.repeatable_draws(seed, update, _index(batch), shape_KTA, distribution, most)
         return [x.to(device) for x in drawn]
 
     def update(self) -> None:

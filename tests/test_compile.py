@@ -21,13 +21,13 @@ from conftest import (
 )
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.rollout.context import _wrap_predict_action_chunk_with_torch_compile
+from lerobot_pi0.control.calls import Calls
 from torch._dynamo.utils import counters
 from torch._subclasses import FakeTensorMode
 
 from lerobot_pi0 import PI0Policy
 from lerobot_pi0.configuration_pi0 import GUIDANCE
 from lerobot_pi0.control import guidance
-from lerobot_pi0.control.calls import Calls
 from lerobot_pi0.inputs.observation import bucket
 from lerobot_pi0.network import flow
 from lerobot_pi0.network.pi0 import PI0, Observation

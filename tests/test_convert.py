@@ -390,7 +390,7 @@ def test_jax_bfloat16_is_kept(tree, tmp_path):
 def test_full_size_names_and_shapes(tmp_path):
     """The table at the size of the releases: every published tensor, and none else, in its shape."""
     from lerobot_pi0.network.pi0 import PI0
-    from lerobot_pi0.network.sizes import GEMMA_2B, GEMMA_300M, PALIGEMMA_VOCAB, SO400M, Architecture, PaliGemma
+    from lerobot_pi0.network.sizes import GEMMA_2B, GEMMA_300M, PALIGEMMA_VOCAB, SO400M, Architecture, PaliGemmaSize
     from lerobot_pi0.tools.openpi_jax import _parts, table
 
     N, D, L = 8, 256, 18
@@ -431,7 +431,7 @@ def test_full_size_names_and_shapes(tmp_path):
         for name, part in _parts(path, row, torch.empty(shapes[path], device="meta"))
     }
     with torch.device("meta"):
-        network = PI0(Architecture(PaliGemma(SO400M, GEMMA_2B, PALIGEMMA_VOCAB), GEMMA_300M), 224)
+        network = PI0(Architecture(PaliGemmaSize(SO400M, GEMMA_2B, PALIGEMMA_VOCAB), GEMMA_300M), 224)
     assert made == {f"model.{name}": p.shape for name, p in network.named_parameters()}
 
 

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
+from lerobot_pi0.kernels.linear import MANY_TOKENS, PART, Linear, draw_normal
 from torch.utils.flop_counter import FlopCounterMode
 
 from lerobot_pi0.kernels import linear
-from lerobot_pi0.kernels.linear import MANY_TOKENS, PART, Linear, draw_normal
 
 
 @pytest.fixture

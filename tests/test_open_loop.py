@@ -19,7 +19,7 @@ from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 
 import lerobot_pi0.configuration_pi0 as configuration
 from lerobot_pi0 import PI0Config, PI0Policy, make_pi0_pre_post_processors
-from lerobot_pi0.network.sizes import Gemma, PaliGemma, Vision
+from lerobot_pi0.network.sizes import GemmaSize, PaliGemmaSize, VisionSize
 from lerobot_pi0.tools import main
 from lerobot_pi0.tools.data import DatasetOptions
 from lerobot_pi0.tools.open_loop import by_step, held_out, ignored, partners, rms, spread_over, verdicts
@@ -29,12 +29,12 @@ TASKS = ("go to left", "stop right")  # of equal length: a policy without words 
 JOINTS, CHUNK, SIDE = 3, 4, 16
 EPISODES, FRAMES = 20, 6
 
-VLM = PaliGemma(
-    Vision(width=32, depth=1, mlp_dim=32, heads=2, patch_size=8, image_size=SIDE),
-    Gemma(width=32, depth=2, mlp_dim=64, heads=4, head_dim=16),
+VLM = PaliGemmaSize(
+    VisionSize(width=32, depth=1, mlp_dim=32, heads=2, patch_size=8, image_size=SIDE),
+    GemmaSize(width=32, depth=2, mlp_dim=64, heads=4, head_dim=16),
     vocab_size=384,
 )
-EXPERT = Gemma(width=32, depth=2, mlp_dim=64, heads=4, head_dim=16)
+EXPERT = GemmaSize(width=32, depth=2, mlp_dim=64, heads=4, head_dim=16)
 
 
 @pytest.fixture(autouse=True)

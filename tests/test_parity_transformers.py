@@ -27,7 +27,7 @@ from transformers import PI0Config as TheirConfig
 from transformers.models.pi0.modeling_pi0 import PI0TimestepEmbeddings
 
 from lerobot_pi0.inputs.observation import pad_last
-from lerobot_pi0.network.sizes import Gemma
+from lerobot_pi0.network.sizes import GemmaSize
 
 IMAGE_TOKEN = SMALL_VLM.vocab_size  # beyond the vocabulary, as in the published configs
 PATCHES = (SMALL_VLM.vision.image_size // SMALL_VLM.vision.patch_size) ** 2
@@ -56,7 +56,7 @@ def their_name(ours: str) -> str:
     return OURS_TO_THEIRS[prefix] + ours.removeprefix(prefix)
 
 
-def their_gemma(cfg: Gemma) -> GemmaConfig:
+def their_gemma(cfg: GemmaSize) -> GemmaConfig:
     """transformers' config of a stack of ours."""
     return GemmaConfig(
         hidden_size=cfg.width, num_hidden_layers=cfg.depth, intermediate_size=cfg.mlp_dim, head_dim=cfg.head_dim,

@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from conftest import CAMERAS, assert_gradients_close, draws, gradients, make_batch, relative, shake, small_policy, stats
 from lerobot.utils.constants import OBS_STATE
+from lerobot_pi0.kernels.linear import Linear
 from safetensors.torch import load_file
 from test_laws import subset, widen
 from test_lora import CLI
@@ -20,7 +21,6 @@ from lerobot_pi0 import PI0Policy
 from lerobot_pi0.checkpoints import checkpoint, streaming
 from lerobot_pi0.checkpoints.checkpoint import CheckpointConfigError, MismatchedCheckpointError
 from lerobot_pi0.kernels import rounding
-from lerobot_pi0.kernels.linear import Linear
 from lerobot_pi0.kernels.rounding import LAYERS, RoundedLinear, packed_product, plain_product, rounded, rounded_tokens
 
 HAS_VNNI = torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()

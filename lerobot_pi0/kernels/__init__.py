@@ -1,1 +1,33 @@
-"""Faster forms of the network's layers for one kind of processor; π₀ runs, and is right, without them."""
+"""Faster forms of the network's layers. π₀ runs and is right without them.
+
+`install` replaces layers by faster subclasses; parameters and their names stay. A new processor is a new file here.
+
+What acts on the whole process, and not on one model:
+
+- `compilation.compiled` raises `torch._dynamo.config.recompile_limit`;
+- `cpu_linear` keeps one scratch buffer per thread for a weight in float32, as large as the largest such weight;
+- `cpu_linear.packed` keeps copies of packed weights, as long as their layers live.
+"""
+
+from torch import nn
+
+from ..network import gemma, siglip
+from ..network.pi0 import PI0
+from .cpu_attention import GemmaAttention, SiglipAttention
+from .cpu_linear import GemmaMLP, Linear, SiglipMLP
+
+FASTER: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: Linear,
+    gemma.Attention: GemmaAttention,
+    gemma.MLP: GemmaMLP,
+    siglip.Attention: SiglipAttention,
+    siglip.MLP: SiglipMLP,
+}
+
+
+def install(model: PI0) -> None:
+    """Give the layers of the vision tower, the VLM and the expert their faster forms."""
+    for part in (model.vision, model.vlm, model.expert):
+        for module in part.modules():
+            if type(module) in FASTER:
+                module.__class__ = FASTER[type(module)]

@@ -14,17 +14,14 @@ Axes: M tokens, K inputs, N outputs.
 """
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from .linear import Linear
-
-if TYPE_CHECKING:  # it brings transformers, which reading a checkpoint's header does without
-    from ..network.pi0 import PI0
+from ..network.pi0 import PI0
 
 WEIGHT_RANGE = 127
 TOKEN_RANGE = 126
@@ -203,14 +200,13 @@ class NF4Linear(RoundedLinear):
 LAYERS = {"int8": RoundedLinear, "nf4": NF4Linear}
 
 
-def prepare(model: "PI0", kind: str) -> None:
+def prepare(model: PI0, kind: str) -> None:
     """Freeze the VLM, and put layers that wait for their weights in place of its linear ones."""
     model.paligemma.requires_grad_(False)
     for part in (model.vision, model.vlm):
         for name, child in list(part.named_modules()):
-            if type(child) is Linear:
-                owner, _, leaf = name.rpartition(".")
-                setattr(part.get_submodule(owner), leaf, LAYERS[kind](child))
+            if isinstance(child, nn.Linear):
+                part.set_submodule(name, LAYERS[kind](child))
 
 
 def layers(module: nn.Module) -> dict[str, RoundedLinear]:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import xxhash
 from torch import Tensor
 
 
@@ -39,52 +38,16 @@ def sample_noise(shape: Sequence[int], device: torch.device, generator: torch.Ge
     return torch.randn(tuple(shape), device=device, generator=generator)
 
 
-def generator_of(*key: object) -> torch.Generator:
-    """A generator on the CPU whose draws depend on nothing but the key."""
-    seed = xxhash.xxh3_64_intdigest(" ".join(map(str, key)).encode())
-    return torch.Generator().manual_seed(seed & (2**63 - 1))
-
-
-def repeatable_draws(
-    seed: int, update: int, samples: Sequence[int], shape_KTA: Sequence[int], time: BetaTime, max_delay: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise (B, K, T, A), time (B, K) and delay (B, K) that depend on nothing but seed, update and sample; on the CPU.
-
-    A run that is resumed, or split over processes, so draws what the uninterrupted, single one would.
-
-    Args:
-        samples: a number per observation, such as its index in the dataset.
-        max_delay: largest delay, see `sample_delay`.
-    """
-    noise, times, delays = [], [], []
-    for sample in samples:
-        generator = generator_of(seed, update, sample)
-        times.append(time.sample(shape_KTA[:1], torch.device("cpu"), generator))
-        noise.append(sample_noise(shape_KTA, torch.device("cpu"), generator))
-        delays.append(sample_delay(shape_KTA[:1], max_delay, torch.device("cpu"), generator))
-    return torch.stack(noise), torch.stack(times), torch.stack(delays)
-
-
-def sample_delay(
-    shape: Sequence[int], most: int, device: torch.device, generator: torch.Generator | None = None
-) -> Tensor:
-    """How many actions of a chunk are known already, uniform over 0 … `most` (arXiv 2512.05964, section III)."""
-    if most == 0:
-        return torch.zeros(tuple(shape), dtype=torch.long, device=device)
-    return torch.randint(most + 1, tuple(shape), device=device, generator=generator)
-
-
 def interpolate(actions: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
     """The point x_t between data and noise, and the velocity u there. `time` broadcasts against both."""
     return time * noise + (1 - time) * actions, noise - actions
 
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x_BKTA, time, term) -> v of x's shape. Times are float32 and broadcast against (B, K, T); a term is what `Embed`
-made of them."""
+"""(x_BKTA, time, time_embedding) -> v of x's shape. Times are float32 and broadcast against (B, K, T)."""
 
 Embed = Callable[[Tensor], Tensor]
-"""What the network makes of times alone: (*, T) -> (*, T, W)."""
+"""The embedding of times: (*, T) -> (*, T, W)."""
 
 
 class Tableau(NamedTuple):
@@ -104,7 +67,7 @@ FIXED = {
 
 
 def fixed_times(solver: str, steps: int, device: torch.device) -> Tensor:
-    """Times at which `solver` asks for a velocity, in order: float32 (steps · stages,)."""
+    """Times at which `solver` evaluates the velocity, in order: float32 (steps · stages,)."""
     step = torch.arange(steps, dtype=torch.float32, device=device)
     stages = [1.0 - (step + node) / steps for node in FIXED[solver].nodes]  # of a tensor of nodes, a GPU would wait
     return torch.stack(stages, dim=1).flatten()
@@ -122,7 +85,7 @@ def integrate(
     """Integrate dx/dt = v from t = 1 to t = 0; the sum is float32.
 
     Args:
-        solver: one of `FIXED`, whose terms are embedded in one call, or "adaptive".
+        solver: one of `FIXED`, whose times are embedded in one call, or "adaptive".
         steps: steps of a fixed solver, the most steps that the adaptive one tries.
         tolerance, dims: of the adaptive solver.
 
@@ -151,10 +114,10 @@ def _mean(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor | float:
 def _adaptive(velocity: Velocity, embed: Embed, x: Tensor, steps: int, tolerance: float, dims: int | None) -> Tensor:
     """Bogacki and Shampine's method of third order, with its second-order one to control the step.
 
-    Each observation has steps of its own, so that its chunk does not depend on the others in the batch; those that
-    arrive first wait. At most `steps` steps are tried, of three evaluations each, and one evaluation comes before: a
-    step is never shorter than an equal share of what is left, and such a step is not refused. Whether all have arrived
-    is asked once a step, which a GPU has to be waited for.
+    Each observation has its own step sizes, so that its chunk does not depend on the others in the batch; those that
+    reach t = 0 first wait for the rest. At most `steps` steps are tried, with three evaluations each and one before the
+    first. A step is never shorter than the remaining time divided by the remaining steps, and a step of that length is
+    always accepted. Each step checks whether all have reached t = 0, for which the host waits for a GPU.
 
     Args:
         tolerance: root mean square of a step's error, over the first `dims` dims of the chunk.

@@ -1,10 +1,10 @@
-"""Gemma's decoder with a context: the one transformer of π₀, used for the VLM and for the action expert.
+"""Gemma's decoder with a KV cache: the transformer of the VLM and of the action expert.
 
 Axes: B batch, T tokens of this call, S tokens attended to, H query heads, D head dim, W width.
 
-Differences to a language model's decoder: attention is not causal but follows the mask it is given, and the
-keys and values of earlier blocks come from outside (`past`), possibly made by other weights. Parameter names
-are transformers' `GemmaModel`'s. Sources: openpi `models/gemma.py`, transformers `models/gemma`.
+It differs from a language model's decoder in two ways: attention is not causal but follows the mask it is given, and
+the keys and values of earlier tokens come from outside (`past`), possibly made by other weights. Parameter names
+are those of transformers' `GemmaModel`. Sources: openpi `models/gemma.py`, transformers `models/gemma`.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..kernels.linear import Linear, gated, infers
-from .attention import KeysValues, Mask, attention, joined
-from .sizes import Gemma as GemmaConfig
+from .attention import KVCache, Mask, attention
+from .sizes import GemmaSize
 
 Rope = tuple[Tensor, Tensor]
 """Cosine and sine of RoPE's angles, float32 (B, T, D/2)."""
@@ -52,65 +51,54 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-query attention. With one key/value head, query heads are nothing but more queries."""
+    """Multi-query attention: all query heads share one key/value head, so they are just more queries of it."""
 
-    def __init__(self, cfg: GemmaConfig) -> None:
+    attend = staticmethod(attention)
+
+    def __init__(self, cfg: GemmaSize) -> None:
         super().__init__()
         self.heads, self.head_dim = cfg.heads, cfg.head_dim
-        self.q_proj = Linear(cfg.width, cfg.heads * cfg.head_dim, bias=False)
-        self.k_proj = Linear(cfg.width, cfg.head_dim, bias=False)
-        self.v_proj = Linear(cfg.width, cfg.head_dim, bias=False)
-        self.o_proj = Linear(cfg.heads * cfg.head_dim, cfg.width, bias=False)
+        self.q_proj = nn.Linear(cfg.width, cfg.heads * cfg.head_dim, bias=False)
+        self.k_proj = nn.Linear(cfg.width, cfg.head_dim, bias=False)
+        self.v_proj = nn.Linear(cfg.width, cfg.head_dim, bias=False)
+        self.o_proj = nn.Linear(cfg.heads * cfg.head_dim, cfg.width, bias=False)
 
-    def keys_values(self, x_BTW: Tensor, rope: Rope) -> KeysValues:
+    def keys_values(self, x_BTW: Tensor, rope: Rope) -> KVCache:
         """Keys and values of these tokens, each (B, T, D)."""
-        return rotate(self.k_proj(x_BTW), *rope), self.v_proj(x_BTW)
+        return KVCache(rotate(self.k_proj(x_BTW), *rope), self.v_proj(x_BTW))
 
-    def forward(self, x_BTW: Tensor, rope: Rope, kv: KeysValues, mask: Mask, past: KeysValues | None) -> Tensor:
-        """Attend from x to `past` and to its own keys and values, each (B, S, D)."""
+    def forward(self, x_BTW: Tensor, rope: Rope, kv: KVCache, mask: Mask, past: KVCache | None) -> Tensor:
+        """Attend from x to `past` and to x's own keys and values, `kv`."""
         cos, sin = (angle[:, :, None] for angle in rope)
         q_BTHD = rotate(rearrange(self.q_proj(x_BTW), "b t (h d) -> b t h d", h=self.heads), cos, sin)
-        out = attention(rearrange(q_BTHD, "b t h d -> b (t h) d"), kv, mask, past)
+        out = self.attend(rearrange(q_BTHD, "b t h d -> b (t h) d"), kv, mask, past)
         return self.o_proj(rearrange(out, "b (t h) d -> b t (h d)", h=self.heads))
 
 
-HIDDEN = 2**22
-"""Numbers between the MLP's layers at a time, at inference: more would be fresh memory from the system at each call."""
-
-
 class MLP(nn.Module):
-    """GELU-gated linear unit."""
+    """Linear layers with a tanh-GELU gate."""
 
-    def __init__(self, cfg: GemmaConfig) -> None:
+    def __init__(self, cfg: GemmaSize) -> None:
         super().__init__()
-        self.hidden = cfg.mlp_dim
-        self.gate_proj = Linear(cfg.width, cfg.mlp_dim, bias=False)
-        self.up_proj = Linear(cfg.width, cfg.mlp_dim, bias=False)
-        self.down_proj = Linear(cfg.mlp_dim, cfg.width, bias=False)
+        self.gate_proj = nn.Linear(cfg.width, cfg.mlp_dim, bias=False)
+        self.up_proj = nn.Linear(cfg.width, cfg.mlp_dim, bias=False)
+        self.down_proj = nn.Linear(cfg.mlp_dim, cfg.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = -(-x.shape[:-1].numel() * self.hidden // HIDDEN)
-        if parts == 1 or not infers(x):
-            return self._whole(x)
-        return torch.cat([self._whole(part) for part in x.flatten(0, -2).chunk(parts)]).view_as(x)
-
-    def _whole(self, x: Tensor) -> Tensor:
-        return self.down_proj(gated(self.gate_proj, self.up_proj, x))
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
 
 
 class Layer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, cfg: GemmaConfig) -> None:
+    def __init__(self, cfg: GemmaSize) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(cfg.width)
         self.self_attn = Attention(cfg)
         self.post_attention_layernorm = RMSNorm(cfg.width)
         self.mlp = MLP(cfg)
 
-    def forward(
-        self, x: Tensor, rope: Rope, mask: Mask, past: KeysValues | None, kv_only: bool
-    ) -> tuple[Tensor, KeysValues]:
+    def forward(self, x: Tensor, rope: Rope, mask: Mask, past: KVCache | None, kv_only: bool) -> tuple[Tensor, KVCache]:
         """Returns the layer's output, and the keys and values of x, each (B, T, D)."""
         h = self.input_layernorm(x)
         kv = self.self_attn.keys_values(h, rope)
@@ -121,11 +109,11 @@ class Layer(nn.Module):
 
 
 class Gemma(nn.Module):
-    """A stack of layers. `embed_tokens` exists when there is a vocabulary: the expert has none."""
+    """A stack of layers. Without a vocabulary, as in the expert, there is no `embed_tokens`."""
 
     layers: Any  # an nn.ModuleList of Layer
 
-    def __init__(self, cfg: GemmaConfig, vocab_size: int | None = None) -> None:
+    def __init__(self, cfg: GemmaSize, vocab_size: int | None = None) -> None:
         super().__init__()
         self.cfg = cfg
         if vocab_size is not None:
@@ -142,27 +130,25 @@ class Gemma(nn.Module):
         """RoPE's angles at these positions."""
         return rotary_angles(positions_BT, self.cfg.head_dim)
 
-    def cache(
-        self, x_BTW: Tensor, rope: Rope, mask: Mask, past: Sequence[KeysValues] | None = None
-    ) -> list[KeysValues]:
-        """Keys and values per layer of `past` and x together. The last layer's attention and MLP, which
-        nobody would read, are not computed."""
+    def cache(self, x_BTW: Tensor, rope: Rope, mask: Mask, past: Sequence[KVCache] | None = None) -> list[KVCache]:
+        """Keys and values per layer of `past` and x together. The last layer's attention and MLP are not computed,
+        because nothing reads their output."""
         new = self._layers(x_BTW, rope, mask, past, cache_only=True)[1]
-        return new if past is None else [joined(*layer) for layer in zip(past, new, strict=True)]
+        return new if past is None else [before.append(kv) for before, kv in zip(past, new, strict=True)]
 
-    def forward(self, x_BTW: Tensor, rope: Rope, mask: Mask, past: Sequence[KeysValues] | None = None) -> Tensor:
+    def forward(self, x_BTW: Tensor, rope: Rope, mask: Mask, past: Sequence[KVCache] | None = None) -> Tensor:
         """Final hidden states (B, T, W), after the last norm.
 
         Args:
             rope: the angles of each token.
-            mask: (B, 1 or T·H, S) over the S = len(past) + T tokens attended to.
-            past: keys and values per layer of the tokens before these, as they are or with room for these.
+            mask: over the queries of T tokens and H heads, and the S keys of `past` and of these tokens.
+            past: keys and values per layer of the tokens before these.
         """
         return self.norm(self._layers(x_BTW, rope, mask, past, cache_only=False)[0])
 
     def _layers(
-        self, x: Tensor, rope: Rope, mask: Mask, past: Sequence[KeysValues] | None, cache_only: bool
-    ) -> tuple[Tensor, list[KeysValues]]:
+        self, x: Tensor, rope: Rope, mask: Mask, past: Sequence[KVCache] | None, cache_only: bool
+    ) -> tuple[Tensor, list[KVCache]]:
         cache = []
         for i, layer in enumerate(self.layers):
             args = (x, rope, mask, None if past is None else past[i], cache_only and i == self.cfg.depth - 1)

@@ -1,31 +1,28 @@
-"""π₀ as two calls: what an observation means (`context`), and where noisy actions should go (`velocity`).
+"""The network of π₀ as two calls: `context` encodes an observation, `velocity` says where noisy actions should go.
 
 Axes: B batch, N cameras, L prompt tokens, S tokens of the context, K flow samples, T steps of a chunk,
 A action dim, W width, H query heads.
 
-Tokens form three blocks, each seeing itself and the earlier ones (paper, section IV): the prefix (images,
-prompt; the VLM's weights), the state, the actions (both the expert's weights). The prefix never sees the state
-and the state never sees the actions, so the first two blocks are computed once per observation, and an action
-token needs nothing of them but keys and values.
+Tokens form three blocks, each of which sees itself and the earlier ones (paper, section IV): the prefix (images and
+prompt, with the VLM's weights), the state and the actions (with the expert's weights). The prefix never sees the state
+and the state never sees the actions. So the first two blocks are computed once per observation, and an action token
+needs only their keys and values.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from einops import rearrange, repeat
 from torch import Tensor, nn
-from transformers import SiglipVisionModel
 
-from ..kernels.linear import draw_normal
-from .attention import KeysValues, Mask, additive_mask
-from .gemma import Gemma, RMSNorm, Rope
-from .siglip import image_tokens, initialise, vision_tower
+from . import init
+from .attention import KVCache, Mask, additive_mask
+from .gemma import Gemma, Rope
+from .siglip import VisionTower
 from .sizes import Architecture
-
-SHARPNESS, LOUDNESS = 3.0, 2.0
-"""How many times larger than unit variance asks queries and the output of attention are begun."""
 
 
 class Observation(NamedTuple):
@@ -40,10 +37,10 @@ class Observation(NamedTuple):
 class Context(NamedTuple):
     """Prefix and state, as the expert's action tokens see them."""
 
-    cache: list[KeysValues]  # per layer, each (B, S, D)
+    cache: Sequence[KVCache]  # per layer, S tokens each
     mask_BS: Tensor  # False on padding
-    state_B1W: Tensor | None = None  # the state's token, where it is not in the cache but runs with the actions
-    frame: tuple[Rope, Mask] | None = None  # `PI0.frame`, where several velocities share it
+    state_B1W: Tensor | None = None  # the state's token, if it is not in the cache but runs with the actions
+    rope_and_mask: tuple[Rope, Mask] | None = None  # of the actions, if several velocities share them
 
     @property
     def length_B(self) -> Tensor:
@@ -54,9 +51,9 @@ class Context(NamedTuple):
 def block_mask(mask_BS: Tensor, samples: int, steps: int, heads: int, with_state: bool = False) -> Tensor:
     """What K samples of T action tokens see: the context where it is not padding, and their own sample.
 
-    One sample sees all of itself, so its queries share one row, (B, 1, S + T). Two samples of two tokens,
-    after a context of three with one padded (rows: queries; heads left out), and the same behind the state's token,
-    which sees no action:
+    A single sample sees all of itself, so all its queries share one row. Below are two samples of two tokens, after a
+    context of three tokens of which one is padding (one row per query, for one head); on the right the state's token
+    runs with them, and sees no action:
 
         1 1 0   1 1 0 0          1 1 0   1 0 0 0 0
         1 1 0   1 1 0 0          1 1 0   1 1 1 0 0
@@ -77,8 +74,8 @@ def block_mask(mask_BS: Tensor, samples: int, steps: int, heads: int, with_state
 
 
 class PI0(nn.Module):
-    """The network. Parameters carry the names of published checkpoints; `vision`, `vlm` and `expert` are
-    better names for the parts."""
+    """The network. Parameters have the names of published checkpoints; `vision`, `vlm` and `expert` are shorter
+    names of its parts."""
 
     paligemma_with_expert: Any
 
@@ -88,7 +85,7 @@ class PI0(nn.Module):
         vlm, width = arch.vlm, arch.expert.width
         paligemma = nn.ModuleDict(
             {
-                "vision_tower": vision_tower(vlm.vision, image_size),
+                "vision_tower": VisionTower(vlm.vision, image_size),
                 "multi_modal_projector": nn.ModuleDict({"linear": nn.Linear(vlm.vision.width, vlm.gemma.width)}),
                 "language_model": Gemma(vlm.gemma, vlm.vocab_size),
             }
@@ -111,7 +108,7 @@ class PI0(nn.Module):
         return self.paligemma_with_expert["paligemma"]["model"]
 
     @property
-    def vision(self) -> SiglipVisionModel:
+    def vision(self) -> VisionTower:
         return self.paligemma["vision_tower"]
 
     @property
@@ -129,41 +126,19 @@ class PI0(nn.Module):
         modules = [last.self_attn.q_proj, last.self_attn.o_proj, last.post_attention_layernorm, last.mlp]
         return [p for module in [*modules, self.vlm.norm] for p in module.parameters()]
 
-    def reset_buffers(self, device: torch.device) -> None:
-        """Make what is no parameter and so comes from no checkpoint: SigLIP's index of positions."""
-        embeddings = self.vision.vision_model.embeddings
-        embeddings.position_ids = torch.arange(embeddings.num_positions, device=device)[None]
-
     def enable_gradient_checkpointing(self) -> None:
-        """Keep each layer's input alone and compute the rest again in the backward pass."""
-        self.vlm.gradient_checkpointing = self.expert.gradient_checkpointing = True
-        self.vision.gradient_checkpointing_enable({"use_reentrant": False})
+        """Keep only the input of each layer, and compute the rest again in the backward pass."""
+        for part in (self.vision, self.vlm, self.expert):
+            part.gradient_checkpointing = True
 
-    @torch.no_grad()
     def initialise(self) -> None:
-        """Random weights: every layer keeps unit variance (LeCun normal), norms are the identity.
-
-        Attention is begun sharp and loud (`SHARPNESS`, `LOUDNESS`): from the even, faint mean over a hundred tokens
-        that unit variance gives, a small network takes far longer to learn which token matters (docs/learning.md).
-        What is still on the `meta` device is left there: a checkpoint will fill it.
-        """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                draw_normal(module.weight, 1 / math.sqrt(module.in_features))
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, RMSNorm):
-                nn.init.zeros_(module.weight)
-        for layer in (*self.vlm.layers, *self.expert.layers):
-            layer.self_attn.q_proj.weight.mul_(SHARPNESS)
-            layer.self_attn.o_proj.weight.mul_(LOUDNESS)
-        draw_normal(self.vlm.embed_tokens.weight, 1 / math.sqrt(self.vlm.cfg.width))
-        initialise(self.vision)
+        """Draw random weights (`init.py`)."""
+        init.initialise(self, self.vision, self.vlm, self.expert)
 
     def prefix(self, obs: Observation) -> tuple[Tensor, Tensor]:
         """Tokens of the first block, images before the prompt: (B, S, W), and which are not padding (B, S)."""
-        projector = self.paligemma["multi_modal_projector"]["linear"]
-        images = image_tokens(self.vision, projector, rearrange(obs.images_BNCHW, "b n c h w -> (b n) c h w"))
+        features = self.vision(rearrange(obs.images_BNCHW, "b n c h w -> (b n) c h w"))
+        images = self.paligemma["multi_modal_projector"]["linear"](features)
         images_BSW = rearrange(images, "(b n) p w -> b (n p) w", b=len(obs.images_BNCHW))
         prompt_BLW = self.vlm.embed(obs.tokens_BL)
         mask = torch.cat([obs.token_mask_BL.new_ones(images_BSW.shape[:2]), obs.token_mask_BL], dim=1)
@@ -172,12 +147,12 @@ class PI0(nn.Module):
     def context(self, obs: Observation, with_state: bool = True) -> Context:
         """Keys and values of prefix and state: once per observation.
 
-        A frozen VLM runs without autograd: nothing of it is kept, nothing is propagated through it. The
-        check is made at each call, since PEFT and users set `requires_grad` after construction.
+        A frozen VLM runs without autograd, which keeps no activations and propagates nothing through it. Whether it is
+        frozen is looked up at each call, since PEFT and users set `requires_grad` after construction.
 
         Args:
-            with_state: False leaves the state's token to `velocity`. Training asks for that: where `velocity` runs
-                once, state and actions meet each weight of the expert together, and its gradient is made once.
+            with_state: False leaves the state's token to `velocity`. Training does that: as `velocity` runs only once
+                there, state and actions go through each weight of the expert together, which saves a second pass.
         """
         trains_vlm = torch.is_grad_enabled() and any(p.requires_grad for p in self.paligemma.parameters())
         with torch.set_grad_enabled(trains_vlm):
@@ -193,21 +168,21 @@ class PI0(nn.Module):
         cache = self.expert.cache(state, rope, additive_mask(mask[:, None], state.dtype), past=cache)
         return Context(cache, mask)
 
-    def frame(self, context: Context, samples: int, steps: int, dtype: torch.dtype) -> tuple[Rope, Mask]:
-        """Where the tokens of `velocity` stand and what they see: RoPE's angles, and the mask."""
+    def rope_and_mask(self, context: Context, samples: int, steps: int, dtype: torch.dtype) -> tuple[Rope, Mask]:
+        """The positions of the tokens of `velocity`, as RoPE's angles, and what these tokens see."""
         with_state = context.state_B1W is not None
         own = torch.arange(steps, device=context.mask_BS.device).repeat(samples)
         own = F.pad(own + 1, (1, 0)) if with_state else own
         visible = block_mask(context.mask_BS, samples, steps, self.expert.cfg.heads, with_state)
-        mask = additive_mask(visible, dtype, samples, front=int(with_state))
+        mask = additive_mask(visible, dtype, samples, shared=int(with_state))
         return self.expert.rope(context.length_B[:, None] + own), mask
 
     def embed_time(self, time: Tensor) -> Tensor:
-        """The part of the action MLP's input layer that depends on time alone, with its bias: (*, W).
+        """The part of the first action MLP layer's output that depends on time alone, with its bias: (*, W).
 
         sin and cos of W/2 frequencies, computed in float64 (openpi: `create_sinusoidal_pos_embedding`), then
-        the time half of `action_time_mlp_in`. One call serves all steps of a solver. The layer is called, on actions
-        of zero, and not taken apart: what an adapter adds to it would be lost.
+        the time half of `action_time_mlp_in`. One call serves all steps of a solver. The layer is called with zeros
+        for the actions, and its weight is not cut in two, so that an adapter around the layer takes part.
         """
         arch, width = self.arch, self.arch.expert.width
         fraction = torch.linspace(0, 1, width // 2, dtype=torch.float64, device=time.device)
@@ -216,24 +191,24 @@ class PI0(nn.Module):
         embedding = torch.cat([angle.sin(), angle.cos()], dim=-1).to(self.action_time_mlp_in.weight.dtype)
         return self.action_time_mlp_in(F.pad(embedding, (width, 0)))
 
-    def velocity(self, x_BKTA: Tensor, time: Tensor, context: Context) -> Tensor:
+    def velocity(self, x_BKTA: Tensor, time_embedding: Tensor, context: Context) -> Tensor:
         """Velocity of noisy actions, float32, of their shape.
 
         Args:
             x_BKTA: K chunks per observation, which do not see each other.
-            time: `embed_time` of their times, broadcast against (B, K, T, W).
+            time_embedding: `embed_time` of their times, broadcast against (B, K, T, W).
         """
         samples, steps = x_BKTA.shape[1:3]
         width = self.arch.expert.width
         actions = self.action_in_proj(x_BKTA.to(self.action_in_proj.weight.dtype))
         h = self.action_time_mlp_in(F.pad(actions, (0, width)))
-        h = F.silu(h - self.action_time_mlp_in.bias.to(h.dtype) + time)  # both halves come with the bias
+        h = F.silu(h - self.action_time_mlp_in.bias.to(h.dtype) + time_embedding)  # both halves come with the bias
         h = rearrange(self.action_time_mlp_out(h), "b k t w -> b (k t) w")
 
         state = context.state_B1W
         if state is not None:
             h = torch.cat([state.to(h.dtype), h], dim=1)
-        rope, mask = context.frame or self.frame(context, samples, steps, h.dtype)
+        rope, mask = context.rope_and_mask or self.rope_and_mask(context, samples, steps, h.dtype)
         h = self.expert(h, rope, mask, context.cache)
         h = h if state is None else h[:, 1:]
         velocity = self.action_out_proj(h.to(self.action_out_proj.weight.dtype))

@@ -1,31 +1,34 @@
-"""SigLIP's vision tower (transformers') and the linear projector that makes image tokens of its features.
+"""SigLIP's vision tower, without the pooling head that PaliGemma does not use.
 
-Axes: N images (cameras of all samples), C channels, P patches, W width of the VLM.
+Axes: N images (cameras of all samples), C channels, P patches, H heads, D head dim, W width.
+
+Parameter names are those of transformers' `SiglipVisionModel`, which published checkpoints use.
+Sources: big_vision `models/vit.py`, transformers `models/siglip`.
 """
 
-import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from einops import rearrange
 from torch import Tensor, nn
-from transformers import SiglipVisionConfig, SiglipVisionModel
+from torch.utils.checkpoint import checkpoint
 
-from ..kernels.linear import Linear, draw_normal, gelu_linear, use_linear
-from .attention import ATTENTION
-from .sizes import Vision
+from .sizes import VisionSize
+
+LAYER_NORM_EPS = 1e-6
 
 
 class ConvolutionalStem(nn.Module):
-    """Patches through several convolutions in place of one; what small towers begin with.
+    """Patches through several convolutions in place of one, for small towers.
 
-    One linear map of 16 x 16 pixels tells little about where in it a thing is, and the two layers of a small tower
-    have no room to make up for it (measured in docs/learning.md; Xiao et al. 2021, arXiv 2106.14881). Pictures are
-    brought to zero mean and unit variance, since what differs between patches is small beside what they share.
+    One linear map of 16 x 16 pixels tells little about where in it an object is, and the two layers of a small tower
+    cannot make up for it (measured in docs/learning.md; Xiao et al. 2021, arXiv 2106.14881). Each image is normalised
+    to zero mean and unit variance, since patches differ little compared with what they have in common.
     """
 
-    def __init__(self, cfg: Vision) -> None:
+    def __init__(self, cfg: VisionSize) -> None:
         super().__init__()
         first, *rest = cfg.stem
         stride = cfg.patch_size // 2 ** len(cfg.stem)
@@ -37,7 +40,7 @@ class ConvolutionalStem(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """SigLIP asks its patch embedding for the dtype of its weights."""
+        """The weight whose dtype the images take, as of the single convolution."""
         return self.layers[0].weight  # type: ignore[return-value]
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
@@ -45,74 +48,95 @@ class ConvolutionalStem(nn.Module):
         return rearrange(self.norm(rearrange(x, "n c h w -> n h w c")), "n h w c -> n c h w")
 
 
-class MLP(nn.Module):
-    """SigLIP's MLP, which transformers computes in the same way but for the fusion."""
+class Embeddings(nn.Module):
+    """Patches and their positions."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, cfg: VisionSize, image_size: int) -> None:
         super().__init__()
-        self.fc1 = Linear(width, hidden)
-        self.fc2 = Linear(hidden, width)
+        patch = cfg.patch_size
+        self.patch_embedding = ConvolutionalStem(cfg) if cfg.stem else nn.Conv2d(3, cfg.width, patch, patch)
+        self.position_embedding = nn.Embedding((image_size // patch) ** 2, cfg.width)
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        x = self.patch_embedding(images_NCHW.to(self.patch_embedding.weight.dtype))
+        x_NPW = rearrange(x, "n w i j -> n (i j) w")
+        return x_NPW + self.position_embedding(torch.arange(x_NPW.shape[1], device=x.device))
+
+
+class Attention(nn.Module):
+    """Multi-head attention in which every patch sees every other."""
+
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(F.scaled_dot_product_attention)
+
+    def __init__(self, cfg: VisionSize) -> None:
+        super().__init__()
+        self.heads = cfg.heads
+        self.k_proj = nn.Linear(cfg.width, cfg.width)  # before the queries: optimizers number parameters in this order
+        self.v_proj = nn.Linear(cfg.width, cfg.width)
+        self.q_proj = nn.Linear(cfg.width, cfg.width)
+        self.out_proj = nn.Linear(cfg.width, cfg.width)
+
+    def forward(self, x_NPW: Tensor) -> Tensor:
+        q, k, v = (
+            rearrange(proj(x_NPW), "n p (h d) -> n h p d", h=self.heads)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.out_proj(rearrange(self.attend(q, k, v), "n h p d -> n p (h d)"))
+
+
+class MLP(nn.Module):
+    """Two linear layers with tanh-GELU between them."""
+
+    def __init__(self, cfg: VisionSize) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(cfg.width, cfg.mlp_dim)
+        self.fc2 = nn.Linear(cfg.mlp_dim, cfg.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(gelu_linear(self.fc1, x))
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-def siglip_config(cfg: Vision, image_size: int, **more: Any) -> SiglipVisionConfig:
-    """transformers' name for such a tower, without the pooling head, which PaliGemma does not have."""
-    return SiglipVisionConfig(
-        hidden_size=cfg.width,
-        num_hidden_layers=cfg.depth,
-        intermediate_size=cfg.mlp_dim,
-        num_attention_heads=cfg.heads,
-        patch_size=cfg.patch_size,
-        image_size=image_size,
-        hidden_act="gelu_pytorch_tanh",
-        vision_use_head=False,
-        **more,
-    )
+class SiglipEncoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)). FSDP's configurations name this class, as transformers' own."""
+
+    def __init__(self, cfg: VisionSize) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(cfg.width, eps=LAYER_NORM_EPS)
+        self.self_attn = Attention(cfg)
+        self.layer_norm2 = nn.LayerNorm(cfg.width, eps=LAYER_NORM_EPS)
+        self.mlp = MLP(cfg)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
 
 
-def vision_tower(cfg: Vision, image_size: int) -> SiglipVisionModel:
-    """A SigLIP tower, with the small presets' stem and our MLP.
+class VisionTower(nn.Module):
+    """Features of image patches, one a patch, after the last norm.
 
     Raises:
-        ValueError: the image does not divide into patches.
+        ValueError: an image is smaller than a patch.
     """
-    if image_size < cfg.patch_size:
-        raise ValueError(f"images of {image_size} pixels are smaller than one patch of {cfg.patch_size}")
-    tower = SiglipVisionModel(siglip_config(cfg, image_size, attn_implementation=ATTENTION))
-    if cfg.stem:
-        tower.vision_model.embeddings.patch_embedding = ConvolutionalStem(cfg)
-    for layer in tower.vision_model.encoder.layers:
-        layer.mlp = MLP(cfg.width, cfg.mlp_dim)
-    use_linear(tower)
-    return tower
 
+    vision_model: Any
 
-def sincos_positions(side: int, width: int) -> Tensor:
-    """2D sine-cosine position embedding (side², W), SigLIP's start in big_vision: `posemb_sincos_2d`."""
-    omega = 10_000.0 ** -torch.linspace(0, 1, width // 4)
-    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    angles = [axis.flatten()[:, None] * omega for axis in (x, y)]
-    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)
+    def __init__(self, cfg: VisionSize, image_size: int) -> None:
+        super().__init__()
+        if image_size < cfg.patch_size:
+            raise ValueError(f"images of {image_size} pixels are smaller than one patch of {cfg.patch_size}")
+        self.vision_model = nn.Module()
+        self.vision_model.embeddings = Embeddings(cfg, image_size)
+        self.vision_model.encoder = nn.Module()
+        self.vision_model.encoder.layers = nn.ModuleList(SiglipEncoderLayer(cfg) for _ in range(cfg.depth))
+        self.vision_model.post_layernorm = nn.LayerNorm(cfg.width, eps=LAYER_NORM_EPS)
+        self.gradient_checkpointing = False
 
-
-@torch.no_grad()
-def initialise(tower: SiglipVisionModel) -> None:
-    """Set what the linear layers' common initialisation does not cover: convolutions, positions, norms."""
-    embeddings = tower.vision_model.embeddings
-    side = math.isqrt(embeddings.num_positions)
-    embeddings.position_embedding.weight.copy_(sincos_positions(side, embeddings.embed_dim))
-    for module in tower.modules():
-        if isinstance(module, nn.Conv2d):
-            draw_normal(module.weight, 1 / math.sqrt(module.weight[0].numel()))
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
-
-
-def image_tokens(tower: SiglipVisionModel, projector: nn.Linear, images_NCHW: Tensor) -> Tensor:
-    """Tokens of the VLM's width, one a patch: (N, P, W). Images are in [-1, 1]."""
-    return projector(tower(images_NCHW).last_hidden_state)
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        """(N, P, W). Images are in [-1, 1]."""
+        x = self.vision_model.embeddings(images_NCHW)
+        for layer in self.vision_model.encoder.layers:
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(layer, x, use_reentrant=False)
+            else:
+                x = layer(x)
+        return self.vision_model.post_layernorm(x)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Gemma:
+class GemmaSize:
     """One decoder stack. Multi-query attention: the `heads` query heads share one key/value head."""
 
     width: int
@@ -18,11 +18,10 @@ class Gemma:
 
 
 @dataclass(frozen=True)
-class Vision:
+class VisionSize:
     """A SigLIP vision tower; `image_size` is the side in pixels that the preset is meant for.
 
-    `stem`: channels of the convolutions that make the patches of small towers, each but the first with stride 2;
-    () for SigLIP's own single one.
+    `stem`: channels of the convolutions that make the patches of small towers; () for SigLIP's single convolution.
     """
 
     width: int
@@ -35,11 +34,11 @@ class Vision:
 
 
 @dataclass(frozen=True)
-class PaliGemma:
+class PaliGemmaSize:
     """The VLM: a vision tower, a linear projector and a Gemma with a vocabulary."""
 
-    vision: Vision
-    gemma: Gemma
+    vision: VisionSize
+    gemma: GemmaSize
     vocab_size: int
 
 
@@ -47,8 +46,8 @@ class PaliGemma:
 class Architecture:
     """All that the network's shapes depend on. State and action vectors are zero-padded to their dims."""
 
-    vlm: PaliGemma
-    expert: Gemma
+    vlm: PaliGemmaSize
+    expert: GemmaSize
     state_dim: int = 32
     action_dim: int = 32
     min_period: float = 4e-3
@@ -63,24 +62,24 @@ class Architecture:
             )
 
 
-GEMMA_2B = Gemma(width=2048, depth=18, mlp_dim=16_384, heads=8, head_dim=256)
-GEMMA_300M = Gemma(width=1024, depth=18, mlp_dim=4096, heads=8, head_dim=256)
-SO400M = Vision(width=1152, depth=27, mlp_dim=4304, heads=16, patch_size=14, image_size=224)
+GEMMA_2B = GemmaSize(width=2048, depth=18, mlp_dim=16_384, heads=8, head_dim=256)
+GEMMA_300M = GemmaSize(width=1024, depth=18, mlp_dim=4096, heads=8, head_dim=256)
+SO400M = VisionSize(width=1152, depth=27, mlp_dim=4304, heads=16, patch_size=14, image_size=224)
 
 PALIGEMMA_VOCAB = 257_152  # 256 000 of Gemma, 1 024 locations, 128 segmentations
 BYTE_VOCAB = 384  # transformers' ByT5Tokenizer: 3 special tokens, 256 bytes, 125 sentinels
 
 PALIGEMMA_PRESETS = {
-    "gemma_2b": PaliGemma(SO400M, GEMMA_2B, PALIGEMMA_VOCAB),
-    "gemma_300m": PaliGemma(SO400M, GEMMA_300M, PALIGEMMA_VOCAB),
-    "tiny": PaliGemma(
-        Vision(width=128, depth=2, mlp_dim=256, heads=4, patch_size=16, image_size=64, stem=(48, 64)),
-        Gemma(width=128, depth=3, mlp_dim=256, heads=4, head_dim=32),
+    "gemma_2b": PaliGemmaSize(SO400M, GEMMA_2B, PALIGEMMA_VOCAB),
+    "gemma_300m": PaliGemmaSize(SO400M, GEMMA_300M, PALIGEMMA_VOCAB),
+    "tiny": PaliGemmaSize(
+        VisionSize(width=128, depth=2, mlp_dim=256, heads=4, patch_size=16, image_size=64, stem=(48, 64)),
+        GemmaSize(width=128, depth=3, mlp_dim=256, heads=4, head_dim=32),
         BYTE_VOCAB,
     ),
 }
 EXPERT_PRESETS = {
     "gemma_300m": GEMMA_300M,
     "gemma_2b": GEMMA_2B,
-    "tiny": Gemma(width=64, depth=3, mlp_dim=128, heads=4, head_dim=32),
+    "tiny": GemmaSize(width=64, depth=3, mlp_dim=128, heads=4, head_dim=32),
 }

@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from einops import rearrange
 from torch import Tensor
 
-from ..network.flow import generator_of
+from .draws import generator_of
 
 CROP = 0.95
 """Side of the crop, as a part of the image's."""
