@@ -60,7 +60,7 @@ def masks(obs: Observation, samples: int) -> np.ndarray:
     """Which token (row) sees which (column), as the first layers of both transformers are told."""
     network, seen = PI0(FEW, FEW.vlm.vision.image_size).eval(), []
     for stack in (network.vlm, network.expert):
-        stack.layers[0].register_forward_pre_hook(lambda _, args: seen.append((args[0].shape[1], args[2].additive[0])))
+        stack.layers[0].register_forward_pre_hook(lambda _, args: seen.append((args[0].shape[1], args[2].bias[0])))
     with torch.no_grad():
         run(network, obs, samples, STEPS)
     rows = [np.broadcast_to((mask == 0).numpy(), (tokens, mask.shape[-1])) for tokens, mask in seen]

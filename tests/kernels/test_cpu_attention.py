@@ -6,16 +6,18 @@ from conftest import CAMERAS, DIMS, make_batch, shake, small_policy
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from torch.utils.flop_counter import FlopCounterMode
 
-from lerobot_pi0.control import calls
-from lerobot_pi0.kernels import linear
-from lerobot_pi0.network import attention, gemma
+from lerobot_pi0.control import sampling
+from lerobot_pi0.kernels import cpu_attention, cpu_linear
+from lerobot_pi0.kernels.cpu_attention import attend, attend_by_heads
+from lerobot_pi0.network import gemma
+from lerobot_pi0.network.attention import KVCache, additive_mask
 from lerobot_pi0.network.pi0 import block_mask
 
 
 @pytest.fixture(params=[True, False], ids=["written out", "fused"])
 def fast(request, monkeypatch):
     """As on a CPU with products of bfloat16, whatever this one has (oneDNN then emulates them), and as on another."""
-    monkeypatch.setattr(linear, "BFLOAT16_IS_SLOW", not request.param)
+    monkeypatch.setattr(cpu_linear, "BFLOAT16_IS_SLOW", not request.param)
 
 
 def formula(q, k, v, mask):
@@ -28,25 +30,25 @@ def formula(q, k, v, mask):
 @pytest.mark.parametrize("masked", ["all alike", "each its own", "none"])
 def test_formula(fast, monkeypatch, masked, rows):
     """Catches a scale, a mask or a block of queries that is wrong, and a softmax that is taken in bfloat16."""
-    monkeypatch.setattr(attention, "SCORES", rows * 2 * 37)
+    monkeypatch.setattr(cpu_attention, "SCORES", rows * 2 * 37)
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, n, 16, generator=draw).bfloat16() for n in (12, 37, 37))
     visible = torch.rand(2, 1 if masked == "all alike" else 12, 37, generator=draw) < 0.6
-    mask = None if masked == "none" else attention.additive_mask(visible, torch.bfloat16)
+    mask = None if masked == "none" else additive_mask(visible, torch.bfloat16)
     with torch.no_grad():
-        found = attention.attention(4 * q, (k, v), mask)
-    exact = formula(4 * q, k, v, torch.zeros(1) if mask is None else mask.additive)
+        found = attend(4 * q, KVCache(k, v), mask)
+    exact = formula(4 * q, k, v, torch.zeros(1) if mask is None else mask.bias)
     assert found.dtype == torch.bfloat16 and found.shape == q.shape
     assert (found - exact).norm() < 6e-3 * exact.norm()
 
 
-def test_heads_as_transformers_hands_them_over(fast):
+def test_heads_with_keys_of_their_own(fast):
     """Catches heads that are mixed up with queries."""
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 9, 3, 8, generator=draw).bfloat16().transpose(1, 2) for _ in range(3))
     with torch.no_grad():
-        found, _ = attention.of_heads(torch.nn.Identity(), q, k, v, None)
-    exact = formula(q, k, v, torch.zeros(1)).transpose(1, 2)
+        found = attend_by_heads(q, k, v)
+    exact = formula(q, k, v, torch.zeros(1))
     assert found.shape == exact.shape and (found - exact).norm() < 6e-3 * exact.norm()
 
 
@@ -54,35 +56,35 @@ def test_heads_as_transformers_hands_them_over(fast):
 @pytest.mark.parametrize("masked", ["all alike", "each its own"])
 def test_derivative(fast, monkeypatch, masked, rows):
     """Catches a derivative of one of the three that is wrong, or is that of the last block alone."""
-    monkeypatch.setattr(attention, "SCORES", rows * 2 * 37)
+    monkeypatch.setattr(cpu_attention, "SCORES", rows * 2 * 37)
     draw = torch.Generator().manual_seed(0)
     shapes = (12, 37, 37)
     inputs = [torch.randn(2, n, 16, generator=draw).bfloat16().requires_grad_() for n in shapes]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     visible = torch.rand(2, 1 if masked == "all alike" else 12, 37, generator=draw) < 0.6
-    mask, grad = attention.additive_mask(visible, torch.bfloat16), torch.randn(2, 12, 16, generator=draw).bfloat16()
-    attention.attention(inputs[0], tuple(inputs[1:]), mask).backward(grad)
-    formula(*exact, mask.additive).backward(grad.double())
+    mask, grad = additive_mask(visible, torch.bfloat16), torch.randn(2, 12, 16, generator=draw).bfloat16()
+    attend(inputs[0], KVCache(*inputs[1:]), mask).backward(grad)
+    formula(*exact, mask.bias).backward(grad.double())
     for found, wanted in zip(inputs, exact, strict=True):
         assert found.grad.dtype == torch.bfloat16
         assert (found.grad - wanted.grad).norm() < 1.5e-2 * wanted.grad.norm()
 
     def of_queries(q):
-        return attention.attention(q, tuple(x.detach() for x in inputs[1:]), mask)
+        return attend(q, KVCache(*(x.detach() for x in inputs[1:])), mask)
 
     pulled = torch.func.vjp(of_queries, inputs[0].detach())[1](grad)[0]
     torch.testing.assert_close(pulled, inputs[0].grad)
 
 
 @pytest.mark.parametrize("rows", [5, 1000])
-@pytest.mark.parametrize("front", [0, 1, 2])
+@pytest.mark.parametrize("shared", [0, 1, 2])
 @pytest.mark.parametrize("trained", [True, False], ids=["past trained", "past frozen"])
-def test_samples_behind_a_past(fast, monkeypatch, trained, front, rows):
-    """Catches a sample that sees another's keys, padding, or not all of the past and the front, a front that sees
+def test_samples_behind_a_past(fast, monkeypatch, trained, shared, rows):
+    """Catches a sample that sees another's keys, padding, or not all of the past and the shared, a shared that sees
     samples, and gradients that are summed over too few samples, put at other keys or made where none is asked for."""
     heads, past, samples, steps = 3, 7, 4, 5
-    new = front + samples * steps
-    monkeypatch.setattr(attention, "SCORES", rows * 2 * (past + front + steps))
+    new = shared + samples * steps
+    monkeypatch.setattr(cpu_attention, "SCORES", rows * 2 * (past + shared + steps))
     draw = torch.Generator().manual_seed(0)
     shapes = {"q": new * heads, "k": new, "v": new, "past_k": past, "past_v": past}
     inputs = {key: torch.randn(2, n, 16, generator=draw).bfloat16() for key, n in shapes.items()}
@@ -91,20 +93,20 @@ def test_samples_behind_a_past(fast, monkeypatch, trained, front, rows):
         x.requires_grad_(trained or "past" not in key)
     seen = torch.arange(past) < torch.tensor([[past], [past - 2]])
     visible = block_mask(seen, samples, steps, heads)
-    if front:
+    if shared:
         own = torch.zeros(new, new, dtype=torch.bool)
-        own[:, :front] = True
-        own[front:, front:] = torch.block_diag(*[torch.ones(steps, steps)] * samples).bool()
+        own[:, :shared] = True
+        own[shared:, shared:] = torch.block_diag(*[torch.ones(steps, steps)] * samples).bool()
         own = own.repeat_interleave(heads, dim=0).expand(2, -1, -1)
         visible = torch.cat([seen[:, None].expand(-1, own.shape[1], -1), own], dim=2)
     mask, grad = (
-        attention.additive_mask(visible, torch.bfloat16, samples, front),
+        additive_mask(visible, torch.bfloat16, samples, shared),
         torch.randn(2, new * heads, 16, generator=draw).bfloat16(),
     )
 
-    found = attention.attention(inputs["q"], (inputs["k"], inputs["v"]), mask, (inputs["past_k"], inputs["past_v"]))
+    found = attend(inputs["q"], KVCache(inputs["k"], inputs["v"]), mask, KVCache(inputs["past_k"], inputs["past_v"]))
     keys, values = (torch.cat([exact["past_" + name], exact[name]], dim=1) for name in "kv")
-    wanted = formula(exact["q"], keys, values, mask.additive)
+    wanted = formula(exact["q"], keys, values, mask.bias)
     assert (found - wanted).norm() < 6e-3 * wanted.norm()
     found.backward(grad)
     wanted.backward(grad.double())
@@ -121,29 +123,31 @@ def test_scores_are_not_kept():
     q, k = torch.randn(1, 400, 8).bfloat16().requires_grad_(), torch.randn(1, 300, 8).bfloat16().requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-        attention.attention(q, (k, k))
+        attend(q, KVCache(k, k))
     assert max(kept) <= 400 * 8
 
 
 def test_written_out_only_where_nobody_looks(monkeypatch):
     """Catches attention that is written out where bfloat16 is slow or not meant, or hidden from a counter."""
-    monkeypatch.setattr(linear, "BFLOAT16_IS_SLOW", False)
+    monkeypatch.setattr(cpu_linear, "BFLOAT16_IS_SLOW", False)
     fused = []
     sdpa = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", lambda *a, **k: fused.append(1) or sdpa(*a, **k))
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: fused.append(1) or sdpa(*a, **k)
+    )
     x = torch.randn(1, 4, 8).bfloat16()
-    attention.attention(x.float(), (x.float(), x.float()))
+    attend(x.float(), KVCache(x.float(), x.float()))
     with FlopCounterMode(display=False):
-        attention.attention(x, (x, x))
+        attend(x, KVCache(x, x))
     assert len(fused) == 2
-    attention.attention(x, (x, x))
+    attend(x, KVCache(x, x))
     assert (len(fused) == 2) == torch.backends.mkldnn.is_available()
 
 
 @pytest.mark.parametrize("guide", [None, "identity", "vjp", "trained"])
-def test_room_behind_the_context(small, monkeypatch, guide):
-    """Catches keys and values that are copied at each step, land beside their room, or stay from the step before, and
-    angles and masks that each step makes anew."""
+def test_memory_behind_the_context(small, monkeypatch, guide):
+    """Catches keys and values that are copied at each step, written to the wrong place, or left from the step before,
+    and angles and masks that each step computes again."""
     options = {"rtc_config": RTCConfig(), "rtc_guidance": guide, "rtc_training_max_delay": 9} if guide else {}
     policy = small_policy(**options)
     shake(policy)
@@ -162,10 +166,10 @@ def test_room_behind_the_context(small, monkeypatch, guide):
             )
             return policy.predict_action_chunk(batch, noise=noise, **left), sum(copies)
 
-    with_room, before = copied()
+    preallocated, before = copied()
     assert len(angles) == 3  # of the VLM, of the state, and of the actions in all steps
-    monkeypatch.setattr(calls, "with_room", lambda cache, tokens: list(cache))
+    monkeypatch.setattr(sampling, "preallocate", lambda cache, tokens: list(cache))
     without, every = copied()
-    assert torch.equal(with_room, without)
+    assert torch.equal(preallocated, without)
     steps = 2 * policy.config.num_inference_steps * policy.config.architecture().expert.depth
     assert every - before == (0 if guide == "vjp" else steps)

@@ -21,13 +21,13 @@ from conftest import (
 )
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.rollout.context import _wrap_predict_action_chunk_with_torch_compile
-from lerobot_pi0.control.calls import Calls
 from torch._dynamo.utils import counters
 from torch._subclasses import FakeTensorMode
 
-from lerobot_pi0 import PI0Policy
+from lerobot_pi0 import PI0Policy, kernels
 from lerobot_pi0.configuration_pi0 import GUIDANCE
 from lerobot_pi0.control import guidance
+from lerobot_pi0.control.sampling import Sampler
 from lerobot_pi0.inputs.observation import bucket
 from lerobot_pi0.network import flow
 from lerobot_pi0.network.pi0 import PI0, Observation
@@ -189,9 +189,10 @@ def test_nothing_depends_on_values(guide, solver):
     arch = Architecture(PALIGEMMA_PRESETS["gemma_2b"], EXPERT_PRESETS["gemma_300m"])
     with FakeTensorMode(), torch.no_grad():
         model = PI0(arch, arch.vlm.vision.image_size).eval()
+        kernels.install(model)
         noise = torch.randn(1, 1, 50, 32)
         found = None if guide is None else guidance.make_guide(guide, torch.randn(10, 6), 4, 10, noise)
-        chunk = Calls().chunk(model, fake_observation(arch), noise, found, solver=solver, steps=2)
+        chunk = Sampler().chunk(model, fake_observation(arch), noise, found, solver=solver, steps=2)
     assert chunk.shape == (1, 1, 50, 32)
 
 
@@ -203,7 +204,6 @@ def test_training_depends_on_no_value_either(small, delays):
         for name, p in list(policy.model.named_parameters()):
             owner, _, leaf = name.rpartition(".")
             setattr(policy.model.get_submodule(owner), leaf, torch.nn.Parameter(torch.empty(p.shape)))
-        policy.model.reset_buffers(torch.device("cpu"))
         obs = fake_observation(policy.model.arch, batch_size=2)
         actions, noise, time = torch.randn(2, 1, 50, 32), torch.randn(2, 2, 50, 32), torch.rand(2, 2)
         delay = torch.randint(10, (2, 2)) if delays else None
@@ -216,8 +216,9 @@ def test_fake_tensors_would_tell():
     arch = Architecture(PALIGEMMA_PRESETS["tiny"], EXPERT_PRESETS["tiny"])
     with FakeTensorMode(), torch.no_grad():
         model = PI0(arch, 64).eval()
+        kernels.install(model)
         with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
-            Calls().chunk(model, fake_observation(arch), torch.randn(1, 1, 50, 32), solver="adaptive")
+            Sampler().chunk(model, fake_observation(arch), torch.randn(1, 1, 50, 32), solver="adaptive")
 
 
 @pytest.mark.slow

@@ -221,38 +221,3 @@ def test_noise_is_standard_normal():
     """Catches noise of another scale than the one the integration starts from."""
     noise = flow.sample_noise((200, 100), CPU, torch.Generator().manual_seed(2)).flatten()
     assert scipy.stats.kstest(noise.double().numpy(), scipy.stats.norm.cdf).pvalue > 0.01
-
-
-def test_draws_belong_to_their_samples():
-    """Catches draws that depend on the batch's order or size: a resumed or distributed run would see others."""
-    shape, time = (2, 50, 32), flow.BetaTime()
-    drawn = flow.repeatable_draws(7, 3, [5, 8, 13], shape, time, 20)
-    assert [x.shape for x in drawn] == [(3, *shape), (3, 2), (3, 2)]
-    for all_three, two in zip(drawn, flow.repeatable_draws(7, 3, [13, 5], shape, time, 20), strict=True):
-        assert torch.equal(two, all_three[[2, 0]])
-    others = [flow.repeatable_draws(*key, [5, 8, 13], shape, time, 20) for key in ((8, 3), (7, 4))]
-    assert len(torch.cat([drawn[1], *(times for _, times, _ in others)]).unique()) == 18
-    assert all(not torch.equal(delays, drawn[2]) for _, _, delays in others)
-
-
-def test_repeatable_draws_are_distributed_alike():
-    """Catches neighbouring seeds that give correlated draws: Kolmogorov-Smirnov over the first of each sample."""
-    noise, times, delays = flow.repeatable_draws(0, 0, range(4000), (1, 1, 1), flow.BetaTime(), 7)
-    assert scipy.stats.kstest(noise.flatten().double().numpy(), scipy.stats.norm.cdf).pvalue > 0.01
-    draws = (times.flatten().double() - 0.001) / 0.999
-    assert scipy.stats.kstest(draws.numpy(), scipy.stats.beta(1.5, 1).cdf).pvalue > 0.01
-    assert scipy.stats.chisquare(torch.bincount(delays.flatten(), minlength=8)).pvalue > 0.01
-    for a, b in itertools.combinations((noise, times, delays), 2):
-        assert abs(scipy.stats.pearsonr(a.flatten(), b.flatten()).statistic) < 0.05
-
-
-def test_delays_leave_the_other_draws_alone():
-    """Catches an option that changes what a run without it draws: noise and times, and torch's own generator."""
-    plain, delayed = (flow.repeatable_draws(7, 3, [5, 8], (2, 50, 32), flow.BetaTime(), most) for most in (0, 9))
-    assert torch.equal(plain[0], delayed[0])
-    assert torch.equal(plain[1], delayed[1])
-    assert not plain[2].any()
-    state = torch.random.get_rng_state()
-    assert not flow.sample_delay((100,), 0, CPU).any()
-    assert torch.equal(torch.random.get_rng_state(), state)
-    assert flow.sample_delay((1000,), 3, CPU).unique().tolist() == [0, 1, 2, 3]

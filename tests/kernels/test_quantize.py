@@ -10,17 +10,28 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from conftest import CAMERAS, assert_gradients_close, draws, gradients, make_batch, relative, shake, small_policy, stats
+from conftest import (
+    CAMERAS,
+    assert_gradients_close,
+    draws,
+    gradients,
+    make_batch,
+    relative,
+    shake,
+    small_policy,
+    stats,
+    subset,
+    widen,
+)
 from lerobot.utils.constants import OBS_STATE
-from lerobot_pi0.kernels.linear import Linear
 from safetensors.torch import load_file
-from test_laws import subset, widen
 from test_lora import CLI
 
 from lerobot_pi0 import PI0Policy
 from lerobot_pi0.checkpoints import checkpoint, streaming
 from lerobot_pi0.checkpoints.checkpoint import CheckpointConfigError, MismatchedCheckpointError
 from lerobot_pi0.kernels import rounding
+from lerobot_pi0.kernels.cpu_linear import Linear
 from lerobot_pi0.kernels.rounding import LAYERS, RoundedLinear, packed_product, plain_product, rounded, rounded_tokens
 
 HAS_VNNI = torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
@@ -166,7 +177,9 @@ def test_chunks(base, dtype):
     """Catches layers that are not rounded, or a chunk further off than int8 makes it."""
     batch, (noise, _) = make_batch(), draws(0, 2)
     policy = load(base, **INT8, dtype=dtype)
-    linear = [m for part in (policy.model.vision, policy.model.vlm) for m in part.modules() if type(m) is Linear]
+    linear = [
+        m for part in (policy.model.vision, policy.model.vlm) for m in part.modules() if isinstance(m, torch.nn.Linear)
+    ]
     assert not linear and len(rounding.layers(policy)) == 2 * 6 + 3 * 7
     assert not rounding.layers(policy.model.expert)
     exact, plain = (load(base, dtype=d) for d in ("float32", dtype))

@@ -15,12 +15,15 @@ from conftest import (
     relative,
     shake,
     small_policy,
+    subset,
+    widen,
 )
-from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
+from lerobot.utils.constants import ACTION, OBS_LANGUAGE_TOKENS, OBS_STATE
 
 from lerobot_pi0 import PI0Policy
+from lerobot_pi0.network.init import initialise_vision
 from lerobot_pi0.network.pi0 import Context, block_mask
-from lerobot_pi0.network.siglip import initialise, vision_tower
+from lerobot_pi0.network.siglip import VisionTower
 from lerobot_pi0.network.sizes import PALIGEMMA_PRESETS
 
 CPU = torch.device("cpu")
@@ -37,21 +40,6 @@ def shaken_policy(cameras=CAMERAS, **options) -> PI0Policy:
 
 def context_of(policy: PI0Policy, batch: dict) -> Context:
     return policy.model.context(policy._observe(batch, CPU))
-
-
-def widen(batch: dict, left: int, right: int) -> dict:
-    """The same prompts with random tokens under the padding, of which there is more on both sides."""
-    tokens, mask = batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK]
-    tokens = torch.where(mask, tokens, torch.randint(1, 300, tokens.shape))
-    more = [torch.randint(1, 300, (len(tokens), n)) for n in (left, right)]
-    return batch | {
-        OBS_LANGUAGE_TOKENS: torch.cat([more[0], tokens, more[1]], dim=1),
-        OBS_LANGUAGE_ATTENTION_MASK: torch.nn.functional.pad(mask, (left, right)),
-    }
-
-
-def subset(batch: dict, rows: slice) -> dict:
-    return {key: value[rows] for key, value in batch.items()}
 
 
 @pytest.mark.parametrize(("left", "right"), [(0, 0), (0, 9), (4, 0)], ids=["other", "more", "left"])
@@ -331,13 +319,13 @@ def test_loss_is_the_squared_error_of_the_velocity():
 def test_the_small_presets_stem():
     """Catches a stem whose patches are off the grid that positions are for, or that depends on light and contrast."""
     torch.manual_seed(0)
-    tower = vision_tower(PALIGEMMA_PRESETS["tiny"].vision, 64)
-    initialise(tower)
+    tower = VisionTower(PALIGEMMA_PRESETS["tiny"].vision, 64)
+    initialise_vision(tower)
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
-        tokens = tower(images).last_hidden_state
+        tokens = tower(images)
         assert tokens.shape == (2, 16, 128)
-        torch.testing.assert_close(tower(images * 0.4 - 0.3).last_hidden_state, tokens, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(tower(images * 0.4 - 0.3), tokens, rtol=1e-3, atol=1e-3)
         changed = images.clone()
         changed[:, :, :16, 48:] = torch.rand(2, 3, 16, 16)  # the patch at the right end of the first row
         embed = tower.vision_model.embeddings

@@ -1,12 +1,10 @@
 """The full size, on the `meta` device: names, shapes and counts, without the weights."""
 
-import lerobot.policies.pi0.modeling_pi0 as builtin
 import pytest
-import torch
-from conftest import BuiltinPI0Config, features
+from conftest import features
+from full_size import OnMeta, theirs  # noqa: F401  a fixture
 
 from lerobot_pi0 import PI0Config, PI0Policy
-from lerobot_pi0.network.pi0 import PI0
 
 HEADS = {  # of published checkpoints, and not ours
     "model.paligemma_with_expert.paligemma.lm_head.weight",  # the embedding's matrix
@@ -14,30 +12,12 @@ HEADS = {  # of published checkpoints, and not ours
 }
 
 
-class OnMeta(torch.nn.Module):
-    """Our network inside a policy, without weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        config = PI0Config(device="cpu")
-        with torch.device("meta"):
-            self.model = PI0(config.architecture(), config.image_resolution[0])
-
-
-@pytest.fixture(scope="module")
-def theirs() -> torch.nn.Module:
-    """LeRobot's own π₀ at full size, without weights: it would move its network to a device."""
-    with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
-        patch.setattr(builtin.PI0Pytorch, "to", lambda self, *args, **kwargs: self)
-        return builtin.PI0Policy(BuiltinPI0Config(**features(size=224), device="cpu"))
-
-
 @pytest.fixture(scope="module")
 def ours() -> OnMeta:
     return OnMeta()
 
 
-def test_names_and_shapes(ours, theirs):
+def test_names_and_shapes(ours, theirs):  # noqa: F811
     """Catches a parameter that published checkpoints, PEFT adapters or FSDP states do not have under its name."""
     expected = {name: tuple(x.shape) for name, x in theirs.state_dict().items()}
     found = {name: tuple(x.shape) for name, x in ours.state_dict().items()}
