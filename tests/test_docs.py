@@ -45,7 +45,9 @@ ELSEWHERE = {
     "python docs/architecture.py": "tests/test_examples.py::test_the_picture",
     "python -m lerobot_env_virtual_so100.record": "tests/virtual_so100/test_virtual_so100.py::test_dataset_reloads",
     "python -m lerobot_env_virtual_so100.score": "tests/test_examples.py::test_the_demo",
-    "python -m lerobot_env_virtual_so100.cell": "tests/virtual_so100/test_cell.py::test_scenes_change_before_anybody_looks",
+    "python -m lerobot_env_virtual_so100.cell": (
+        "tests/virtual_so100/test_cell.py::test_scenes_change_before_anybody_looks"
+    ),
     "lerobot-train": "tests/test_registration.py::test_the_commands_run_ours",
     "lerobot-eval": "tests/test_registration.py::test_the_commands_run_ours",
     "lerobot-edit-dataset": "tests/test_relative.py::test_the_command_makes_what_is_wanted",
