@@ -12,6 +12,7 @@ pytest.importorskip("lerobot_env_virtual_so100", reason="pip install -e examples
 pytest.importorskip("scservo_sdk", reason="pip install 'lerobot[feetech]'")
 pytest.importorskip("zmq", reason="pip install 'lerobot[pyzmq-dep]'")
 
+import needs_rendering  # noqa: F401
 from lerobot.cameras.zmq import ZMQCameraConfig
 from lerobot.robots.so_follower import SO100Follower, SO100FollowerConfig
 from lerobot.teleoperators.so_leader import SO100Leader, SO100LeaderConfig

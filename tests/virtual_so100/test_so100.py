@@ -14,6 +14,7 @@ pytest.importorskip("lerobot_env_virtual_so100", reason="pip install -e examples
 pytest.importorskip("scservo_sdk", reason="pip install 'lerobot[feetech]'")
 pytest.importorskip("zmq", reason="pip install 'lerobot[pyzmq-dep]'")
 
+import needs_rendering  # noqa: F401
 from lerobot.datasets import LeRobotDataset
 from lerobot.motors import Motor, MotorCalibration, MotorNormMode
 from lerobot.motors.feetech import FeetechMotorsBus

@@ -13,6 +13,7 @@ package = pytest.importorskip(
     "lerobot_env_virtual_so100", reason="pip install -e examples/virtual_so100 (make setup does)"
 )
 
+import needs_rendering  # noqa: E402, F401
 from lerobot.envs.factory import make_env, make_env_config  # noqa: E402
 from lerobot.envs.utils import NEW_ROLLOUT_OPTION, env_to_policy_features  # noqa: E402
 from lerobot_env_virtual_so100 import constants, record, score  # noqa: E402

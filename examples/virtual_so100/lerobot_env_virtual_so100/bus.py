@@ -43,7 +43,7 @@ def at_once(priority: int) -> None:
 
     Servos and gravity do not wait for a processor, and servos (2) not for gravity (1).
     """
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, AttributeError):  # macOS has no such function
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(priority))
 
 
@@ -316,7 +316,9 @@ class VirtualBus:
             RuntimeError: for a bus in real time.
         """
         if not self._stepped:
-            raise RuntimeError("real time passes by itself: make the bus or the cell with stepped=True to move its time")
+            raise RuntimeError(
+                "real time passes by itself: make the bus or the cell with stepped=True to move its time"
+            )
         return self._order("elapse", seconds)
 
     def registers(self, number: int, address: int, length: int = 1) -> bytes:
