@@ -36,7 +36,8 @@ from pathlib import Path
 import measure
 import psutil
 import torch
-from subjects import CHUNK, SIZES, SUBJECTS, NoWeights, Policy, RandomWeights, make_batch
+from presets import SIZES
+from subjects import CHUNK, SUBJECTS, NoWeights, Policy, RandomWeights, make_batch
 from torch import Tensor
 
 GIB, TERA = 2**30, 1e12

@@ -21,7 +21,8 @@ from unittest import mock
 import torch
 from lerobot_pi0.kernels.linear import Linear
 from measure import account_inference, seconds
-from subjects import SIZES, NoWeights, Ours, RandomWeights, make_batch
+from presets import SIZES
+from subjects import NoWeights, Ours, RandomWeights, make_batch
 from torch import Tensor, nn
 
 from lerobot_pi0 import PI0Policy

@@ -20,7 +20,8 @@ from unittest import mock
 import measure
 import torch
 from lerobot.configs.default import PeftConfig
-from subjects import SIZES, Ours, RandomWeights, make_batch, presets, with_weights
+from presets import SIZES, presets
+from subjects import Ours, RandomWeights, make_batch, with_weights
 
 from lerobot_pi0 import PI0Policy
 from lerobot_pi0.kernels import rounding

@@ -8,9 +8,7 @@ small machine.
 Axes: B batch, N cameras, L prompt tokens, T steps of a chunk.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from unittest import mock
 
@@ -21,27 +19,18 @@ from accelerate import init_empty_weights
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.pi0.configuration_pi0 import PI0Config as BuiltinConfig
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
-from lerobot_pi0.control.calls import Calls
+from presets import Size, presets
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from transformers import GemmaConfig, PaliGemmaConfig, PI0ForConditionalGeneration
 from transformers import PI0Config as TransformersConfig
 
-import lerobot_pi0.configuration_pi0 as our_configuration
 from lerobot_pi0 import PI0Config, PI0Policy
 from lerobot_pi0.kernels import rounding
 from lerobot_pi0.network import flow
 from lerobot_pi0.network.pi0 import PI0
 from lerobot_pi0.network.siglip import siglip_config
-from lerobot_pi0.network.sizes import (
-    GEMMA_2B,
-    GEMMA_300M,
-    PALIGEMMA_VOCAB,
-    SO400M,
-    GemmaSize,
-    PaliGemmaSize,
-    VisionSize,
-)
+from lerobot_pi0.network.sizes import GemmaSize
 
 CAMERAS = ("observation.images.front", "observation.images.left", "observation.images.wrist")
 DIMS = 6
@@ -50,35 +39,6 @@ PROMPT = 48
 
 Policy = PI0Policy | lerobot_modeling.PI0Policy
 MakeWeight = Callable[[str, torch.Size, torch.dtype], Tensor]
-
-
-@dataclass(frozen=True)
-class Size:
-    """Shapes of both policies. Eight query heads always: LeRobot has that number written into its attention."""
-
-    vlm: PaliGemmaSize
-    expert: GemmaSize
-
-
-SIZES = {
-    "small": Size(
-        PaliGemmaSize(
-            VisionSize(width=64, depth=2, mlp_dim=128, heads=4, patch_size=8, image_size=64),
-            GemmaSize(width=128, depth=3, mlp_dim=512, heads=8, head_dim=16),
-            vocab_size=512,
-        ),
-        GemmaSize(width=64, depth=3, mlp_dim=128, heads=8, head_dim=16),
-    ),
-    "medium": Size(
-        PaliGemmaSize(
-            VisionSize(width=384, depth=12, mlp_dim=1536, heads=6, patch_size=14, image_size=224),
-            GemmaSize(width=768, depth=6, mlp_dim=6144, heads=8, head_dim=128),
-            vocab_size=32_768,
-        ),
-        GemmaSize(width=384, depth=6, mlp_dim=1536, heads=8, head_dim=128),
-    ),
-    "full": Size(PaliGemmaSize(SO400M, GEMMA_2B, PALIGEMMA_VOCAB), GEMMA_300M),
-}
 
 
 class RandomWeights:
@@ -107,42 +67,6 @@ class NoWeights:
     def __call__(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         with self._mode:
             return torch.empty(shape, dtype=dtype)
-
-
-@contextlib.contextmanager
-def presets(size: Size) -> Iterator[None]:
-    """Let "gemma_2b" and "gemma_300m" mean this size, in our presets and in LeRobot's."""
-    vision, stacks = size.vlm.vision, {"gemma_2b": size.vlm.gemma, "gemma_300m": size.expert}
-    paligemma, expert = (
-        lerobot_modeling.PaliGemmaForConditionalGenerationWithPiGemma,
-        lerobot_modeling.PiGemmaForCausalLM,
-    )
-
-    def stack(variant: str) -> lerobot_modeling.GemmaConfig:
-        cfg = stacks[variant]
-        return lerobot_modeling.GemmaConfig(cfg.width, cfg.depth, cfg.mlp_dim, cfg.heads, 1, cfg.head_dim)
-
-    def sized_paligemma(config):
-        config.vision_config.hidden_size, config.vision_config.num_hidden_layers = vision.width, vision.depth
-        config.vision_config.intermediate_size = vision.mlp_dim
-        config.vision_config.num_attention_heads = vision.heads
-        config.vision_config.patch_size = vision.patch_size
-        config.vision_config.projection_dim = size.vlm.gemma.width
-        config.text_config.vocab_size = size.vlm.vocab_size
-        return paligemma(config)
-
-    def sized_expert(config):
-        config.vocab_size = size.vlm.vocab_size
-        return expert(config)
-
-    with (
-        mock.patch.dict(our_configuration.PALIGEMMA_PRESETS, gemma_2b=size.vlm),
-        mock.patch.dict(our_configuration.EXPERT_PRESETS, gemma_300m=size.expert),
-        mock.patch.object(lerobot_modeling, "get_gemma_config", stack),
-        mock.patch.object(lerobot_modeling, "PaliGemmaForConditionalGenerationWithPiGemma", sized_paligemma),
-        mock.patch.object(lerobot_modeling, "PiGemmaForCausalLM", sized_expert),
-    ):
-        yield
 
 
 def _config(cls: type, size: Size, dtype: str, train_expert_only: bool | None, **options):

@@ -50,7 +50,10 @@ def test_quantization(bench, capsys):
 def test_beside_transformers(bench):
     """Catches a third subject that computes something else, or less, than the others do."""
     subjects = importlib.import_module("subjects")
-    chunk, size = ["--size", "small", "--pairs", "1", "--no-peak", "--what", "chunk"], subjects.SIZES["small"]
+    chunk, size = (
+        ["--size", "small", "--pairs", "1", "--no-peak", "--what", "chunk"],
+        importlib.import_module("presets").SIZES["small"],
+    )
     results = bench.main([*chunk, "--beside", "transformers"])
     assert all(row["transformers"].seconds for row in results.values())
     with pytest.raises(SystemExit):

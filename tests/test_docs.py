@@ -40,12 +40,14 @@ ELSEWHERE = {
     "make test": ".ci/run",
     "make bench": "tests/test_bench.py::test_accounting",
     "make demo": "tests/test_examples.py::test_the_demo",
-    "make so100": "tests/test_so100.py::test_the_whole_way",
+    "make so100": "tests/virtual_so100/test_so100.py::test_the_whole_way",
     "python benchmarks/bench.py": "tests/test_bench.py::test_accounting",
     "python docs/architecture.py": "tests/test_examples.py::test_the_picture",
-    "python -m lerobot_env_virtual_so100.record": "tests/test_virtual_so100.py::test_dataset_reloads",
+    "python -m lerobot_env_virtual_so100.record": "tests/virtual_so100/test_virtual_so100.py::test_dataset_reloads",
     "python -m lerobot_env_virtual_so100.score": "tests/test_examples.py::test_the_demo",
-    "python -m lerobot_env_virtual_so100.cell": "tests/test_cell.py::test_scenes_change_before_anybody_looks",
+    "python -m lerobot_env_virtual_so100.cell": (
+        "tests/virtual_so100/test_cell.py::test_scenes_change_before_anybody_looks"
+    ),
     "lerobot-train": "tests/test_registration.py::test_the_commands_run_ours",
     "lerobot-eval": "tests/test_registration.py::test_the_commands_run_ours",
     "lerobot-edit-dataset": "tests/test_relative.py::test_the_command_makes_what_is_wanted",

@@ -1,7 +1,9 @@
 """Relative actions: which statistics are refused, and which absolute actions reach the robot."""
 
+import itertools
 import queue
 import shlex
+import threading
 import time
 from types import SimpleNamespace
 
@@ -22,6 +24,7 @@ from lerobot_pi0.configuration_pi0 import GUIDANCE
 from lerobot_pi0.control.bounds import make_bounds
 
 CHUNK, CAMERA = 4, CAMERAS[:1]
+PATIENCE = 300  # s to wait for LeRobot's thread; only a dead one takes longer
 NAMES = [f"joint_{i}" for i in range(DIMS)]
 
 
@@ -173,7 +176,14 @@ def test_lerobot_evals_loop(rollout, monkeypatch):
 @pytest.mark.parametrize("guide", GUIDANCE)
 def test_rtc_rollout(guide, monkeypatch):
     """Catches left-over actions that stay relative to the old chunk's state, and actions that are added to another
-    state than that of their chunk, in LeRobot's engine for real-time chunking."""
+    state than that of their chunk, in LeRobot's engine for real-time chunking.
+
+    Each inference takes 40 ms of the engine's clock, less than a tick. The second one ends after the ticks that the
+    test compares, however long it really takes.
+    """
+    ticks = itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: 0.04 * next(ticks), sleep=time.sleep)
+    monkeypatch.setattr("lerobot.rollout.inference.rtc.time", clock)
     torch.manual_seed(0)
     names = [f"{name}.pos" for name in NAMES]
     delay = {"rtc_training_max_delay": 3} if guide == "trained" else {}
@@ -183,10 +193,12 @@ def test_rtc_rollout(guide, monkeypatch):
     policy.config.rtc_config = RTCConfig(execution_horizon=6)
     policy.init_rtc_processor()
     calls: queue.Queue = queue.Queue()
-    predict = policy.predict_action_chunk
+    predict, first_is_executed = policy.predict_action_chunk, threading.Event()
 
     def noted(batch, **kwargs):
         chunk = predict(batch, **kwargs)
+        if kwargs.get("prev_chunk_left_over") is not None:
+            assert first_is_executed.wait(PATIENCE)
         calls.put((kwargs.get("prev_chunk_left_over"), chunk[0]))
         return chunk
 
@@ -203,7 +215,7 @@ def test_rtc_rollout(guide, monkeypatch):
         return dict(zip(names, state.tolist(), strict=True)) | {camera: np.full((64, 64, 3), 100, np.uint8)}
 
     def action() -> torch.Tensor:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE
         while (found := engine.get_action(None)) is None:
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -215,15 +227,17 @@ def test_rtc_rollout(guide, monkeypatch):
     engine.resume()
     try:
         engine.notify_observation(seen(states[0]))
-        _, first = calls.get(timeout=30)
+        _, first = calls.get(timeout=PATIENCE)
         expected = first * std + mean + states[0] * moves
         executed = [action()]
         engine.notify_observation(seen(states[1]))
         executed += [action() for _ in range(3)]
         begin = int((expected - executed[0]).abs().amax(dim=1).argmin())
         torch.testing.assert_close(torch.stack(executed[:3]), expected[begin : begin + 3], rtol=1e-4, atol=1e-3)
-        left, second = calls.get(timeout=30)
+        first_is_executed.set()
+        left, second = calls.get(timeout=PATIENCE)
     finally:
+        first_is_executed.set()
         engine.stop()
     again = (expected - states[1] * moves - mean) / std  # what is left, relative to where the new chunk begins
     gaps = [(left[:3] - again[k : k + 3]).abs().max() for k in range(1, 10)]

@@ -18,6 +18,8 @@ from stand_in import JOINTS, StandIn, StandInConfig, save_policy  # noqa: E402
 from lerobot_pi0 import PI0Policy  # noqa: E402
 from lerobot_pi0.tools import ToolError, main, serve  # noqa: E402
 
+PATIENCE = 300  # s to wait for the other side; only a dead one takes longer
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -54,12 +56,12 @@ def drive(port: int, folder, calibration_dir, actions: int) -> None:
     ]
     for thread in threads:
         thread.start()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while len(StandIn.received) < actions and time.monotonic() < deadline:
         time.sleep(0.05)
     client.shutdown_event.set()
     for thread in threads:
-        thread.join(30)
+        thread.join(PATIENCE)
     client.stop()
 
 
@@ -92,7 +94,7 @@ def test_bad_requests_do_not_bring_it_down(server, tmp_path, monkeypatch):
     monkeypatch.setattr(StandIn, "received", [])
     save_policy(tmp_path / "checkpoint")
     stub = services_pb2_grpc.AsyncInferenceStub(grpc.insecure_channel(f"127.0.0.1:{port}"))
-    stub.Ready(services_pb2.Empty(), timeout=60)
+    stub.Ready(services_pb2.Empty(), timeout=PATIENCE)
 
     def setup(path, kind: str = "pi0") -> bytes:
         camera = {CAMERAS[0]: {"dtype": "image", "shape": (64, 64, 3), "names": ["height", "width", "channels"]}}
@@ -100,14 +102,14 @@ def test_bad_requests_do_not_bring_it_down(server, tmp_path, monkeypatch):
         return pickle.dumps(RemotePolicyConfig(kind, str(path), state | camera, 10))
 
     def instruct(data: bytes) -> None:
-        stub.SendPolicyInstructions(services_pb2.PolicySetup(data=data), timeout=120)
+        stub.SendPolicyInstructions(services_pb2.PolicySetup(data=data), timeout=PATIENCE)
 
     def observe(data: bytes, state=services_pb2.TRANSFER_END) -> None:
         parts = [services_pb2.Observation(transfer_state=state, data=data)]
-        stub.SendObservations(iter(parts), timeout=60)
+        stub.SendObservations(iter(parts), timeout=PATIENCE)
 
     def answered() -> bool:
-        return len(stub.GetActions(services_pb2.Empty(), timeout=120).data) > 0
+        return len(stub.GetActions(services_pb2.Empty(), timeout=PATIENCE).data) > 0
 
     bad_setups = [b"", b"not a pickle", pickle.dumps({"policy_type": "pi0"}), setup("nowhere"), setup("x", "no policy")]
     for data in bad_setups:
@@ -131,24 +133,32 @@ def test_bad_requests_do_not_bring_it_down(server, tmp_path, monkeypatch):
     assert len(StandIn.received) >= 5
 
 
-def test_robots_that_go_silent(server):
+def test_robots_that_go_silent(server, monkeypatch):
     """Catches a server that a few robots which lost their network in the middle of a request keep from answering."""
+    from lerobot.async_inference import policy_server
     from lerobot.transport import services_pb2, services_pb2_grpc
 
     _, port = server
-    silent, over = [], threading.Event()
+    silent, over, begun = [], threading.Event(), threading.Semaphore(0)
+    receive = policy_server.receive_bytes_in_chunks
+
+    def noted(*arguments):
+        begun.release()
+        return receive(*arguments)
+
+    monkeypatch.setattr(policy_server, "receive_bytes_in_chunks", noted)
 
     def stream():
         yield services_pb2.Observation(transfer_state=services_pb2.TRANSFER_BEGIN, data=b"x")
-        over.wait(60)
+        over.wait(PATIENCE)
 
     try:
         for _ in range(8):
             channel = grpc.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.use_local_subchannel_pool", 1)])
             silent.append((channel, services_pb2_grpc.AsyncInferenceStub(channel).SendObservations.future(stream())))
-        time.sleep(0.5)
+        assert all(begun.acquire(timeout=PATIENCE) for _ in silent), "the server has not taken up all the requests"
         stub = services_pb2_grpc.AsyncInferenceStub(grpc.insecure_channel(f"127.0.0.1:{port}"))
-        stub.Ready(services_pb2.Empty(), timeout=20)
+        stub.Ready(services_pb2.Empty(), timeout=PATIENCE)
     finally:
         over.set()
         for channel, call in silent:
@@ -165,7 +175,7 @@ def test_the_command(tmp_path, monkeypatch, capfd):
 
     def client() -> None:
         stub = services_pb2_grpc.AsyncInferenceStub(grpc.insecure_channel(f"127.0.0.1:{port}"))
-        answers.append(stub.Ready(services_pb2.Empty(), timeout=60, wait_for_ready=True))
+        answers.append(stub.Ready(services_pb2.Empty(), timeout=PATIENCE, wait_for_ready=True))
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=client, daemon=True)

@@ -2,7 +2,8 @@
 
 Packets to the servos: FF FF id length instruction parameters… checksum; from them the same with an error byte in place
 of the instruction. LeRobot gives a servo 51 ms to answer and never flushes its input: what comes later is taken for the
-answer to its next question. Hence the process, and hence `late` among the faults.
+answer to its next question. Hence the process, and hence `late` among the faults. A `stepped` bus needs no luck: its
+time passes only when it is told to (`VirtualBus.elapse`).
 """
 
 import contextlib
@@ -11,12 +12,12 @@ import multiprocessing
 import os
 import select
 import signal
-import time
 import tty
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from .clock import Clock
 from .faults import Faults, Line
 from .servo import Servo, Shafts
 
@@ -42,7 +43,7 @@ def at_once(priority: int) -> None:
 
     Servos and gravity do not wait for a processor, and servos (2) not for gravity (1).
     """
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, AttributeError):  # macOS has no such function
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(priority))
 
 
@@ -55,7 +56,9 @@ def packet(number: int, code: int, parameters: bytes = b"") -> bytes:
 class Receiver:
     """Cuts what comes over the line into packets."""
 
-    def __init__(self):
+    def __init__(self, clock: Callable[[], float]):
+        """`clock` gives seconds."""
+        self._clock = clock
         self._buffer = b""
         self._last = 0.0
 
@@ -64,7 +67,7 @@ class Receiver:
 
         A packet that stops halfway is given up, or a spoilt length would swallow what is sent next.
         """
-        now = time.monotonic()
+        now = self._clock()
         self._buffer = data if now - self._last > _PACKET_TIMEOUT else self._buffer + data
         self._last = now
         while (start := self._buffer.find(_HEADER)) >= 0:
@@ -86,9 +89,9 @@ def intact(raw: bytes) -> bool:
 class Servos:
     """The servos of one bus: what they do and answer when a packet reaches them."""
 
-    def __init__(self, shafts: Shafts, count: int = 6):
+    def __init__(self, shafts: Shafts, clock: Callable[[], float], count: int = 6):
         self.shafts = shafts
-        self.all = [Servo(i + 1, shafts, i) for i in range(count)]
+        self.all = [Servo(i + 1, shafts, i, clock) for i in range(count)]
         self.silent: set[int] = set()
 
     def __getitem__(self, number: int) -> Servo:
@@ -132,8 +135,9 @@ class Servos:
 class _Port:
     """The bus's end of the pseudo-terminal, with the faults of the line and the log."""
 
-    def __init__(self, servos: Servos, log: Path | None):
-        self._servos, self._line, self._receiver = servos, Line(Faults()), Receiver()
+    def __init__(self, servos: Servos, log: Path | None, clock: Clock):
+        self._clock = clock
+        self._servos, self._line, self._receiver = servos, Line(Faults()), Receiver(clock)
         self._master, self._slave = os.openpty()  # the slave stays open here: no hang-up when LeRobot closes it
         tty.setraw(self._slave)
         self.name = os.ttyname(self._slave)
@@ -158,7 +162,7 @@ class _Port:
         """Let the faults begin when their time has come."""
         faults = self._faults
         if not self._due or (
-            faults.after and (self._first_goal is None or time.monotonic() - self._first_goal < faults.after)
+            faults.after and (self._first_goal is None or self._clock() - self._first_goal < faults.after)
         ):
             return
         self._due, self._line = False, Line(faults)
@@ -173,7 +177,7 @@ class _Port:
 
     def _write_log(self, **entry) -> None:
         if self._log is not None:
-            self._log.write(json.dumps({"t": time.monotonic(), **entry}) + "\n")
+            self._log.write(json.dumps({"t": self._clock(), **entry}) + "\n")
 
     def receive(self) -> None:
         """Take what LeRobot sent, and line up the answers."""
@@ -189,25 +193,31 @@ class _Port:
                 self._answer(reply)
         self.send()
 
+    def elapse(self, seconds: float) -> float:
+        """Let time pass, send what is due then, and return the time."""
+        now = self._clock.elapse(seconds)
+        self.send()
+        return now
+
     def _answer(self, reply: bytes) -> None:
         arriving, delay, fault = self._line.reply(reply)
         if fault:
             self._write_log(fault=fault, servo=reply[2])
-        due = max(time.monotonic() + delay, self._out[-1][0] if self._out else 0.0)  # nothing overtakes on a wire
+        due = max(self._clock() + delay, self._out[-1][0] if self._out else 0.0)  # nothing overtakes on a wire
         self._out.append((due, arriving))
 
     def send(self) -> None:
         """Send what is due."""
         data = b""
-        while self._out and self._out[0][0] <= time.monotonic():
+        while self._out and self._out[0][0] <= self._clock():
             data += self._out.popleft()[1]
         if data:
             os.write(self._master, data)
 
     @property
     def wait(self) -> float | None:
-        """Seconds until something is due; None: nothing is."""
-        return max(0.0, self._out[0][0] - time.monotonic()) if self._out else None
+        """Seconds of real time until something is due; None: nothing is, or the time is not real."""
+        return max(0.0, self._out[0][0] - self._clock()) if self._out and not self._clock.stepped else None
 
     def _note(self, number: int, instruction: int, parameters: bytes) -> None:
         """Log goals and torque: {"goal": {id: ticks}} as they were sent, before the servos' limits."""
@@ -223,7 +233,7 @@ class _Port:
         if name is None:
             return
         if name == "goal" and self._first_goal is None:
-            self._first_goal = time.monotonic()
+            self._first_goal = self._clock()
         self._write_log(**{name: {n: int.from_bytes(data, "little") for n, data in writes.items()}})
 
     def close(self) -> None:
@@ -232,15 +242,20 @@ class _Port:
         os.close(self._slave)
 
 
-def serve(pipe, shafts: Shafts, log: Path | None) -> None:
-    """Main function of a bus's process: serve the port until the pipe closes."""
+def serve(pipe, shafts: Shafts, log: Path | None, stepped: bool) -> None:
+    """Main function of a bus's process: serve the port until the pipe closes.
+
+    What was written to the port before an order was given is handled before the order.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # control-C is for the command at the other end
     at_once(2)
-    servos = Servos(shafts)
-    port = _Port(servos, log)
+    clock = Clock(stepped)
+    servos = Servos(shafts, clock)
+    port = _Port(servos, log, clock)
     pipe.send(port.name)
     orders = {
         "inject": port.inject,
+        "elapse": port.elapse,
         "registers": lambda number, address, length: servos[number].read(address, length),
         "program": lambda number, address, data: servos[number].program(address, data),
     }
@@ -252,6 +267,8 @@ def serve(pipe, shafts: Shafts, log: Path | None) -> None:
             port.send()
             if pipe in ready:
                 order, arguments = pipe.recv()
+                while select.select([port], [], [], 0)[0]:
+                    port.receive()
                 if order == "close":
                     break
                 pipe.send(orders[order](*arguments))
@@ -264,15 +281,20 @@ class VirtualBus:
     Use it as a context manager; the process also ends with the one that made it.
     """
 
-    def __init__(self, shafts: Shafts | None = None, log: Path | None = None, link: Path | None = None):
-        """`shafts` are allocated unless given; goals, torque and faults go to the file `log`; `link` names the port."""
+    def __init__(
+        self, shafts: Shafts | None = None, log: Path | None = None, link: Path | None = None, stepped: bool = False
+    ):
+        """`shafts` are allocated unless given; goals, torque and faults go to the file `log`; `link` names the port.
+
+        The time of a `stepped` bus passes in `elapse` alone.
+        """
         context = processes()
         self.shafts = shafts or Shafts.allocate(context)
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, self.shafts, log), daemon=True)
+        self._process = context.Process(target=serve, args=(theirs, self.shafts, log, stepped), daemon=True)
         self._process.start()
         theirs.close()
-        self.port, self._link = self._pipe.recv(), link
+        self.port, self._link, self._stepped = self._pipe.recv(), link, stepped
         if link is not None:
             link.parent.mkdir(parents=True, exist_ok=True)
             link.unlink(missing_ok=True)
@@ -286,6 +308,18 @@ class VirtualBus:
     def inject(self, faults: Faults) -> None:
         """These faults from now on; `Faults()` mends everything."""
         self._order("inject", faults)
+
+    def elapse(self, seconds: float) -> float:
+        """Let time pass on a stepped bus; returns its time in s. All that was sent to the servos before is handled.
+
+        Raises:
+            RuntimeError: for a bus in real time.
+        """
+        if not self._stepped:
+            raise RuntimeError(
+                "real time passes by itself: make the bus or the cell with stepped=True to move its time"
+            )
+        return self._order("elapse", seconds)
 
     def registers(self, number: int, address: int, length: int = 1) -> bytes:
         """What stands in a servo's memory."""

@@ -68,6 +68,7 @@ class Physics:
             self._sim.arrange(layout)
         self._task.begin(self._sim)
         self._scene += 1
+        self._write_encoders()
         self._show()
         return self._scene
 
@@ -104,8 +105,14 @@ class Physics:
             self._person.look()
         self._move_leader()
         self._move_follower()
+        self._write_encoders()
         self._ticks += 1
         self._show()
+
+    def elapse(self, seconds: float) -> None:
+        """Let so much time pass at once, rounded to steps of the loop."""
+        for _ in range(round(seconds * _TICKS_A_SECOND)):
+            self.tick()
 
     def _move_leader(self) -> None:
         """The leader goes where its motors or the hand take it; a light arm, it stays where it is left."""
@@ -116,7 +123,6 @@ class Physics:
             self._leader = self._leader + np.clip(goal - self._leader, -step, step)
         else:
             self._leader = self._person.move(self._leader, 1 / _TICKS_A_SECOND)
-        shafts.encoder[:] = calibration.to_encoder(self._sim.arm.to_radians(self._leader), "leader")
 
     def _move_follower(self) -> None:
         """Physics. Motors without torque do nothing; their gears' friction lets the arm sink slowly."""
@@ -132,7 +138,11 @@ class Physics:
             arm.place(self._held)
         elif shafts.torque.any():
             self._judge()
-        shafts.encoder[:] = calibration.to_encoder(arm.to_radians(arm.state), "follower")
+
+    def _write_encoders(self) -> None:
+        """Tell the servos where both arms stand."""
+        for role, posture in (("leader", self._leader), ("follower", self._sim.arm.state)):
+            self._shafts[role].encoder[:] = calibration.to_encoder(self._sim.arm.to_radians(posture), role)
 
     def _judge(self) -> None:
         """Success as the task defines it, as long as the arm has torque: what it was when the command let go."""
@@ -157,8 +167,8 @@ class Physics:
         self.view.write(self._scene, self._sim.data)
 
 
-def _serve_physics(pipe, task: str, shafts: dict[str, Shafts], view: View, seed: int) -> None:
-    """Main function of the physics' process: real time until the pipe closes."""
+def _serve_physics(pipe, task: str, shafts: dict[str, Shafts], view: View, seed: int, stepped: bool) -> None:
+    """Main function of the physics' process, until the pipe closes: in real time, or only in the order `elapse`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     physics = Physics(task, shafts, view, seed)
     pipe.send(None)
@@ -166,13 +176,15 @@ def _serve_physics(pipe, task: str, shafts: dict[str, Shafts], view: View, seed:
     due = time.monotonic()
     with contextlib.suppress(EOFError, OSError):
         while True:
-            physics.tick()
-            due += 1 / _TICKS_A_SECOND
-            late = time.monotonic() - due
+            late = 0.0
+            if not stepped:
+                physics.tick()
+                due += 1 / _TICKS_A_SECOND
+                late = time.monotonic() - due
             if late > _LATE:  # the world stops for a while rather than running after the clock
                 physics.skipped += late
                 due += late
-            if pipe.poll(max(0.0, -late)):
+            if pipe.poll(None if stepped else max(0.0, -late)):
                 order, arguments = pipe.recv()
                 if order == "close":
                     return
@@ -184,9 +196,11 @@ class Cell:
 
     def __init__(
         self, folder: Path, task: str = "reach", image_size: int = IMAGE_SIZE, camera_fps: int = 30,
-        calibrated: bool = True, seed: int = 0,
+        calibrated: bool = True, seed: int = 0, stepped: bool = False,
     ):  # fmt: skip
         """Start the processes.
+
+        In a `stepped` cell no time passes for servos, physics and person but in `elapse`; the cameras go on publishing.
 
         `folder` takes the ports' links, the buses' logs and the calibration files. Without `calibrated` the servos are
         as they came from the factory, and `lerobot-calibrate` has to be run.
@@ -197,14 +211,14 @@ class Cell:
         self.folder.mkdir(parents=True, exist_ok=True)
         calibration.write_files(self.folder / "calibration", IDS)
         self.buses = {
-            role: VirtualBus(log=self.log(role), link=self.folder / role) for role in calibration.ROLES
+            role: VirtualBus(log=self.log(role), link=self.folder / role, stepped=stepped) for role in calibration.ROLES
         }  # its first use starts the server that the other processes come from
         shafts = {role: bus.shafts for role, bus in self.buses.items()}
         for role, bus in self.buses.items():
             if calibrated:
                 bus.calibrate(calibration.registers(role))
         self.view = View.allocate(context)
-        self._physics = self._start(context, _serve_physics, task, shafts, self.view, seed)
+        self._physics = self._start(context, _serve_physics, task, shafts, self.view, seed, stepped)
         self._physics[1].recv()
         self._cameras = self._start(context, serve_cameras, self.view, self.task.spec, image_size, camera_fps)
         self._camera_port = self._cameras[1].recv()
@@ -235,6 +249,12 @@ class Cell:
             if not self._cameras[0].is_alive() or time.monotonic() > until:
                 raise RuntimeError("the cell's cameras show nothing: their process has died or the machine is too busy")
             time.sleep(0.01)
+
+    def elapse(self, seconds: float) -> None:
+        """Let time pass in a stepped cell."""
+        for bus in self.buses.values():
+            bus.elapse(seconds)
+        self._order("elapse", seconds)
 
     def demonstrate(self, colour: str | None = None) -> None:
         """Let the person do the task by moving the leader; `status()["busy"]` says until when."""

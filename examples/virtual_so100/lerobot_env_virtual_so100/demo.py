@@ -96,8 +96,22 @@ class DemoConfig:
 
 def _environment() -> dict[str, str]:
     """Offline, without a screen, and with the commands of this interpreter first."""
-    quiet = {"HF_HUB_OFFLINE": "1", "MUJOCO_GL": os.environ.get("MUJOCO_GL", "egl"), "TOKENIZERS_PARALLELISM": "false"}
+    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if sys.platform != "darwin":  # which renders without a screen by itself
+        quiet["MUJOCO_GL"] = os.environ.get("MUJOCO_GL", "egl")
     return {**os.environ, **quiet, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def _check_rendering() -> None:
+    """Stop here, and not after minutes, where pictures cannot be made.
+
+    Raises:
+        SystemExit: says what to install.
+    """
+    check = f"from {__package__}.scene import check_rendering; check_rendering()"
+    done = subprocess.run([sys.executable, "-c", check], env=_environment(), capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr.strip().splitlines()[-1])
 
 
 def _run(title: str, command: list[str], log: Path, **environment: str) -> float:
@@ -267,6 +281,7 @@ def open_loop_command(config: DemoConfig) -> str:
 
 def demo(config: DemoConfig) -> dict[str, dict]:
     """Everything; returns the scores by policy."""
+    _check_rendering()
     seconds = {"demonstrations": record(config), "training": train(config)}
     plot_losses(config)
     trained, seconds["evaluation"] = evaluate(config, "named")

@@ -13,6 +13,7 @@ Lengths are metres, angles radians; joint units of datasets and policies are con
 
 import atexit
 import os
+import sys
 import threading
 from dataclasses import dataclass
 from functools import lru_cache
@@ -151,13 +152,30 @@ def _gl_context(width: int, height: int):
     """An offscreen GL context.
 
     MuJoCo chooses its backend when it is first imported, which another LeRobot plugin may have done: without
-    MUJOCO_GL and without a display it is the one that needs a display. EGL is asked for by name then.
+    MUJOCO_GL and without a display it is the one that needs a display. EGL is asked for by name then, but on macOS,
+    which renders without a display by itself.
     """
-    if "MUJOCO_GL" in os.environ or "DISPLAY" in os.environ:
+    if "MUJOCO_GL" in os.environ or "DISPLAY" in os.environ or sys.platform == "darwin":
         return mujoco.GLContext(width, height)
     from mujoco.egl import GLContext
 
     return GLContext(width, height)
+
+
+def check_rendering() -> None:
+    """Make a small GL context and free it.
+
+    Raises:
+        RuntimeError: this machine cannot render; says what to install.
+    """
+    try:
+        _gl_context(16, 16).free()
+    except Exception as error:  # mujoco and PyOpenGL raise whatever they meet, AttributeError among it
+        raise RuntimeError(
+            f"MuJoCo cannot render on this machine ({error!r}), and the simulated arm needs pictures. Install EGL "
+            "(Debian, Ubuntu: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri; Fedora: dnf install mesa-libEGL "
+            "mesa-dri-drivers), or choose another way to render with the environment variable MUJOCO_GL"
+        ) from error
 
 
 class CameraRig:

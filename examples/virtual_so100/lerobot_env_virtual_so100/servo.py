@@ -5,6 +5,7 @@ Positions are ticks, 4096 a turn. The encoder sits on the shaft; what the servo 
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,13 +83,14 @@ class Shafts:
 class Servo:
     """One servo: registers, and its shaft (column `index` of `shafts`)."""
 
-    def __init__(self, number: int, shafts: Shafts, index: int):
-        self._shafts, self._index = shafts, index
+    def __init__(self, number: int, shafts: Shafts, index: int, clock: Callable[[], float] = time.monotonic):
+        """`clock` gives seconds."""
+        self._shafts, self._index, self._clock = shafts, index, clock
         self._memory = bytearray(256)
         for address, value in {**_FACTORY, ID: number}.items():
             self._poke(address, value)
         self.voltage_error = False
-        self._rested = (float(shafts.encoder[index]), time.monotonic())
+        self._rested = (float(shafts.encoder[index]), self._clock())
         self._pending: tuple[int, bytes] | None = None
 
     @property
@@ -176,7 +178,7 @@ class Servo:
         self._shafts.torque[self._index] = strength * bool(self._memory[TORQUE_ENABLE])
 
     def _rest(self) -> None:
-        self._rested = (float(self._shafts.encoder[self._index]), time.monotonic())
+        self._rested = (float(self._shafts.encoder[self._index]), self._clock())
 
     def _watch_load(self) -> None:
         """Protect a shaft that has been pushing in vain: an error bit, and little torque from then on."""
@@ -185,6 +187,6 @@ class Servo:
         pushing = self._memory[TORQUE_ENABLE] and abs(target - encoder) > _BLOCKED_TICKS
         if not pushing or abs(encoder - place) > _MOVED_TICKS:
             self._rest()
-        elif time.monotonic() - since > self._memory[PROTECTION_TIME] / 100:  # the register counts 10 ms
+        elif self._clock() - since > self._memory[PROTECTION_TIME] / 100:  # the register counts 10 ms
             self._memory[STATUS] |= ERROR_OVERLOAD
             self._apply_torque()

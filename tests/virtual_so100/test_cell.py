@@ -1,9 +1,8 @@
 """The virtual cell (examples/virtual_so100): physics, person and scoring, driven through LeRobot's own drivers.
 
-It runs in real time, and tests share their processor: they wait for what must happen, and never time it.
+Its time is stepped (`lerobot_time`): it passes when a test says so, and no machine is too busy.
 """
 
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ pytest.importorskip("lerobot_env_virtual_so100", reason="pip install -e examples
 pytest.importorskip("scservo_sdk", reason="pip install 'lerobot[feetech]'")
 pytest.importorskip("zmq", reason="pip install 'lerobot[pyzmq-dep]'")
 
+import needs_rendering  # noqa: F401
 from lerobot.cameras.zmq import ZMQCameraConfig
 from lerobot.robots.so_follower import SO100Follower, SO100FollowerConfig
 from lerobot.teleoperators.so_leader import SO100Leader, SO100LeaderConfig
@@ -21,14 +21,16 @@ from lerobot_env_virtual_so100.camera import lerobot_cameras
 from lerobot_env_virtual_so100.constants import CAMERAS, JOINTS
 from lerobot_env_virtual_so100.faults import Faults
 from lerobot_env_virtual_so100.simulation import Simulation
+from lerobot_time import follow_stepped_buses
 
-SECONDS = 120  # to wait for anything
+SECONDS = 60  # of the cell's time, within which everything has happened
 
 
 @pytest.fixture(scope="module")
 def virtual(tmp_path_factory):
     """A calibrated cell with the task reach."""
-    with cell.Cell(tmp_path_factory.mktemp("cell")) as running:
+    with cell.Cell(tmp_path_factory.mktemp("cell"), stepped=True) as running, pytest.MonkeyPatch.context() as patch:
+        follow_stepped_buses(patch, *running.buses.values())
         yield running
 
 
@@ -67,12 +69,20 @@ def joints(observation: dict) -> np.ndarray:
 
 def teleoperate(virtual, robot, leader, seen=lambda observation: None) -> None:
     """What `lerobot-teleoperate` does, until the person has nothing left to do."""
-    until = time.monotonic() + SECONDS
+    until = virtual.status()["seconds"] + SECONDS
     while virtual.status()["busy"]:
-        assert time.monotonic() < until, "the person is still busy"
+        assert virtual.status()["seconds"] < until, "the person is still busy"
         seen(robot.get_observation())
         robot.send_action(leader.get_action())
-        time.sleep(0.03)
+        virtual.elapse(0.03)
+
+
+def newest_pictures(robot) -> dict[str, np.ndarray]:
+    """Pictures that were published after this call: the first that LeRobot's thread hands out may be older."""
+    for camera in robot.cameras.values():
+        for _ in range(2):
+            camera.async_read()
+    return {name: camera.async_read() for name, camera in robot.cameras.items()}
 
 
 @pytest.mark.parametrize("seed", [4, 11])
@@ -87,15 +97,16 @@ def test_the_person_reaches_the_cube_through_both_drivers(virtual, seed):
         assert virtual.status()["held"] and not virtual.status()["judgement"]
         np.testing.assert_allclose(joints(leader.get_action()), start, atol=0.2)
         virtual.demonstrate()
-        pictures = []
-        teleoperate(virtual, robot, leader, lambda seen: pictures.append({c: seen[c] for c in CAMERAS}))
+        first = newest_pictures(robot)
+        teleoperate(virtual, robot, leader)
+        last = newest_pictures(robot)
     finally:
         robot.disconnect()
         leader.disconnect()
     judgement = virtual.status()["judgement"]
     assert judgement["is_success"] and judgement["ended_at"] == layout.target and judgement["seed"] == seed
-    assert np.abs(pictures[0]["front"].astype(int) - pictures[-1]["front"]).mean() > 1  # it moved in the pictures
-    time.sleep(0.5)
+    assert all(np.abs(first[name].astype(int) - last[name]).mean() > 1 for name in CAMERAS)  # it moved in the pictures
+    virtual.elapse(0.5)
     assert virtual.status()["judgement"] == judgement  # as it was when the arm lost its torque
 
 
@@ -107,8 +118,7 @@ def test_scenes_change_before_anybody_looks(virtual):
         for seed in (21, 22, 23):
             layout = virtual.task.sample("test", seed)
             virtual.load(layout)
-            time.sleep(0.1)  # LeRobot's camera thread decodes it
-            picture = robot.get_observation()["front"].astype(int)
+            picture = newest_pictures(robot)["front"].astype(int)
             simulation.load(layout)
             assert np.abs(picture - simulation.images(64, 64)[0]).mean() < 2
     finally:
@@ -123,14 +133,14 @@ def test_the_arm_holds_sinks_and_is_brought_back(virtual):
     try:
         posture = virtual.status()["follower"]
         robot.send_action({f"{n}.pos": float(v) for n, v in zip(JOINTS, posture, strict=True)})
-        time.sleep(0.5)
+        virtual.elapse(0.5)
         assert not virtual.status()["held"]
         assert np.abs(virtual.status()["follower"] - posture).max() < 6  # position motors sag a little
         robot.bus.disable_torque()
-        until = time.monotonic() + SECONDS
+        until = virtual.status()["seconds"] + SECONDS
         while np.abs(virtual.status()["follower"] - posture).max() < 10:
-            assert time.monotonic() < until, "the arm has no torque and does not sink"
-            time.sleep(0.1)
+            assert virtual.status()["seconds"] < until, "the arm has no torque and does not sink"
+            virtual.elapse(0.1)
         robot.bus.enable_torque()
         virtual.bring()
         teleoperate(virtual, robot, leader)
@@ -148,10 +158,10 @@ def test_a_jammed_joint_stays(virtual):
         before = joints(robot.get_observation())
         virtual.buses["follower"].inject(Faults(jammed=1))
         robot.send_action({f"{n}.pos": float(v) for n, v in zip(JOINTS, before + 15, strict=True)})
-        until = time.monotonic() + SECONDS
+        until = virtual.status()["seconds"] + SECONDS
         while abs(joints(robot.get_observation())[4] - before[4]) < 10:
-            assert time.monotonic() < until, "the other joints do not move"
-            time.sleep(0.05)
+            assert virtual.status()["seconds"] < until, "the other joints do not move"
+            virtual.elapse(0.05)
         assert abs(joints(robot.get_observation())[0] - before[0]) < 0.5
     finally:
         virtual.buses["follower"].inject(Faults())

@@ -1,4 +1,7 @@
-"""The virtual servo bus (examples/virtual_so100) under LeRobot's own drivers, healthy and with faults."""
+"""The virtual servo bus (examples/virtual_so100) under LeRobot's own drivers, healthy and with faults.
+
+Its time is stepped and LeRobot's driver counts on it (`lerobot_time`), so that no machine is too busy for these tests.
+"""
 
 import json
 import time
@@ -14,8 +17,10 @@ from lerobot.robots.so_follower import SO100Follower, SO100FollowerConfig
 from lerobot.teleoperators.so_leader import SO100Leader, SO100LeaderConfig
 from lerobot_env_virtual_so100 import calibration, servo
 from lerobot_env_virtual_so100.bus import Receiver, VirtualBus, packet
+from lerobot_env_virtual_so100.clock import Clock
 from lerobot_env_virtual_so100.constants import JOINTS
 from lerobot_env_virtual_so100.faults import Faults
+from lerobot_time import follow_stepped_buses, real_time, too_busy
 
 POSTURE = np.array([20.0, -35.0, 42.5, 61.0, -88.0, 30.0])
 TICK = 360 / 4095  # degrees
@@ -27,9 +32,10 @@ def log(tmp_path):
 
 
 @pytest.fixture
-def bus(log):
+def bus(log, monkeypatch):
     """A calibrated follower's bus, its arm in the middle of all ranges."""
-    with VirtualBus(log=log) as virtual:
+    with VirtualBus(log=log, stepped=True) as virtual:
+        follow_stepped_buses(monkeypatch, virtual)
         virtual.calibrate(calibration.registers("follower"))
         virtual.shafts.encoder[:] = calibration.to_encoder(np.zeros(6), "follower")
         yield virtual
@@ -60,7 +66,7 @@ def state(observation: dict) -> np.ndarray:
 
 def settle(bus) -> None:
     """Let the shafts be where the servos drive them."""
-    time.sleep(0.05)  # a sync write is not acknowledged
+    bus.elapse(0.05)  # a sync write is not acknowledged
     bus.shafts.encoder[:] = bus.shafts.target
 
 
@@ -72,13 +78,13 @@ def entries(log, kind: str) -> list:
 # What a servo does, without a line ------------------------------------------------------------------------------
 
 
-def make_servo() -> tuple[servo.Servo, servo.Shafts]:
+def make_servo(clock=lambda: 0.0) -> tuple[servo.Servo, servo.Shafts]:
     """One servo, its shaft at tick 1000."""
     import multiprocessing
 
     shafts = servo.Shafts.allocate(multiprocessing.get_context("forkserver"))
     shafts.encoder[0] = 1000
-    return servo.Servo(1, shafts, 0), shafts
+    return servo.Servo(1, shafts, 0, clock), shafts
 
 
 def test_sign_and_magnitude():
@@ -134,11 +140,10 @@ def test_read_only_registers_stay():
     assert int.from_bytes(unit.read(servo.POSITION, 2), "little") == 1000
 
 
-def test_overload(monkeypatch):
+def test_overload():
     """A shaft held fast: no error bit, or no protection, or an error that a moving shaft gets too."""
     now = [0.0]
-    monkeypatch.setattr(servo.time, "monotonic", lambda: now[0])
-    unit, shafts = make_servo()
+    unit, shafts = make_servo(lambda: now[0])
     unit.write(servo.PROTECTION_TIME, bytes([100]))  # 1 s
     unit.write(servo.TORQUE_ENABLE, b"\x01")
     unit.write(servo.GOAL, (2000).to_bytes(2, "little"))
@@ -160,13 +165,14 @@ def test_overload(monkeypatch):
 def test_receiver_finds_packets_in_anything():
     """Packets that come in pieces, in one piece, after noise, or after one with a spoilt length."""
     first, second = packet(1, 2, b"\x38\x02"), packet(254, 0x83, b"\x2a\x02\x01\xff\x07")
-    receiver = Receiver()
+    clock = Clock(stepped=True)
+    receiver = Receiver(clock)
     found = [raw for byte in b"\x00\xff" + first + second for raw in receiver.feed(bytes([byte]))]
     assert found == [first, second]
     assert list(receiver.feed(b"\xff" + first + second + first[:3])) == [first, second]
     assert list(receiver.feed(first[3:])) == [first]
     assert list(receiver.feed(first[:3] + b"\x90" + first[4:])) == []
-    time.sleep(0.05)
+    clock.elapse(0.05)
     assert list(receiver.feed(second)) == [second]
 
 
@@ -209,9 +215,10 @@ def test_lerobot_reads_and_drives(bus, folder, log):
     assert len(sent) == 2 and sent[0].keys() == {"1", "2", "3", "4", "5", "6"}
 
 
-def test_leader_follows_feedback_and_hand(folder):
+def test_leader_follows_feedback_and_hand(folder, monkeypatch):
     """A leader whose torque stays on when a person takes it, or that does not move when a rollout hands over."""
-    with VirtualBus() as bus:
+    with VirtualBus(stepped=True) as bus:
+        follow_stepped_buses(monkeypatch, bus)
         bus.calibrate(calibration.registers("leader"))
         files = folder / calibration.FOLDERS["leader"]
         leader = SO100Leader(SO100LeaderConfig(port=bus.port, id="leader", calibration_dir=files))
@@ -230,7 +237,8 @@ def test_leader_follows_feedback_and_hand(folder):
 
 def test_calibrating_from_the_file(folder, monkeypatch):
     """`lerobot-calibrate` with a file: EPROM registers that do not keep what is written."""
-    with VirtualBus() as bus:  # as from the factory
+    with VirtualBus(stepped=True) as bus:  # as from the factory
+        follow_stepped_buses(monkeypatch, bus)
         device = follower(bus, folder)
         device.connect(calibrate=False)
         assert not device.is_calibrated
@@ -278,17 +286,50 @@ def test_lerobot_refuses_other_servos(bus, folder, number, address, data, compla
         follower(bus, folder).connect()
 
 
-def test_answers_at_once(bus, folder):
-    """Replies that take so long that a control loop at 30 Hz is held up, or the next read gets them."""
+@pytest.mark.slow
+def test_answers_at_once(folder):
+    """Replies that take so long that a control loop at 30 Hz is held up, or the next read gets them; in real time."""
+    with real_time(), VirtualBus() as bus:
+        bus.calibrate(calibration.registers("follower"))
+        device = follower(bus, folder)
+        device.connect()
+        times = []
+        for _ in range(50):
+            started = time.perf_counter()
+            device.get_observation()
+            times.append(time.perf_counter() - started)
+        device.disconnect()
+        assert np.median(times) < 0.02, times
+
+
+def test_stepped_time_is_exact(bus, folder):
+    """Time that also passes by itself, or not at all: a reply is taken up to LeRobot's limit and not beyond it."""
     device = follower(bus, folder)
     device.connect()
-    times = []
-    for _ in range(50):
-        started = time.perf_counter()
-        device.get_observation()
-        times.append(time.perf_counter() - started)
+    began = bus.elapse(0)
+    for delay, complaint in ((0.045, None), (0.06, "Failed to")):
+        bus.inject(Faults(late=1.0, delay=delay, limit=1))
+        if complaint is None:
+            device.bus.read("Present_Position", "gripper")
+        else:
+            with pytest.raises(ConnectionError, match=complaint):
+                device.bus.read("Present_Position", "gripper")
+    bus.inject(Faults())
+    assert 0.09 < bus.elapse(0) - began < 0.12  # 45 ms, and the limit of 51, in steps of 5
+    bus.elapse(0.1)
+    forget(device)
     device.disconnect()
-    assert np.median(times) < 0.02, times
+    with VirtualBus() as real, pytest.raises(RuntimeError, match="stepped=True"):
+        real.elapse(0.1)
+
+
+def test_failures_are_blamed_on_busy_machines_alone(monkeypatch):
+    """A slow test that hides a failure on an idle machine, or that fails where other work took the processor."""
+    assert too_busy(4.1, 2) and not too_busy(3.9, 2)
+    for load, outcome in ((0.1, AssertionError), (1000.0, pytest.skip.Exception)):
+        monkeypatch.setattr("os.getloadavg", lambda load=load: (load, load, load))
+        with pytest.raises(outcome, match="late"), real_time():
+            raise AssertionError("late")
 
 
 # Faults ---------------------------------------------------------------------------------------------------------
@@ -364,7 +405,7 @@ def test_a_late_reply_leaves_every_later_reading_old(bus, folder):
     for degrees in (10, 20, 30, 40):
         bus.shafts.encoder[:] = calibration.to_encoder(np.radians(np.full(6, degrees)), "follower")
         readings.append(round(device.get_observation()["shoulder_pan.pos"]))
-        time.sleep(0.1)
+        bus.elapse(0.1)
     assert readings == [10, 10, 20, 30]
     bus.inject(Faults())
     forget(device)

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("lerobot_env_virtual_so100", reason="pip install -e examples/virtual_so100 (make setup does)")
 pytest.importorskip("zmq", reason="pip install 'lerobot[pyzmq-dep]'")
 
+import needs_rendering  # noqa: F401
 from lerobot.cameras.zmq import ZMQCamera, ZMQCameraConfig
 from lerobot_env_virtual_so100 import camera
 from lerobot_env_virtual_so100.constants import CAMERAS

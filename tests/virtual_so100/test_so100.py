@@ -14,6 +14,7 @@ pytest.importorskip("lerobot_env_virtual_so100", reason="pip install -e examples
 pytest.importorskip("scservo_sdk", reason="pip install 'lerobot[feetech]'")
 pytest.importorskip("zmq", reason="pip install 'lerobot[pyzmq-dep]'")
 
+import needs_rendering  # noqa: F401
 from lerobot.datasets import LeRobotDataset
 from lerobot.motors import Motor, MotorCalibration, MotorNormMode
 from lerobot.motors.feetech import FeetechMotorsBus
@@ -22,6 +23,7 @@ from lerobot_env_virtual_so100 import audit, calibration, cell, constants, recor
 from lerobot_env_virtual_so100.commands import Command, CommandError
 from lerobot_env_virtual_so100.faults import Faults
 from lerobot_env_virtual_so100.simulation import Simulation
+from lerobot_time import calibration_folder, follow_stepped_cell, real_time
 
 from lerobot_pi0 import PI0Policy, make_pi0_pre_post_processors
 
@@ -30,20 +32,22 @@ CAMERAS = tuple(f"observation.images.{name}" for name in constants.CAMERAS)
 
 @pytest.fixture(scope="module")
 def virtual(tmp_path_factory):
-    """A calibrated cell with the task reach."""
+    """A calibrated cell with the task reach, whose time passes when it is told to."""
+    with cell.Cell(tmp_path_factory.mktemp("cell"), stepped=True) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def real_cell(tmp_path_factory):
+    """The same in real time."""
     with cell.Cell(tmp_path_factory.mktemp("cell")) as running:
         yield running
 
 
 @pytest.fixture
-def run(virtual, monkeypatch):
+def run(real_cell, monkeypatch):
     """Run one of LeRobot's commands in this process, which has imported it already; returns what main() raised."""
-    from lerobot.utils import constants as lerobot_constants  # read when LeRobot was imported, not when it runs
-
-    folder = virtual.folder / "calibration"
-    for module in ("lerobot.robots.robot", "lerobot.teleoperators.teleoperator"):
-        monkeypatch.setattr(f"{module}.HF_LEROBOT_CALIBRATION", folder)
-    monkeypatch.setattr(lerobot_constants, "HF_LEROBOT_CALIBRATION", folder)
+    calibration_folder(monkeypatch, real_cell.folder / "calibration")
 
     def call(main, *arguments) -> Exception | None:
         monkeypatch.setattr(sys, "argv", ["lerobot", *map(str, arguments)])
@@ -77,8 +81,8 @@ def recorded(virtual, tmp_path_factory):
     virtual.load(layout)
     virtual.demonstrate()
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("lerobot.robots.robot", "lerobot.teleoperators.teleoperator"):
-            patch.setattr(f"{module}.HF_LEROBOT_CALIBRATION", virtual.folder / "calibration")
+        calibration_folder(patch, virtual.folder / "calibration")
+        follow_stepped_cell(patch, virtual)
         patch.setattr(sys, "argv", ["lerobot-record", *virtual.robot, *virtual.teleop,
                                     *dataset_options(root, "recorded", 2.0)])  # fmt: skip
         main()
@@ -192,6 +196,7 @@ def test_recorded_units_and_colours(virtual, recorded):
     """Degrees that are radians, red that is blue, or a first frame that shows another scene than the one recorded."""
     root, layout = recorded
     data = LeRobotDataset("local/recorded", root=root)
+    assert 2.0 <= len(data) / constants.FPS < 2.0 + 2 / constants.FPS
     simulation = Simulation(virtual.task.spec, constants.FPS)
     simulation.load(layout)
     first = data[0]
@@ -221,30 +226,31 @@ FAULTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
-def test_faults_during_a_rollout(virtual, run, policy, tmp_path, name):
+def test_faults_during_a_rollout(real_cell, run, policy, tmp_path, name):
     """With each fault in `lerobot-rollout`: an action on the bus that the policy did not mean, an error that is not
     LeRobot's, or a dataset that nobody can read any more."""
     from lerobot.scripts.lerobot_rollout import main
 
-    log, root = virtual.log("follower"), tmp_path / "data"
-    virtual.load(virtual.task.sample("test", 1))
+    log, root = real_cell.log("follower"), tmp_path / "data"
+    real_cell.load(real_cell.task.sample("test", 1))
     log.write_text("")
     faults, ends_with = FAULTS[name]
-    virtual.buses["follower"].inject(faults)
-    error = run(main, f"--policy.path={policy}", "--policy.device=cpu", "--task=reach the red cube",
-                f"--fps={constants.FPS}", *virtual.robot, "--strategy.type=episodic",
-                "--return_to_initial_position=false", *dataset_options(root, "rollout_fault", 2.0))  # fmt: skip
-    virtual.buses["follower"].inject(Faults())
-    assert (error is None) if ends_with is None else (ends_with in str(error)), error
-    data = LeRobotDataset("local/rollout_fault", root=root)
-    assert data.num_episodes == 1 and len(data) >= 3
-    actions = audit.recorded_actions(root)
-    assert len(audit.goals(log)) >= 3
-    assert len(audit.unmeant(log, actions)) == 0
-    if name == "healthy":
-        assert len(audit.goals(log)) == len(actions)
-    else:
-        assert '"fault"' in log.read_text(), "nothing went wrong: nothing was tested"
+    real_cell.buses["follower"].inject(faults)
+    with real_time():
+        error = run(main, f"--policy.path={policy}", "--policy.device=cpu", "--task=reach the red cube",
+                    f"--fps={constants.FPS}", *real_cell.robot, "--strategy.type=episodic",
+                    "--return_to_initial_position=false", *dataset_options(root, "rollout_fault", 2.0))  # fmt: skip
+        real_cell.buses["follower"].inject(Faults())
+        assert (error is None) if ends_with is None else (ends_with in str(error)), error
+        data = LeRobotDataset("local/rollout_fault", root=root)
+        assert data.num_episodes == 1 and len(data) >= 3
+        actions = audit.recorded_actions(root)
+        assert len(audit.goals(log)) >= 3
+        assert len(audit.unmeant(log, actions)) == 0
+        if name == "healthy":
+            assert len(audit.goals(log)) == len(actions)
+        else:
+            assert '"fault"' in log.read_text(), "nothing went wrong: nothing was tested"
 
 
 # The whole way --------------------------------------------------------------------------------------------------
@@ -257,7 +263,8 @@ def test_the_whole_way(tmp_path):
     from lerobot_env_virtual_so100 import so100
 
     config = so100.SO100Config(episodes=1, simulated=0, steps=3, scenes=1, output=tmp_path / "so100")
-    rows = so100.so100(config)
+    with real_time():
+        rows = so100.so100(config)
     assert rows["control: lerobot-replay"]["episodes"] == 1
     assert rows["π₀ through lerobot-rollout"]["episodes"] == rows["π₀ in the simulator (lerobot-eval)"]["episodes"] == 1
     assert rows["control: zero action"]["successes"] == 0

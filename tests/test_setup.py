@@ -1,0 +1,106 @@
+"""`scripts/setup.sh` on other systems than this one: a PATH of our own, and a Python that only notes its calls."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "setup.sh"
+TOOLS = ("sh", "dirname", "grep", "cat")  # what the script takes from every system
+EGL = "\tlibEGL.so.1 (libc6,x86-64) => /lib/libEGL.so.1\n\tlibEGL_{}.so.0 (libc6,x86-64) => /lib/libEGL_{}.so.0\n"
+
+
+@pytest.fixture
+def setup(tmp_path):
+    """Run the script with these programs in PATH, {name: body in sh}, and no others but TOOLS.
+
+    Returns its status, what it printed, and the calls that were noted.
+    """
+    root, programs, calls = tmp_path / "project", tmp_path / "bin", tmp_path / "calls"
+    (root / "scripts").mkdir(parents=True)
+    shutil.copy(SCRIPT, root / "scripts")
+    programs.mkdir()
+    calls.touch()
+
+    def write(file: Path, body: str) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f'#!/bin/sh\nnote() {{ echo "$@" >> {calls}; }}\n{body}\n')
+        file.chmod(0o755)
+
+    def run(venv: bool = True, **fakes: str) -> tuple[int, str, list[str]]:
+        for tool in TOOLS:
+            (programs / tool).symlink_to(shutil.which(tool))
+        for name, body in ({"id": "echo 0", "uname": "echo Linux"} | fakes).items():
+            write(programs / name.replace("_", "-"), body)
+        if venv:
+            write(root / ".venv/bin/python", 'note python "$@"')
+        done = subprocess.run(
+            ["sh", root / "scripts/setup.sh"], env={"PATH": str(programs)}, capture_output=True, text=True, timeout=120
+        )
+        return done.returncode, done.stdout + done.stderr, calls.read_text().splitlines()
+
+    return run
+
+
+def installed(calls: list[str]) -> bool:
+    """Whether the project's installation was the last thing asked for."""
+    return bool(calls) and calls[-1].startswith("python -m pip install") and "examples/virtual_so100" in calls[-1]
+
+
+def test_macos(setup):
+    """Looking for Debian's packages on a system that renders without them."""
+    status, said, calls = setup(uname="echo Darwin")
+    assert status == 0 and installed(calls) and len(calls) == 1
+    assert "EGL" not in said and "apt-get" not in said
+
+
+@pytest.mark.parametrize("vendor", ["mesa", "nvidia"])
+def test_nothing_is_missing(setup, vendor):
+    """Packages that are installed although the system has EGL, Mesa's or another."""
+    status, said, calls = setup(ldconfig=f"printf '{EGL.format(vendor, vendor)}'", apt_get='note apt-get "$@"')
+    assert status == 0 and installed(calls) and len(calls) == 1
+    assert "EGL" not in said
+
+
+def test_debian(setup):
+    """Debian's packages that are not asked for where they are missing, or an index that is not brought up to date."""
+    status, said, calls = setup(ldconfig="true", apt_get='note apt-get "$@"')
+    assert status == 0 and installed(calls)
+    assert calls[0] == "apt-get update -qq" and "libegl-mesa0" in calls[1] and len(calls) == 3
+    assert "cannot render" not in said
+
+
+@pytest.mark.parametrize("apt_get", [None, "exit 100"])
+def test_no_egl_and_no_way_to_get_it(setup, apt_get):
+    """A system without apt-get, or without the right to use it, on which nothing at all would be installed."""
+    fakes = {"ldconfig": "true"} | ({} if apt_get is None else {"apt_get": apt_get})
+    status, said, calls = setup(**fakes)
+    assert status == 0 and installed(calls)
+    assert "cannot render" in said and "dnf install mesa-libEGL" in said and "pacman" in said
+
+
+def test_python_is_missing(setup):
+    """An error of the shell's where the way to get Python 3.12 should stand."""
+    status, said, calls = setup(venv=False, uname="echo Darwin", python3="exit 1")
+    if any(os.access(f"{folder}/python3.12", os.X_OK) for folder in ("/opt/homebrew/bin", "/usr/local/bin")):
+        pytest.skip("this system has a Python 3.12 in a folder that the script knows")
+    assert status == 1 and not calls
+    assert "brew install python@3.12" in said and "PYTHON312=" in said
+
+
+def test_without_ldconfig(setup, tmp_path):
+    """An error where ldconfig is missing, and libraries that are not looked for in their folders then."""
+    script = tmp_path / "project/scripts/setup.sh"
+    text = script.read_text()
+    lookup = "for ldconfig in ldconfig /sbin/ldconfig /usr/sbin/ldconfig"
+    assert lookup in text and " /usr/lib*/libEGL*" in text
+    text = text.replace(lookup, "for ldconfig in ldconfig").replace("in /lib*/libEGL*", f"in {tmp_path}/lib/libEGL*")
+    script.write_text(text)
+    (tmp_path / "lib").mkdir()
+    for library in ("libEGL.so.1", "libEGL_mesa.so.0"):
+        (tmp_path / "lib" / library).touch()
+    status, said, calls = setup()
+    assert status == 0 and installed(calls)
+    assert "cannot render" not in said
