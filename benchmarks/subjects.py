@@ -197,7 +197,7 @@ class Ours:
     def chunk(policy: PI0Policy, batch: dict[str, Tensor]) -> Tensor:
         """A chunk, without the check that it is finite, which tensors without memory cannot answer."""
         net, steps = policy.model, policy.config.num_inference_steps
-        obs = policy._observe(batch, torch.device("cpu"))
+        obs = policy.observe(batch, torch.device("cpu"))
         noise = flow.sample_noise((len(obs.state_BA), 1, CHUNK, policy.config.max_action_dim), torch.device("cpu"))
         with torch.no_grad():
             return Calls().chunk(net, obs, noise, steps=steps)

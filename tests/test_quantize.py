@@ -14,7 +14,7 @@ from conftest import CAMERAS, assert_gradients_close, draws, gradients, make_bat
 from lerobot.utils.constants import OBS_STATE
 from safetensors.torch import load_file
 from test_laws import subset, widen
-from test_lora import CLI
+from training.test_lora import CLI
 
 from lerobot_pi0 import PI0Policy
 from lerobot_pi0.checkpoints import checkpoint, streaming

@@ -10,9 +10,11 @@ from conftest import ACTION, CAMERAS, DIMS, make_batch, small_policy, stats
 from lerobot.scripts.lerobot_train import update_policy
 from lerobot.utils.logging_utils import AverageMeter, MetricsTracker
 
-from lerobot_pi0.control import bounds
+from lerobot_pi0 import PI0Policy
 from lerobot_pi0.inputs.observation import ObservationError
-from lerobot_pi0.training.watch import DivergedError
+from lerobot_pi0.network import flow
+from lerobot_pi0.training.guards import DivergedError
+from lerobot_pi0.training.objective import HELD_OUT_SAMPLES
 
 pytestmark = pytest.mark.usefixtures("small")
 INDEX = torch.tensor([41, 7, 12])
@@ -126,8 +128,9 @@ def test_held_out_chunks(caplog):
         infos = held_out(policy, batches)
     errors, steps = torch.zeros(DIMS), 0
     for batch, info in zip(batches, infos, strict=True):
-        noise, *_ = policy.eval()._draw(batch, (50, 32), torch.device("cpu"))
-        squares = (policy.predict_action_chunk(batch, noise=noise[:, 0]) - batch[ACTION]).square()
+        shape = (HELD_OUT_SAMPLES, 50, 32)
+        noise, *_ = flow.repeatable_draws(0, -1, batch["index"].tolist(), shape, flow.BetaTime(), 0)
+        squares = (policy.eval().predict_action_chunk(batch, noise=noise[:, 0]) - batch[ACTION]).square()
         valid = torch.cat([squares[0], squares[1, :20]])
         assert info["chunk_error"] == pytest.approx(valid.mean().item(), rel=1e-5)
         errors, steps = errors + valid.sum(dim=0), steps + len(valid)
@@ -144,8 +147,8 @@ def test_held_out_numbers_repeat():
     first = policy_of().train()
     again = policy_of(flow_samples=3, time_sampling_beta_beta=0.2, rtc_training_max_delay=9, mask_padded_actions=True)
     again.config.max_action_step = 0.01
-    again._bounds = bounds.make_bounds(again.config, stats)
-    again.train()
+    torch.manual_seed(0)
+    again = PI0Policy(again.config, dataset_stats=stats(CAMERAS[:1])).train()
     again.config.updates = 100
     expected, found = held_out(first, batches)[0], held_out(again, batches)[0]
     assert found == pytest.approx(expected, rel=1e-5)
