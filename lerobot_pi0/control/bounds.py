@@ -1,9 +1,9 @@
 """Bounds on actions, for hardware: how far from the measured joints, and how far outside the data.
 
-They are applied by the policy, not by a processor, because a checkpoint's processors are rebuilt from their files,
-where no option of a command arrives: `--policy.max_action_step=5` has to work on a checkpoint that knew nothing of it,
-and a checkpoint with bounds has to load in a LeRobot without this plugin. The policy sees normalised numbers; the
-statistics that turn them into the robot's units are those of the checkpoint's processors, through LeRobot's own steps.
+The policy applies them and not a processor. A checkpoint's processors are rebuilt from their files, where no option of
+a command arrives, but `--policy.max_action_step=5` has to work on every checkpoint; and a checkpoint with bounds has to
+load in a LeRobot without this plugin. The policy sees normalised numbers. LeRobot's own processor steps turn them into
+the robot's units, with the statistics of the checkpoint's processors.
 
 Axes: B batch, T steps of a chunk, A action dims.
 """
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 Statistics = Mapping[str, Mapping[str, Any]]
 
 SECONDS_BETWEEN_WARNINGS = 1.0
-"""Bounds that act at every tick of a control loop are told of once a second."""
+"""Bounds that act at every tick of a control loop are logged once a second."""
 
 
 class BoundsError(ValueError):
@@ -40,10 +40,10 @@ def make_bounds(config: PI0Config, statistics: Callable[[], Statistics | None]) 
     """The bounds that the options ask for; None if they ask for none.
 
     Args:
-        statistics: where to get them; not called if nothing is asked for.
+        statistics: reads the statistics; not called if no bound is asked for.
 
     Raises:
-        BoundsError: they cannot be had, or the bounds make no sense with these features.
+        BoundsError: statistics are missing, or the bounds make no sense with these features.
     """
     if all(x in (None, math.inf) for x in (config.max_action_step, config.action_range_margin)):
         return None
@@ -51,7 +51,7 @@ def make_bounds(config: PI0Config, statistics: Callable[[], Statistics | None]) 
 
 
 class ActionBounds:
-    """Keeps normalised actions within bounds that are meant in the robot's units, and says when it does."""
+    """Keeps normalised actions within bounds in the robot's units, and logs each change."""
 
     def __init__(self, config: PI0Config, stats: Statistics) -> None:
         self.config = config
@@ -100,7 +100,7 @@ class ActionBounds:
             )
 
     def _check_round_trip(self, dims: int, most: float) -> None:
-        """Raises ValueError for joints whose bounded action does not come out of the postprocessor as it was meant."""
+        """Refuse joints whose bounded action the postprocessor would change: those with a deviation of almost zero."""
         probe = self._units(self._to_units, torch.zeros(1, dims)) + most
         lost = (self._units(self._to_units, self._units(self._normalise, probe)) - probe).abs()[0] > 1e-3 * most
         if lost.any():
@@ -122,8 +122,8 @@ class ActionBounds:
     def chunk(self, actions_BTA: Tensor, state_BA: Tensor, origin_BA: Tensor | None = None) -> Tensor:
         """A chunk, bounded by where the joints are now and then each action by the one before; all are normalised.
 
-        The range of the data comes first and the measured joints have the last word: an arm that stands outside of the
-        data moves into it slowly.
+        The range of the data is applied first, then the distance to the measured joints: an arm that stands outside of
+        the data's range moves into it slowly.
         """
         wanted = self._units(self._to_units, actions_BTA)
         bounded = wanted
@@ -158,7 +158,7 @@ class ActionBounds:
             self._acted.setdefault(option, []).append(cut_BTA.abs().flatten(0, -2).cpu())
 
     def _warn(self) -> None:
-        """Tell, by joint, what was cut off since the last time."""
+        """Log, by joint, what was cut off since the last time."""
         if not self._acted or time.monotonic() - self._last_warning < SECONDS_BETWEEN_WARNINGS:
             return
         for option, cuts in self._acted.items():

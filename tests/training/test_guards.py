@@ -148,7 +148,7 @@ def test_held_out_numbers_repeat():
     again = policy_of(flow_samples=3, time_sampling_beta_beta=0.2, rtc_training_max_delay=9, mask_padded_actions=True)
     again.config.max_action_step = 0.01
     torch.manual_seed(0)
-    again = PI0Policy(again.config, dataset_stats=stats(CAMERAS[:1])).train()
+    again = PI0Policy(again.config, dataset_stats=stats(cameras=CAMERAS[:1])).train()
     again.config.updates = 100
     expected, found = held_out(first, batches)[0], held_out(again, batches)[0]
     assert found == pytest.approx(expected, rel=1e-5)
@@ -191,6 +191,23 @@ def test_a_copy_is_watched_too():
     policy.model.expert.norm.weight.grad[0] = float("nan")
     with pytest.raises(DivergedError):
         torch.optim.SGD(policy.parameters(), 0.1).step()
+
+
+def test_a_network_that_is_exchanged():
+    """Catches losses, chunks or guards of a network that the policy no longer has: adapters, copies and compilation
+    exchange it."""
+    policy, other, batch = policy_of().train(), small_policy(CAMERAS[:1]).train(), batch_of()
+    noise = torch.randn(3, 50, 32)
+    before = policy.forward(batch)[0]
+    policy.model = copy.deepcopy(other.model)
+    loss = policy.forward(batch)[0]
+    assert torch.equal(loss, other.forward(batch)[0]) and not torch.equal(loss, before)
+    loss.backward()
+    policy.model.expert.norm.weight.grad[0] = float("nan")
+    with pytest.raises(DivergedError):
+        torch.optim.SGD(policy.parameters(), 0.1).step()
+    chunks = [x.eval().predict_action_chunk(batch, noise=noise) for x in (policy, other)]
+    assert torch.equal(*chunks)
 
 
 def test_padded_actions():
