@@ -135,9 +135,7 @@ class PI0Policy(PreTrainedPolicy):
             self.model = PI0(config.architecture(), config.image_size)
         self._run = Run(config)
         self._run.prepare(self.model, trains)
-        if (
-            config.vlm_quantization
-        ):  # rounded weights are no tensors that DDP could send; peft puts a prefix before them
+        if config.vlm_quantization:  # DDP cannot send rounded weights; peft puts a prefix before their names
             names = list(rounding.layers(self))
             self._ddp_params_and_buffers_to_ignore = [*names, *(f"base_model.model.{name}" for name in names)]
         self.observe, calls = ObservationMaker(config), Calls(config.compile_mode if config.compile_model else None)
@@ -153,7 +151,7 @@ class PI0Policy(PreTrainedPolicy):
         self.model.reset_buffers(torch.device(self.config.device))
         if self.config.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
-        self._run.choose_autocast(self.model)
+        self._run.choose_autocast(self)
         self.reset()
         return self.eval()
 
@@ -295,7 +293,7 @@ class PI0Policy(PreTrainedPolicy):
         if mode != self.training:
             self._run.deploy(not mode)
         if mode and not self.training:
-            self._run.set_dtypes(self.model)
+            self._run.set_dtypes(self)
             self._objective.chunk_errors.report(self._objective.joints)
             self._run.log_trained(self.model)
         return super().train(mode)  # in every case, as adapters that were attached have a mode of their own
@@ -319,7 +317,7 @@ class PI0Policy(PreTrainedPolicy):
         return True
 
     def init_rtc_processor(self) -> None:
-        """LeRobot calls this once it has set `config.rtc_config`: complain before a robot moves.
+        """Check `config.rtc_config`, which LeRobot has just set, before a robot moves.
 
         Raises:
             ValueError: a horizon that leaves nothing to guide, or an unknown schedule.
@@ -343,7 +341,7 @@ class PI0Policy(PreTrainedPolicy):
         Args:
             reduction: "mean" gives a scalar, "none" a loss per sample, (B,).
             noise: ε to use in place of random draws, (B, K, T, max_action_dim). Under `eval()` K is
-                `training.objective.HELD_OUT_SAMPLES` for those, and t has LeRobot's distribution.
+                `training.objective.HELD_OUT_SAMPLES`, and t has LeRobot's distribution.
             time: t to use in place of random draws, (B, K).
             delay: how many actions are known, in place of random draws, (B, K); read if `rtc_training_max_delay`.
 
@@ -360,14 +358,14 @@ class PI0Policy(PreTrainedPolicy):
         per_sample = losses_BKTA.mean(dim=(1, 2, 3))
         loss = per_sample.mean()
         numbers = torch.cat([loss[None], losses_BKTA.mean(dim=(0, 1, 2))]).tolist()  # one wait for the device
-        self._run.check_loss(self.model, numbers[0], per_sample, batch)
+        self._run.check_loss(self, numbers[0], per_sample, batch)
         info = dict(zip(["loss", *(f"loss_{joint}" for joint in self._objective.joints)], numbers, strict=True))
         if not (self.training or torch.is_grad_enabled()):
             info["chunk_error"] = self._chunk_error(batch)
         return (loss if reduction == "mean" else per_sample), info
 
     def _chunk_error(self, batch: dict[str, Any]) -> float:
-        """Mean squared error of chunks sampled from fixed noise: the loss says little of what a robot would do."""
+        """Mean squared error of chunks sampled from fixed noise: the loss says little about what a robot would do."""
         held_out = self._objective.held_out(self.model, batch)
         with torch.inference_mode(False), torch.no_grad():
             obs = self.observe(batch, held_out.noise_BTA.device)
@@ -392,14 +390,14 @@ class PI0Policy(PreTrainedPolicy):
     def errors(
         self, obs: Observation, actions_B1TA: Tensor, noise: Tensor, time: Tensor, delay: Tensor | None = None
     ) -> Tensor:
-        """`losses` of given draws, before padded actions are masked. Nothing in here depends on a value."""
+        """`losses` of given draws, before padded actions are masked. No control flow depends on a tensor's values."""
         return self._objective.errors(self.model, obs, actions_B1TA, noise, time, delay)
 
     def update(self) -> None:
-        """To be called after each optimizer's step, as LeRobot does: the next draws, the next average."""
+        """Count a step of the optimizer: to be called after each, as LeRobot does, for new draws and averages."""
         self._run.update()
 
-    @torch.compiler.disable  # lerobot-rollout compiles this method from outside; what gains by it is compiled inside
+    @torch.compiler.disable  # lerobot-rollout compiles this method from outside; `compile_model` is enough
     @torch.inference_mode(False)  # tensors of inference mode cannot be differentiated, which guidance does
     @torch.no_grad()
     def predict_action_chunk(
@@ -453,7 +451,7 @@ class PI0Policy(PreTrainedPolicy):
         return make_card(self.config, sizes, self._start, dataset_repo_id, cfg, dataset_meta)
 
     def _get_default_peft_targets(self) -> dict[str, Any]:
-        """openpi's recipe (`lora.py`); of a VLM that is to stay frozen, nothing.
+        """What LoRA adapts: openpi's recipe (`lora.py`), without the VLM if `train_expert_only` was asked for.
 
         Raises:
             ValueError: it would adapt the VLM, which is rounded.

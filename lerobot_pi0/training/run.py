@@ -23,7 +23,10 @@ PartSizes = dict[str, tuple[int, int]]
 
 
 class Run:
-    """What training keeps between steps. The network is an argument of each call; none is kept."""
+    """What training keeps between steps. The network is an argument of each call; none is kept.
+
+    Methods that need no more than parameters take the policy: sharding (FSDP) may move those of the network to it.
+    """
 
     def __init__(self, config: PI0Config) -> None:
         self.config = config
@@ -72,18 +75,18 @@ class Run:
         device = torch.device(self.config.device).type
         return torch.autocast(device, torch.bfloat16) if self._autocasts else nullcontext()
 
-    def choose_autocast(self, model: PI0) -> None:
+    def choose_autocast(self, policy: nn.Module) -> None:
         """Weights of two dtypes need autocast; weights of one dtype do without its overhead."""
-        self._autocasts = self.config.dtype == "bfloat16" and any(p.dtype == torch.float32 for p in model.parameters())
+        self._autocasts = self.config.dtype == "bfloat16" and any(p.dtype == torch.float32 for p in policy.parameters())
 
-    def set_dtypes(self, model: PI0) -> None:
+    def set_dtypes(self, policy: nn.Module) -> None:
         """Before training: trained weights in float32, and those that an adapter froze in float32 back in `dtype`."""
         storage = getattr(torch, self.config.dtype)
-        for p in model.parameters():
+        for p in policy.parameters():
             wanted = torch.float32 if p.requires_grad else storage
             if p.is_floating_point() and p.dtype != wanted and (p.requires_grad or p.dtype == torch.float32):
                 p.data = p.data.to(wanted)
-        self.choose_autocast(model)
+        self.choose_autocast(policy)
 
     def trained_parameters(self, model: PI0) -> list[nn.Parameter]:
         """The parameters that are trained.
@@ -139,13 +142,13 @@ class Run:
             raise ValueError("ema_decay does not go together with weights that are gathered from several processes")
         return policy.state_dict() | self._ema.deployed_state(policy.named_parameters())
 
-    def check_loss(self, model: PI0, loss: float, per_sample_B: Tensor, batch: Mapping[str, Any]) -> None:
+    def check_loss(self, policy: nn.Module, loss: float, per_sample_B: Tensor, batch: Mapping[str, Any]) -> None:
         """Stop at a loss that is not finite, and before the next step at gradients that are not.
 
         Raises:
             DivergedError: the loss is not finite.
         """
-        self._guards.check_loss(model, loss, per_sample_B, batch)
+        self._guards.check_loss(policy, loss, per_sample_B, batch)
 
     def update(self) -> None:
         """After a step of the optimizer: count it, which renews the draws, and update the averages."""
