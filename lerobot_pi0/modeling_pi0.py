@@ -294,7 +294,7 @@ class PI0Policy(PreTrainedPolicy):
             self._run.deploy(not mode)
         if mode and not self.training:
             self._run.set_dtypes(self)
-            self._objective.chunk_errors.report(self._objective.joints)
+            self._objective.report_chunk_errors()
             self._run.log_trained(self.model)
         return super().train(mode)  # in every case, as adapters that were attached have a mode of their own
 
@@ -354,12 +354,8 @@ class PI0Policy(PreTrainedPolicy):
         """
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction={reduction!r} is not one of mean, none")
-        losses_BKTA = self.losses(batch, noise, time, delay)
-        per_sample = losses_BKTA.mean(dim=(1, 2, 3))
-        loss = per_sample.mean()
-        numbers = torch.cat([loss[None], losses_BKTA.mean(dim=(0, 1, 2))]).tolist()  # one wait for the device
-        self._run.check_loss(self, numbers[0], per_sample, batch)
-        info = dict(zip(["loss", *(f"loss_{joint}" for joint in self._objective.joints)], numbers, strict=True))
+        loss, per_sample, info = self._objective.summary(self.losses(batch, noise, time, delay))
+        self._run.check_loss(self, info["loss"], per_sample, batch)
         if not (self.training or torch.is_grad_enabled()):
             info["chunk_error"] = self._chunk_error(batch)
         return (loss if reduction == "mean" else per_sample), info
@@ -451,17 +447,9 @@ class PI0Policy(PreTrainedPolicy):
         return make_card(self.config, sizes, self._start, dataset_repo_id, cfg, dataset_meta)
 
     def _get_default_peft_targets(self) -> dict[str, Any]:
-        """What LoRA adapts: openpi's recipe (`lora.py`), without the VLM if `train_expert_only` was asked for.
-
-        Raises:
-            ValueError: it would adapt the VLM, which is rounded.
-        """
-        if self.config.vlm_quantization and not self._expert_only_asked:
-            raise ValueError(
-                "LoRA would adapt the VLM, which is rounded (vlm_quantization): give --policy.train_expert_only=true "
-                "for LoRA in the expert alone, or leave vlm_quantization out"
-            )
-        return lora.targets(self.model.vlm.cfg.depth, with_vlm=not self._expert_only_asked)
+        """What LoRA adapts: openpi's recipe, without the VLM if `train_expert_only` was asked for."""
+        rounded = self.config.vlm_quantization is not None
+        return lora.targets(self.model.vlm.cfg.depth, with_vlm=not self._expert_only_asked, vlm_is_rounded=rounded)
 
     def _build_peft_config(self, cli_overrides: dict[str, Any]) -> Any:
         return super()._build_peft_config(lora.with_ranks(cli_overrides))

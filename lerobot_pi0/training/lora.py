@@ -11,8 +11,17 @@ PROJECTIONS = ["state_proj", "action_in_proj", "action_out_proj", "action_time_m
 LINEAR = r"(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 
 
-def targets(depth: int, with_vlm: bool) -> dict[str, Any]:
-    """peft's options for the expert and, if `with_vlm`, for what π₀ reads of the VLM's `depth` layers."""
+def targets(depth: int, with_vlm: bool, vlm_is_rounded: bool = False) -> dict[str, Any]:
+    """peft's options for the expert and, if `with_vlm`, for what π₀ reads of the VLM's `depth` layers.
+
+    Raises:
+        ValueError: the VLM would be adapted, and is rounded.
+    """
+    if with_vlm and vlm_is_rounded:
+        raise ValueError(
+            "LoRA would adapt the VLM, which is rounded (vlm_quantization): give --policy.train_expert_only=true "
+            "for LoRA in the expert alone, or leave vlm_quantization out"
+        )
     last = depth - 1
     vlm = rf"|.*\.language_model\.layers\.((?!{last}\.)\d+\.{LINEAR}|{last}\.self_attn\.(k|v)_proj)"
     return {

@@ -64,8 +64,7 @@ class Objective:
         self.chunk_errors = ChunkErrors()
 
     @property
-    def joints(self) -> list[str]:
-        """Names of the dims of the robot's actions."""
+    def _joints(self) -> list[str]:
         return [dim_name(self.config, ACTION, i) for i in range(self._dims)]
 
     @property
@@ -125,6 +124,18 @@ class Objective:
             velocity = self._calls.velocity(model, x_t, time, model.embed_time(time), context)
         errors = (velocity - target)[..., : self._dims].square()
         return errors * (free / free.mean(dim=-1, keepdim=True))[..., None]
+
+    def summary(self, losses_BKTA: Tensor) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """The loss, the losses of the samples (B,), and numbers to log: the loss, and that of each joint."""
+        per_sample = losses_BKTA.mean(dim=(1, 2, 3))
+        loss = per_sample.mean()
+        numbers = torch.cat([loss[None], losses_BKTA.mean(dim=(0, 1, 2))]).tolist()  # one wait for the device
+        names = ["loss", *(f"loss_{joint}" for joint in self._joints)]
+        return loss, per_sample, dict(zip(names, numbers, strict=True))
+
+    def report_chunk_errors(self) -> None:
+        """Log the errors of the chunks that were sampled since the last report."""
+        self.chunk_errors.report(self._joints)
 
     def held_out(self, model: PI0, batch: dict[str, Any]) -> HeldOutBatch:
         """The noise that a held-out batch's chunks are sampled from, and the batch's own actions."""
