@@ -165,7 +165,7 @@ def breakdown(options: argparse.Namespace) -> tuple[dict[str, dict[str, float]],
     shapes = Ours.build(size, NoWeights(), options.dtype)
     counted = account_inference(lambda: Ours.chunk(shapes, batch))
     policy = Ours.build(size, RandomWeights(), options.dtype, rounded=rounded)
-    tokens = len(policy.model.context(policy._observe(batch, torch.device("cpu"))).mask_BS[0]) - 1
+    tokens = len(policy.model.context(policy.observe(batch, torch.device("cpu"))).mask_BS[0]) - 1
     Ours.chunk(policy, batch)
     whole = statistics.median(seconds(lambda: Ours.chunk(policy, batch)) for _ in range(options.repeats))
     runs = []

@@ -97,7 +97,7 @@ def lerobots(policy: PI0Policy, batch: dict, noise: Tensor, left: Tensor | None,
     """A chunk by LeRobot's RTCProcessor around this network's velocity."""
     processor = RTCProcessor(RTCConfig(execution_horizon=horizon))
     with torch.no_grad():
-        context = policy.model.context(policy._observe(batch, noise.device))
+        context = policy.model.context(policy.observe(batch, noise.device))
         x, steps = noise, policy.config.num_inference_steps
         for t in flow.fixed_times("euler", steps, noise.device):
             term = policy.model.embed_time(t)

@@ -11,7 +11,15 @@ import lerobot.policies.pi0.modeling_pi0 as builtin
 import pytest
 
 import lerobot_pi0.configuration_pi0 as ours
-from lerobot_pi0.network.sizes import GEMMA_2B, GEMMA_300M, PALIGEMMA_VOCAB, SO400M, GemmaSize, PaliGemmaSize, VisionSize
+from lerobot_pi0.network.sizes import (
+    GEMMA_2B,
+    GEMMA_300M,
+    PALIGEMMA_VOCAB,
+    SO400M,
+    GemmaSize,
+    PaliGemmaSize,
+    VisionSize,
+)
 
 
 @dataclass(frozen=True)

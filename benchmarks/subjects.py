@@ -26,6 +26,7 @@ from transformers import GemmaConfig, PaliGemmaConfig, PI0ForConditionalGenerati
 from transformers import PI0Config as TransformersConfig
 
 from lerobot_pi0 import PI0Config, PI0Policy
+from lerobot_pi0.control.sampling import Sampler
 from lerobot_pi0.kernels import rounding
 from lerobot_pi0.network import flow
 from lerobot_pi0.network.pi0 import PI0
@@ -129,10 +130,10 @@ class Ours:
     def chunk(policy: PI0Policy, batch: dict[str, Tensor]) -> Tensor:
         """A chunk, without the check that it is finite, which tensors without memory cannot answer."""
         net, steps = policy.model, policy.config.num_inference_steps
-        obs = policy._observe(batch, torch.device("cpu"))
+        obs = policy.observe(batch, torch.device("cpu"))
         noise = flow.sample_noise((len(obs.state_BA), 1, CHUNK, policy.config.max_action_dim), torch.device("cpu"))
         with torch.no_grad():
-            return Calls().chunk(net, obs, noise, steps=steps)
+            return Sampler().chunk(net, obs, noise, steps=steps)
 
 
 class Builtin:

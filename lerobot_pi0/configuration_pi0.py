@@ -20,9 +20,12 @@ from lerobot.policies.pi0.configuration_pi0 import PI0Config as BuiltinPI0Config
 from lerobot.utils.constants import ACTION
 
 from .network.sizes import EXPERT_PRESETS, PALIGEMMA_PRESETS, Architecture
-from .training.eight_bit import AdamW8bitConfig, AveragedAdamW8bitConfig
-from .training.ema import AveragedAdamWConfig
-from .training.schedule import WarmupCosineConfig
+from .training.optimizers import (
+    AdamW8bitConfig,
+    AveragedAdamW8bitConfig,
+    AveragedAdamWConfig,
+    WarmupCosineConfig,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -25,6 +25,7 @@ from lerobot.rollout.inference.rtc import supports_rtc_inference
 from lerobot_pi0 import PI0Config, PI0Policy
 from lerobot_pi0.checkpoints.checkpoint import CheckpointConfigError
 from lerobot_pi0.inputs.observation import ObservationError
+from lerobot_pi0.training.run import part_sizes
 
 META = SimpleNamespace(stats=stats())
 MODES = {
@@ -168,7 +169,7 @@ def test_the_log_says_what_is_trained(caplog, mode, parts):
         policy.train().eval()
         policy.train()
     (line,) = (r.getMessage() for r in caplog.records if r.getMessage().startswith("trained: "))
-    sizes = policy.part_sizes()
+    sizes = part_sizes(policy.model)
     assert all(f"{name} {own / 1e6:.2f} of {n / 1e6:.2f} M" in line for name, (n, own) in sizes.items())
     vision, vlm, expert, projections = (own for _, own in sizes.values())
     assert [vision > 0, vlm > 0, expert > 0] == [part == "1" for part in parts] and projections > 0

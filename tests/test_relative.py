@@ -21,7 +21,6 @@ from lerobot.utils.constants import OBS_STATE
 
 from lerobot_pi0 import PI0Policy, make_pi0_pre_post_processors
 from lerobot_pi0.configuration_pi0 import GUIDANCE
-from lerobot_pi0.control.bounds import make_bounds
 
 CHUNK, CAMERA = 4, CAMERAS[:1]
 PATIENCE = 300  # s to wait for LeRobot's thread; only a dead one takes longer
@@ -248,11 +247,13 @@ def test_rtc_rollout(guide, monkeypatch):
     assert (expected - queued).abs().amax(dim=1).min() < 1e-3
 
 
-def test_bounded_rollout(rollout):
+def test_bounded_rollout(rollout, tmp_path):
     """Catches a bound of the distance to the measured joints that takes the chunk's state for the one of the tick."""
-    policy, pre, post, numbers = rollout
+    policy, pre, post, _ = rollout
+    for part in (policy, pre, post):
+        part.save_pretrained(tmp_path / "bounded")
     policy.config.max_action_step = 0.5
-    policy._bounds = make_bounds(policy.config, lambda: {ACTION: numbers, OBS_STATE: stats(cameras=CAMERA)[OBS_STATE]})
+    policy = PI0Policy.from_pretrained(tmp_path / "bounded", config=policy.config)
     for tick in range(7):
         seen = observation(tick)
         found = post(policy.select_action(pre(dict(seen))))

@@ -1,9 +1,9 @@
 """Bounds on actions, for hardware: how far from the measured joints, and how far outside the data.
 
-They are applied by the policy, not by a processor, because a checkpoint's processors are rebuilt from their files,
-where no option of a command arrives: `--policy.max_action_step=5` has to work on a checkpoint that knew nothing of it,
-and a checkpoint with bounds has to load in a LeRobot without this plugin. The policy sees normalised numbers; the
-statistics that turn them into the robot's units are those of the checkpoint's processors, through LeRobot's own steps.
+The policy applies them and not a processor. A checkpoint's processors are rebuilt from their files, where no option of
+a command arrives, but `--policy.max_action_step=5` has to work on every checkpoint; and a checkpoint with bounds has to
+load in a LeRobot without this plugin. The policy sees normalised numbers. LeRobot's own processor steps turn them into
+the robot's units, with the statistics of the checkpoint's processors.
 
 Axes: B batch, T steps of a chunk, A action dims.
 """
@@ -19,11 +19,9 @@ from lerobot.configs import NormalizationMode
 from lerobot.lerobot_types import TransitionKey
 from lerobot.processor import NormalizerProcessorStep, RelativeActionsProcessorStep, UnnormalizerProcessorStep
 from lerobot.processor.converters import create_transition
-from lerobot.utils.constants import ACTION, OBS_STATE, POLICY_PREPROCESSOR_DEFAULT_NAME
-from safetensors.torch import load_file
+from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
-from ..checkpoints import checkpoint
 from ..configuration_pi0 import PI0Config
 
 logger = logging.getLogger(__name__)
@@ -31,42 +29,29 @@ logger = logging.getLogger(__name__)
 Statistics = Mapping[str, Mapping[str, Any]]
 
 SECONDS_BETWEEN_WARNINGS = 1.0
-"""Bounds that act at every tick of a control loop are told of once a second."""
+"""Bounds that act at every tick of a control loop are logged once a second."""
+
+
+class BoundsError(ValueError):
+    """Bounds that the features or the statistics do not allow."""
 
 
 def make_bounds(config: PI0Config, statistics: Callable[[], Statistics | None]) -> "ActionBounds | None":
     """The bounds that the options ask for; None if they ask for none.
 
     Args:
-        statistics: where to get them; not called if nothing is asked for.
+        statistics: reads the statistics; not called if no bound is asked for.
 
     Raises:
-        CheckpointConfigError: they cannot be had, or the bounds make no sense with these features.
+        BoundsError: statistics are missing, or the bounds make no sense with these features.
     """
     if all(x in (None, math.inf) for x in (config.max_action_step, config.action_range_margin)):
         return None
     return ActionBounds(config, statistics() or {})
 
 
-def read_statistics(source: Any, **hub: Any) -> Statistics:
-    """Statistics that a checkpoint's preprocessor normalises with; empty if it has none.
-
-    Raises:
-        CheckpointError: a file is not there or broken.
-    """
-    file = checkpoint.hub_or_local(source, f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json", **hub)
-    steps = checkpoint.read_json(file).get("steps", []) if file is not None else []
-    names = [step.get("state_file") for step in steps if step.get("registry_name") == "normalizer_processor"]
-    file = checkpoint.hub_or_local(source, names[0], **hub) if names and names[0] else None
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, value in (load_file(file) if file is not None else {}).items():
-        key, _, statistic = name.rpartition(".")
-        found.setdefault(key, {})[statistic] = value
-    return found
-
-
 class ActionBounds:
-    """Keeps normalised actions within bounds that are meant in the robot's units, and says when it does."""
+    """Keeps normalised actions within bounds in the robot's units, and logs each change."""
 
     def __init__(self, config: PI0Config, stats: Statistics) -> None:
         self.config = config
@@ -98,29 +83,29 @@ class ActionBounds:
         asked = "max_action_step and action_range_margin"
         normalised = {key for key in features if modes[features[key].type] is not NormalizationMode.IDENTITY}
         if missing := sorted((normalised | {ACTION}) - stats.keys()):
-            raise checkpoint.CheckpointConfigError(
+            raise BoundsError(
                 f"{asked} are in the robot's units, but the policy has no statistics of {', '.join(missing)}: load a "
                 "checkpoint with its processors, or leave the bounds away"
             )
         if self.config.action_range_margin is not None and not {"min", "max"} <= stats[ACTION].keys():
-            raise checkpoint.CheckpointConfigError(
+            raise BoundsError(
                 "action_range_margin needs the data's min and max, which these statistics do not hold: recompute them "
                 "(lerobot-edit-dataset --operation.type=recompute_stats) and train, or use max_action_step alone"
             )
         state, action = features.get(OBS_STATE), features[ACTION]
         if self.config.max_action_step is not None and (state is None or state.shape != action.shape):
-            raise checkpoint.CheckpointConfigError(
+            raise BoundsError(
                 f"max_action_step compares actions with measured joints, but actions have {action.shape} dims and the "
                 f"state {None if state is None else state.shape}: use action_range_margin alone"
             )
 
     def _check_round_trip(self, dims: int, most: float) -> None:
-        """Raises ValueError for joints whose bounded action does not come out of the postprocessor as it was meant."""
+        """Refuse joints whose bounded action the postprocessor would change: those with a deviation of almost zero."""
         probe = self._units(self._to_units, torch.zeros(1, dims)) + most
         lost = (self._units(self._to_units, self._units(self._normalise, probe)) - probe).abs()[0] > 1e-3 * most
         if lost.any():
             fixed = ", ".join(name for name, x in zip(self.names, lost, strict=True) if x)
-            raise checkpoint.CheckpointConfigError(
+            raise BoundsError(
                 f"max_action_step cannot hold {fixed}, which never moved in the data: whatever the policy says, the "
                 "processors send the one value they know. Use the robot's own limit (max_relative_target), or "
                 "action_range_margin alone"
@@ -137,8 +122,8 @@ class ActionBounds:
     def chunk(self, actions_BTA: Tensor, state_BA: Tensor, origin_BA: Tensor | None = None) -> Tensor:
         """A chunk, bounded by where the joints are now and then each action by the one before; all are normalised.
 
-        The range of the data comes first and the measured joints have the last word: an arm that stands outside of the
-        data moves into it slowly.
+        The range of the data is applied first, then the distance to the measured joints: an arm that stands outside of
+        the data's range moves into it slowly.
         """
         wanted = self._units(self._to_units, actions_BTA)
         bounded = wanted
@@ -173,7 +158,7 @@ class ActionBounds:
             self._acted.setdefault(option, []).append(cut_BTA.abs().flatten(0, -2).cpu())
 
     def _warn(self) -> None:
-        """Tell, by joint, what was cut off since the last time."""
+        """Log, by joint, what was cut off since the last time."""
         if not self._acted or time.monotonic() - self._last_warning < SECONDS_BETWEEN_WARNINGS:
             return
         for option, cuts in self._acted.items():

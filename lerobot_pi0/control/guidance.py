@@ -1,16 +1,16 @@
-"""Real-time chunking as a wrapper around `velocity`: a chunk that continues the one being executed.
+"""Real-time chunking (RTC) as a wrapper around `velocity`: a chunk that continues the one being executed.
 
-While a chunk is computed, the robot goes on with the old one, and what is left of that (`left over`) is known. The
-first `delay` of these actions will have been executed when the new chunk is there; up to the horizon the new chunk is
-drawn towards them, ever less. Three ways (arXiv 2506.07339; 2512.05964), where this package's
-t is the papers' 1 - τ:
+While a chunk is computed, the robot goes on executing the old one, and the rest of that one (`left_over`) is known. The
+first `delay` actions of the rest will have been executed when the new chunk is ready. From there to the horizon, the
+new chunk is guided towards the rest with falling weights. There are three modes (arXiv 2506.07339; 2512.05964); the
+papers' τ is 1 - t here:
 
-    x̂ = x - t·v(x, t)                      the chunk that x will become, as the network sees it now
-    e = W·(left over - x̂)                  W: 1 on the delay, falling to 0 at the horizon
+    x̂ = x - t·v(x, t)                      the final chunk, as predicted from x
+    e = W·(left_over - x̂)                  W: 1 on the delay, falling to 0 at the horizon
 
-    vjp         v ← v - g(t)·(∂x̂/∂x)ᵀe      the paper's; costs a pass backwards through the action expert
-    identity    v ← v - g(t)·e             LeRobot's, in effect: it takes the Jacobian for the identity
-    trained     v ← 0 on the delay         x starts with the left over there, and these tokens are told t = 0
+    vjp         v ← v - g(t)·(∂x̂/∂x)ᵀe      the paper's; costs a backward pass through the action expert
+    identity    v ← v - g(t)·e             what LeRobot computes: the identity in place of the Jacobian
+    trained     v ← 0 on the delay         x begins with `left_over` there, and these tokens get t = 0
 
 Axes: B batch (1 where all are alike), K = 1, T steps of a chunk, A action dim.
 """
@@ -25,16 +25,18 @@ from torch import Tensor
 
 
 class Guide(NamedTuple):
-    """What a chunk is drawn to, or begins with."""
+    """What a chunk is guided towards; in mode "trained", what it begins with."""
 
     mode: str
-    actions_BKTA: Tensor  # what is left over, zero-padded
-    weights_BKTA: Tensor  # how much each number counts; 0 or 1 in mode "trained"
+    actions_BKTA: Tensor  # the rest of the old chunk, zero-padded
+    weights_BKTA: Tensor  # W; 0 or 1 in mode "trained"
     most: float  # upper bound of g(t)
 
 
 def prefix_weights(schedule: str, delay: int, end_B1: Tensor, steps: int) -> Tensor:
-    """Weights (B, T): 1 up to the delay, 0 from `end` on, between them what RTCConfig's schedule says.
+    """Weights (B, T): 1 up to the delay, 0 from `end` on, and between them as RTCConfig's schedule says.
+
+    They are LeRobot's (`RTCProcessor.get_prefix_weights`) for a batch, whose `end` stays on the device.
 
     For a delay of 2 and an end of 5:
 
@@ -75,16 +77,16 @@ def make_guide(
     schedule: str = "LINEAR",
     most: float = 10.0,
 ) -> Guide | None:
-    """The guide of one chunk; None where nothing is left over to guide it.
+    """The guide of one chunk; None if nothing is left of an old one.
 
-    Rows of zeros at the end of `left_over` are padding (LeRobot pads to a fixed length) and do not count: zero is the
-    mean action. Only mode "trained" has a guide without anything left over, which gives nothing: it tells each
-    token its own time, and a compiled network is to see the same shapes in each chunk.
+    Rows of zeros at the end of `left_over` do not count: LeRobot pads to a fixed length, and zero is the mean action.
+    Mode "trained" always has a guide, with weights of zero if nothing is left: its tokens have times of their own, and
+    a compiled network has to see the same shapes in each chunk.
 
     Args:
         left_over: normalised actions, (T', A') or (B, T', A'), of any length; None in the first chunk.
-        delay: actions that will have been executed by the time the chunk is there.
-        horizon: actions after which the new chunk is free.
+        delay: actions that will have been executed when the chunk is ready.
+        horizon: actions after which the new chunk is not guided.
 
     Raises:
         ValueError: `left_over` has another shape, or more dims than the chunk.
@@ -94,42 +96,47 @@ def make_guide(
         if mode != "trained":
             return None
         left_over = noise_BKTA.new_zeros(1, 1, dims)
-    left = left_over[None] if left_over.ndim == 2 else left_over
-    if left.ndim != 3 or left.shape[-1] > dims or len(left) not in (1, len(noise_BKTA)):
-        raise ValueError(
-            f"prev_chunk_left_over has shape {tuple(left_over.shape)}, expected (steps, dims) or "
-            f"({len(noise_BKTA)}, steps, dims) with at most {dims} dims"
-        )
-    given_dims = left.shape[-1]
-    left = left[:, :steps].to(noise_BKTA.device, torch.float32)
-    left = F.pad(left, (0, dims - given_dims, 0, steps - left.shape[1]))
+    given_dims, left = left_over.shape[-1], _padded(left_over, noise_BKTA)
     rows = left.ne(0).any(dim=-1) * torch.arange(1, steps + 1, device=left.device)
     end = rows.amax(dim=1, keepdim=True)
     if mode == "trained":
         weights = prefix_weights("ZEROS", delay, end, steps)[..., None]
     else:
         weights = prefix_weights(schedule, delay, end.clamp(max=horizon), steps)[..., None]
-    if mode == "vjp":  # the network's answer to dims that the robot lacks is not trained: no error of theirs
+    if mode == "vjp":  # the network's output in dims that the robot lacks is not trained, so their error means nothing
         weights = F.pad(weights.expand(-1, -1, given_dims), (0, dims - given_dims))
     return Guide(mode, left[:, None], weights[:, None], most)
 
 
+def _padded(left_over: Tensor, noise_BKTA: Tensor) -> Tensor:
+    """`left_over` as float32 (B or 1, T, A); a ValueError if its shape does not fit the noise."""
+    steps, dims = noise_BKTA.shape[-2:]
+    left = left_over[None] if left_over.ndim == 2 else left_over
+    if left.ndim != 3 or left.shape[-1] > dims or len(left) not in (1, len(noise_BKTA)):
+        raise ValueError(
+            f"prev_chunk_left_over has shape {tuple(left_over.shape)}, expected (steps, dims) or "
+            f"({len(noise_BKTA)}, steps, dims) with at most {dims} dims"
+        )
+    left = left[:, :steps].to(noise_BKTA.device, torch.float32)
+    return F.pad(left, (0, dims - left.shape[-1], 0, steps - left.shape[1]))
+
+
 def begin(noise_BKTA: Tensor, guide: Guide | None) -> Tensor:
-    """Where the integration starts: noise, after what is given."""
+    """Where the integration starts: noise; in mode "trained", after the actions that are known."""
     if guide is None or guide.mode != "trained":
         return noise_BKTA
     return torch.where(guide.weights_BKTA > 0, guide.actions_BKTA, noise_BKTA)
 
 
 def token_times(time: Tensor, guide: Guide | None) -> Tensor:
-    """The times that the tokens are told: 0 where their actions are given."""
+    """The time of each action token: 0 where its action is known."""
     if guide is None or guide.mode != "trained":
         return time
     return torch.where(guide.weights_BKTA[..., 0] > 0, 0.0, time)
 
 
 def guided(velocity: Callable[[Tensor], Tensor], x_BKTA: Tensor, time: Tensor, guide: Guide) -> Tensor:
-    """The velocity at x, guided; works without autograd being on.
+    """The guided velocity at x; autograd need not be enabled.
 
     Args:
         velocity: of x alone, at `time`, which broadcasts against (B, K, T).

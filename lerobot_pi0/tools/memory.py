@@ -111,14 +111,13 @@ class Counter:
             raise ValueError("vlm_quantization rounds a VLM that is frozen: leave it out, or train the expert alone")
         config.device, config.compile_model = "cpu", False
         config.max_action_step = config.action_range_margin = None  # they need statistics, and take nothing
-        self.policy = PI0Policy.__new__(PI0Policy)  # without the weights, which `__init__` makes
-        self.policy._build(config, None, None, saved={}, pretrained=bool(config.pretrained_path or config.vlm_path))
+        self.policy = PI0Policy.empty(config, pretrained=bool(config.pretrained_path or config.vlm_path))
         if kind:
             config.vlm_quantization = kind
             rounding.prepare(self.policy.model, kind)
         if adapter is not None:
             self.policy.wrap_with_peft(peft_cli_overrides=dict(adapter))
-        self.policy._set_dtypes()
+        self.policy.train()  # gives the weights the dtypes of training
         self._fake, self._live = FakeTensorMode(), Live()
         with self._fake, self._live:
             rounded = rounding.layers(self.policy)
@@ -128,8 +127,7 @@ class Counter:
                     rounded[name].put(weight)
                 else:
                     checkpoint.set_parameter(self.policy, name, weight)
-            self.policy._finish()
-            self.policy.train()
+            self.policy.finish().train()
             self._weights = self._live.now
             self._make_optimizer(optimizer or config.get_optimizer_preset(), foreach)
             self._states = self._live.now - self._weights
@@ -180,7 +178,7 @@ class Counter:
 
     def _loss(self, images: dict[str, Tensor], tokens: Tensor, state: Tensor, actions: Tensor) -> Tensor:
         policy = self.policy
-        obs = policy._observe.assemble(images, tokens, torch.ones_like(tokens, dtype=torch.bool), state)
+        obs = policy.observe.assemble(images, tokens, torch.ones_like(tokens, dtype=torch.bool), state)
         noise = torch.empty(len(state), policy.config.flow_samples or 1, *actions.shape[2:])
         return policy.errors(obs, actions, noise, torch.empty(noise.shape[:2])).mean()
 

@@ -1,8 +1,8 @@
 """openpi's augmentation of training images: a crop, a rotation, brightness, contrast and saturation, per image.
 
-Cameras on the wrist move with the hand, so their geometry is left alone. Crop and rotation are one resampling here
-(two in openpi), and what lies outside the picture is black. Source: openpi `models/model.py: preprocess_observation`,
-`models_pytorch/preprocessing_pytorch.py`.
+Images of wrist cameras, which move with the hand, are neither cropped nor rotated. Crop and rotation are one resampling
+here (two in openpi), and pixels outside of the picture are black. Source: openpi `models/model.py:
+preprocess_observation`, `models_pytorch/preprocessing_pytorch.py`.
 
 Axes: B batch, N cameras, C channels, H height, W width.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from .draws import generator_of
 
 CROP = 0.95
-"""Side of the crop, as a part of the image's."""
+"""Side of the crop, as a fraction of the image's."""
 DEGREES = 5.0
 BRIGHTNESS, CONTRAST, SATURATION = 0.3, 0.4, 0.5
 """Factors are drawn from 1 ± these."""
@@ -28,7 +28,7 @@ BRIGHTNESS, CONTRAST, SATURATION = 0.3, 0.4, 0.5
 class Change(NamedTuple):
     """What happens to images; each field (B, N)."""
 
-    side: Tensor  # of the crop, as a part of the image's
+    side: Tensor  # of the crop, as a fraction of the image's
     x: Tensor  # centre of the crop, where the image reaches from -1 to 1
     y: Tensor
     angle: Tensor  # radians, counterclockwise as the picture is seen
@@ -41,11 +41,11 @@ def change_of(uniform_FBN: Tensor, fixed: Sequence[bool]) -> Change:
     """The change that numbers between 0 and 1 stand for: six of them per image.
 
     Args:
-        fixed: per camera, whether its geometry is left alone.
+        fixed: per camera, whether it is neither cropped nor rotated.
     """
     u = 2 * uniform_FBN - 1
     moves = u.new_ones(len(fixed))
-    for camera, still in enumerate(fixed):  # a list would have to be copied to a GPU, which waits for it
+    for camera, still in enumerate(fixed):  # filled on the device: copying a list would make the host wait
         moves[camera].mul_(not still)
     margin = (1 - CROP) * moves
     return Change(
@@ -76,7 +76,7 @@ def apply(images_BNCHW: Tensor, change: Change) -> Tensor:
     side, x, y, angle, *factors = (rearrange(field.to(images.dtype), "b n -> (b n)") for field in change)
     cos, sin = side * angle.cos(), side * angle.sin()
     where = torch.stack([cos, -sin, x, sin, cos, y], dim=1).view(-1, 2, 3)
-    with torch.autocast(images.device.type, enabled=False):  # which would round places to half a pixel
+    with torch.autocast(images.device.type, enabled=False):  # which would round coordinates to half a pixel
         grid = F.affine_grid(where, list(images.shape), align_corners=False)
     images = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     brightness, contrast, saturation = (factor[:, None, None, None] for factor in factors)

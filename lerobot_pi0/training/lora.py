@@ -11,8 +11,17 @@ PROJECTIONS = ["state_proj", "action_in_proj", "action_out_proj", "action_time_m
 LINEAR = r"(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 
 
-def targets(depth: int, with_vlm: bool) -> dict[str, Any]:
-    """peft's options for the expert and, `with_vlm`, for the VLM: all that π₀ reads of its `depth` layers."""
+def targets(depth: int, with_vlm: bool, vlm_is_rounded: bool = False) -> dict[str, Any]:
+    """peft's options for the expert and, if `with_vlm`, for what π₀ reads of the VLM's `depth` layers.
+
+    Raises:
+        ValueError: the VLM would be adapted, and is rounded.
+    """
+    if with_vlm and vlm_is_rounded:
+        raise ValueError(
+            "LoRA would adapt the VLM, which is rounded (vlm_quantization): give --policy.train_expert_only=true "
+            "for LoRA in the expert alone, or leave vlm_quantization out"
+        )
     last = depth - 1
     vlm = rf"|.*\.language_model\.layers\.((?!{last}\.)\d+\.{LINEAR}|{last}\.self_attn\.(k|v)_proj)"
     return {
@@ -22,9 +31,9 @@ def targets(depth: int, with_vlm: bool) -> dict[str, Any]:
 
 
 def with_ranks(overrides: dict[str, Any]) -> dict[str, Any]:
-    """Options of `--peft.*`, completed: alpha is the rank, and the expert has twice the rank of the VLM.
+    """The options of `--peft.*` with defaults: alpha equals the rank, and the expert's rank is twice the VLM's.
 
-    Who names target modules chooses everything: their rank is `--peft.r` everywhere.
+    If target modules are named, all of them have the rank `--peft.r`.
     """
     if (overrides.get("method_type") or "lora").lower() != "lora":
         return overrides

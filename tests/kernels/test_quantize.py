@@ -25,7 +25,7 @@ from conftest import (
 )
 from lerobot.utils.constants import OBS_STATE
 from safetensors.torch import load_file
-from test_lora import CLI
+from training.test_lora import CLI
 
 from lerobot_pi0 import PI0Policy
 from lerobot_pi0.checkpoints import checkpoint, streaming
@@ -186,7 +186,7 @@ def test_chunks(base, dtype):
     chunks = [p.predict_action_chunk(batch, noise=noise[:, 0]) for p in (policy, plain, exact)]
     error = relative(chunks[0], chunks[2])
     assert 1e-5 < error < 0.02 + relative(chunks[1], chunks[2])
-    contexts = [p.model.context(p._observe(batch, torch.device("cpu"))) for p in (policy, exact)]
+    contexts = [p.model.context(p.observe(batch, torch.device("cpu"))) for p in (policy, exact)]
     for ours, theirs in zip(*(c.cache for c in contexts), strict=True):
         assert all(relative(a.detach(), b.detach()) < 0.05 for a, b in zip(ours, theirs, strict=True))
 

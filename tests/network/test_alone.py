@@ -41,7 +41,7 @@ def test_a_copy_gives_the_same_chunk(tmp_path):
     torch.manual_seed(0)
     policy = PI0Policy(tiny_config())
     batch, noise = make_batch(size=64), torch.randn(2, 50, 32)
-    observation = tuple(policy._observe(batch, torch.device("cpu")))
+    observation = tuple(policy.observe(batch, torch.device("cpu")))
     weights = policy.model.state_dict()
     torch.save({"weights": weights, "observation": observation, "noise": noise[:, None]}, tmp_path / "given.pt")
     shutil.copytree(Path(lerobot_pi0.__file__).parent / "network", tmp_path / "copied/network")

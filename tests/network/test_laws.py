@@ -39,7 +39,7 @@ def shaken_policy(cameras=CAMERAS, **options) -> PI0Policy:
 
 
 def context_of(policy: PI0Policy, batch: dict) -> Context:
-    return policy.model.context(policy._observe(batch, CPU))
+    return policy.model.context(policy.observe(batch, CPU))
 
 
 @pytest.mark.parametrize(("left", "right"), [(0, 0), (0, 9), (4, 0)], ids=["other", "more", "left"])
@@ -134,7 +134,7 @@ def test_state_runs_ahead_or_with_the_actions(samples):
     velocities, gradients = [], []
     for ahead in (True, False):
         policy.zero_grad()
-        context = policy.model.context(policy._observe(batch, CPU), ahead)
+        context = policy.model.context(policy.observe(batch, CPU), ahead)
         velocities.append(policy.model.velocity(noise, policy.model.embed_time(time)[:, :, None], context))
         velocities[-1].square().sum().backward()
         gradients.append({name: p.grad for name, p in policy.named_parameters() if p.grad is not None})

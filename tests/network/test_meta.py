@@ -59,7 +59,6 @@ TOTAL, VISION = 3_238_048_528, 412_442_352
 )
 def test_trained_sizes(options, trained):
     """Catches a mode in which a matrix too many is trained, 16 bytes a number in AdamW, or one too few."""
-    policy = PI0Policy.__new__(PI0Policy)  # without the weights, which `__init__` makes
-    policy._build(PI0Config(**features(size=224), device="cpu", **options), None, None, saved={}, pretrained=False)
+    policy = PI0Policy.empty(PI0Config(**features(size=224), device="cpu", **options))
     assert {p.device.type for p in policy.parameters()} == {"meta"}
     assert sum(p.numel() for p in policy.get_optim_params()) == trained

@@ -10,9 +10,11 @@ from conftest import ACTION, CAMERAS, DIMS, make_batch, small_policy, stats
 from lerobot.scripts.lerobot_train import update_policy
 from lerobot.utils.logging_utils import AverageMeter, MetricsTracker
 
-from lerobot_pi0.control import bounds
+from lerobot_pi0 import PI0Policy
 from lerobot_pi0.inputs.observation import ObservationError
-from lerobot_pi0.training.watch import DivergedError
+from lerobot_pi0.network import flow
+from lerobot_pi0.training.guards import DivergedError
+from lerobot_pi0.training.objective import HELD_OUT_SAMPLES
 
 pytestmark = pytest.mark.usefixtures("small")
 INDEX = torch.tensor([41, 7, 12])
@@ -126,8 +128,9 @@ def test_held_out_chunks(caplog):
         infos = held_out(policy, batches)
     errors, steps = torch.zeros(DIMS), 0
     for batch, info in zip(batches, infos, strict=True):
-        noise, *_ = policy.eval()._draw(batch, (50, 32), torch.device("cpu"))
-        squares = (policy.predict_action_chunk(batch, noise=noise[:, 0]) - batch[ACTION]).square()
+        shape = (HELD_OUT_SAMPLES, 50, 32)
+        noise, *_ = flow.repeatable_draws(0, -1, batch["index"].tolist(), shape, flow.BetaTime(), 0)
+        squares = (policy.eval().predict_action_chunk(batch, noise=noise[:, 0]) - batch[ACTION]).square()
         valid = torch.cat([squares[0], squares[1, :20]])
         assert info["chunk_error"] == pytest.approx(valid.mean().item(), rel=1e-5)
         errors, steps = errors + valid.sum(dim=0), steps + len(valid)
@@ -144,8 +147,8 @@ def test_held_out_numbers_repeat():
     first = policy_of().train()
     again = policy_of(flow_samples=3, time_sampling_beta_beta=0.2, rtc_training_max_delay=9, mask_padded_actions=True)
     again.config.max_action_step = 0.01
-    again._bounds = bounds.make_bounds(again.config, stats)
-    again.train()
+    torch.manual_seed(0)
+    again = PI0Policy(again.config, dataset_stats=stats(cameras=CAMERAS[:1])).train()
     again.config.updates = 100
     expected, found = held_out(first, batches)[0], held_out(again, batches)[0]
     assert found == pytest.approx(expected, rel=1e-5)
@@ -188,6 +191,23 @@ def test_a_copy_is_watched_too():
     policy.model.expert.norm.weight.grad[0] = float("nan")
     with pytest.raises(DivergedError):
         torch.optim.SGD(policy.parameters(), 0.1).step()
+
+
+def test_a_network_that_is_exchanged():
+    """Catches losses, chunks or guards of a network that the policy no longer has: adapters, copies and compilation
+    exchange it."""
+    policy, other, batch = policy_of().train(), small_policy(CAMERAS[:1]).train(), batch_of()
+    noise = torch.randn(3, 50, 32)
+    before = policy.forward(batch)[0]
+    policy.model = copy.deepcopy(other.model)
+    loss = policy.forward(batch)[0]
+    assert torch.equal(loss, other.forward(batch)[0]) and not torch.equal(loss, before)
+    loss.backward()
+    policy.model.expert.norm.weight.grad[0] = float("nan")
+    with pytest.raises(DivergedError):
+        torch.optim.SGD(policy.parameters(), 0.1).step()
+    chunks = [x.eval().predict_action_chunk(batch, noise=noise) for x in (policy, other)]
+    assert torch.equal(*chunks)
 
 
 def test_padded_actions():

@@ -7,8 +7,7 @@ from conftest import CAMERAS, stats, tiny_config
 from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
 
 from lerobot_pi0 import PI0Policy
-from lerobot_pi0.training.ema import AveragedAdamWConfig
-from lerobot_pi0.training.schedule import WarmupCosineConfig
+from lerobot_pi0.training.optimizers import AveragedAdamWConfig, WarmupCosineConfig
 
 
 @pytest.mark.parametrize(("warmup", "end", "steps"), [(100, 1000, 1200), (3, 20, 30), (0, 10, 12)])

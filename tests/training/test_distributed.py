@@ -251,7 +251,7 @@ LAUNCHERS = {
 
 def command(*program: str, launcher: str | None = None) -> subprocess.CompletedProcess:
     line = [sys.executable, *LAUNCHERS[launcher], *program]
-    return subprocess.run(line, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=500)
+    return subprocess.run(line, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=500)
 
 
 def train(*options: str, launcher: str | None = None) -> str:

@@ -12,8 +12,8 @@ from conftest import CAMERAS, make_batch, tiny_config
 from lerobot.optim import AdamWConfig, OptimizerConfig, load_optimizer_state, save_optimizer_state
 
 from lerobot_pi0 import PI0Policy
-from lerobot_pi0.training.eight_bit import AdamW8bitConfig, AveragedAdamW8bitConfig
 from lerobot_pi0.training.ema import Ema
+from lerobot_pi0.training.optimizers import AdamW8bitConfig, AveragedAdamW8bitConfig
 
 PRESET = tiny_config(optimizer_8bit=True, optimizer_lr=1e-3).get_optimizer_preset()
 AVERAGED = tiny_config(optimizer_8bit=True, optimizer_lr=1e-3, ema_decay=0.9).get_optimizer_preset()
@@ -106,7 +106,7 @@ def test_refusals(monkeypatch):
         PRESET.build(parameters())
     monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", "MULTI_GPU")
     PRESET.build(parameters())
-    monkeypatch.delitem(sys.modules, "lerobot_pi0.training.adamw_8bit")
+    monkeypatch.delitem(sys.modules, "lerobot_pi0.training.bitsandbytes_adamw")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match=r"lerobot_policy_pi0\[bitsandbytes\]"):
         PRESET.build(parameters())

@@ -12,6 +12,7 @@ from lerobot.policies import make_pre_post_processors
 from test_processor import sample
 
 from lerobot_pi0 import PI0Policy, make_pi0_pre_post_processors
+from lerobot_pi0.checkpoints.checkpoint import CheckpointConfigError
 from lerobot_pi0.configuration_pi0 import PI0Config
 from lerobot_pi0.control import bounds
 from lerobot_pi0.control.bounds import ActionBounds
@@ -189,16 +190,16 @@ def test_refusals(tmp_path):
         PI0Policy(tiny_config(max_action_step=1.0))
     PI0Policy(tiny_config()).save_pretrained(tmp_path)
     config = PreTrainedConfig.from_pretrained(tmp_path, cli_overrides=["--action_range_margin=0.1"])
-    with pytest.raises(ValueError, match="no statistics of"):
+    with pytest.raises(CheckpointConfigError, match="no statistics of"):
         PI0Policy.from_pretrained(tmp_path, config=config)
     known = statistics()
     without_range = known | {ACTION: {"mean": known[ACTION]["mean"], "std": known[ACTION]["std"]}}
-    with pytest.raises(ValueError, match="min and max"):
+    with pytest.raises(bounds.BoundsError, match="min and max"):
         bounds.make_bounds(tiny_config(action_range_margin=0.0), lambda: without_range)
     flat = known | {ACTION: known[ACTION] | {"std": known[ACTION]["std"] * torch.tensor([1, 1, 1, 1, 0, 1])}}
-    with pytest.raises(ValueError, match="cannot hold roll"):
+    with pytest.raises(bounds.BoundsError, match="cannot hold roll"):
         bounds.make_bounds(tiny_config(max_action_step=1.0, action_feature_names=JOINTS), lambda: flat)
     other = tiny_config(max_action_step=1.0)
     other.output_features = features(dims=4)["output_features"]
-    with pytest.raises(ValueError, match="max_action_step compares"):
+    with pytest.raises(bounds.BoundsError, match="max_action_step compares"):
         bounds.make_bounds(other, lambda: known)

@@ -1,9 +1,9 @@
-"""bitsandbytes' 8-bit AdamW, made to stop and go on as LeRobot's training does.
+"""bitsandbytes' 8-bit AdamW, with states that LeRobot can save and resume. Importing this module needs bitsandbytes.
 
     moment ≈ largest of its block of 256 · number of a code of 256 numbers        (arXiv 2110.02861)
 
-A byte per moment and weight; weights with fewer than 4096 numbers keep theirs in float32. LeRobot writes an optimizer's
-state to safetensors, which hold tensors alone, and each in memory of its own.
+Each weight has a byte for each of its two moments; a weight with fewer than 4096 numbers has float32 moments. LeRobot
+saves an optimizer's state as safetensors, which hold nothing but tensors, and no two of them in the same memory.
 """
 
 from functools import cache
@@ -16,16 +16,16 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 @cache
 def code(signed: bool) -> list[float]:
-    """What a byte stands for; it has numbers even where memory is counted with tensors that have none."""
+    """The number that each byte stands for; a list of real numbers also under `FakeTensorMode`."""
     with unset_fake_temporarily():
         return functional.create_dynamic_map(signed).tolist()
 
 
 class AdamW8bit(optim.AdamW8bit):
-    """With states that LeRobot can write, and with torch's hooks, which bitsandbytes forgets when it loads."""
+    """bitsandbytes' AdamW8bit, whose state LeRobot can save, and which calls torch's hooks when it loads one."""
 
     def fill_qmap(self) -> None:
-        """The codes of both moments: the same for all weights."""
+        """Make the codes of both moments, which all weights share."""
         self.name2qmap = {"dynamic": torch.tensor(code(True)), "udynamic": torch.tensor(code(False))}
 
     def state_dict(self) -> dict[str, Any]:
@@ -38,7 +38,7 @@ class AdamW8bit(optim.AdamW8bit):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
-        """Take a state that was saved, and call the hooks."""
+        """Load a state that was saved, then call the hooks, which bitsandbytes does not."""
         super().load_state_dict(state_dict, move_to_device)
         for p, own in self.state.items():
             own["step"] = int(own["step"])

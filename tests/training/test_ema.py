@@ -13,7 +13,7 @@ from lerobot.optim import load_optimizer_state, save_optimizer_state
 from safetensors.torch import load_file
 
 from lerobot_pi0 import PI0Policy
-from lerobot_pi0.training.ema import AveragedAdamWConfig
+from lerobot_pi0.training.optimizers import AveragedAdamWConfig
 
 DECAY = 0.6
 

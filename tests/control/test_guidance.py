@@ -155,7 +155,7 @@ def test_vjp_chunk_against_autograd(small, schedule, delay):
     weights[:, :DIMS] = own[:, None]
     target = torch.zeros(CHUNK, 32)
     target[:8, :DIMS] = left
-    context = policy.model.context(policy._observe(batch, noise.device))
+    context = policy.model.context(policy.observe(batch, noise.device))
     x = noise
     for t in flow.fixed_times("euler", 10, x.device):
         term = policy.model.embed_time(t)
@@ -397,7 +397,7 @@ def test_training_and_control_see_the_same(small):
     left = [batch[ACTION][i, : delay[i]] for i in range(2)]
     for i, known in enumerate(left):
         own = {key: value[i : i + 1] for key, value in batch.items()}
-        context = policy.model.context(policy._observe(own, noise.device))
+        context = policy.model.context(policy.observe(own, noise.device))
         x = noise[i : i + 1]
         guide = guidance.make_guide("trained", known, len(known), 10, x)
         t = time[i].reshape(1, 1, 1)

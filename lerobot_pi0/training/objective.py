@@ -1,0 +1,244 @@
+"""The objective of training: from a batch to flow-matching losses, and the error of sampled chunks on held-out data.
+
+Axes: B batch, N cameras, C channels, H height, W width, K flow samples, T steps of a chunk, A action dims.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from lerobot.utils.constants import ACTION
+from torch import Tensor
+
+from ..configuration_pi0 import PI0Config, dim_name
+from ..inputs.observation import IS_PAD, ObservationMaker
+from ..network import flow
+from ..network.pi0 import PI0, Context, Observation
+from . import augment, draws
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT_SAMPLES = 4
+"""Flow samples K of a held-out loss, whatever K of training is: held-out losses of all runs compare."""
+
+
+class NetworkCalls(Protocol):
+    """`PI0.context` and `PI0.velocity` as functions of the network, compiled or not."""
+
+    context: Callable[..., Context]
+    velocity: Callable[..., Tensor]
+
+    def begin(self) -> None:
+        """Called before the first of the calls that belong together."""
+
+
+class HeldOutBatch(NamedTuple):
+    """What a sampled chunk begins with, and what it is compared with."""
+
+    noise_BTA: Tensor
+    actions_BTA: Tensor
+    valid_BT: Tensor
+
+
+class Objective:
+    """Losses of batches. The network is an argument of each call; none is kept."""
+
+    def __init__(
+        self,
+        config: PI0Config,
+        observe: ObservationMaker,
+        calls: NetworkCalls,
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        """Take the seed of the draws from torch's generator.
+
+        Args:
+            observe: makes observations of batches.
+            calls: how the network is called.
+            autocast: the context in which the network is called.
+        """
+        self.config, self._observe, self._calls, self._autocast = config, observe, calls, autocast
+        self._seed = torch.initial_seed()
+        self.chunk_errors = ChunkErrors()
+
+    @property
+    def _joints(self) -> list[str]:
+        return [dim_name(self.config, ACTION, i) for i in range(self._dims)]
+
+    @property
+    def _dims(self) -> int:
+        return self.config.output_features[ACTION].shape[0]
+
+    def losses(
+        self,
+        model: PI0,
+        batch: dict[str, Any],
+        noise: Tensor | None = None,
+        time: Tensor | None = None,
+        delay: Tensor | None = None,
+    ) -> Tensor:
+        """Squared errors of the velocity, float32 (B, K, T, dims of the robot's actions); see `PI0Policy.losses`.
+
+        In training, steps after the end of an episode count or do not as `mask_padded_actions` says; in evaluation they
+        never do.
+        """
+        cfg, device = self.config, _device(model)
+        augmented = model.training and cfg.augment_images
+        change = (lambda x, keys: self._augment(batch, x, keys)) if augmented else None
+        obs = self._observe(batch, device, change)
+        actions = self._observe.actions(batch, device)[:, None]
+        if noise is None or time is None or (delay is None and cfg.rtc_training_max_delay):
+            drawn = self._draw(batch, actions.shape[2:], device, model.training)
+            given = zip((noise, time, delay), drawn, strict=True)
+            noise, time, delay = (new if old is None else old for old, new in given)
+        _check_draws(actions, noise, time, delay)
+        errors = self.errors(model, obs, actions, noise, time, delay)
+        masked = cfg.mask_padded_actions if model.training else IS_PAD in batch
+        if masked:
+            valid = self._observe.valid(batch, device)[:, None, :, None].float()
+            errors = errors * valid  # zeros, so that every other step weighs the same in all batches of training
+            if not model.training:  # the mean over T becomes the mean over the valid steps
+                errors = errors / valid.mean(dim=2, keepdim=True).clamp(min=1 / cfg.chunk_size)
+        return errors
+
+    def errors(
+        self,
+        model: PI0,
+        obs: Observation,
+        actions_B1TA: Tensor,
+        noise: Tensor,
+        time: Tensor,
+        delay: Tensor | None = None,
+    ) -> Tensor:
+        """`losses` of given draws, before padded actions are masked. No control flow depends on a tensor's values."""
+        time, free = time[..., None], torch.ones(1, device=time.device)
+        if self.config.rtc_training_max_delay and delay is not None:
+            free = (torch.arange(self.config.chunk_size, device=time.device) >= delay[..., None]).float()
+            time = time * free
+        x_t, target = flow.interpolate(actions_B1TA, noise, time[..., None])
+        self._calls.begin()
+        with self._autocast():
+            context = self._calls.context(model, obs, with_state=False)
+            velocity = self._calls.velocity(model, x_t, time, model.embed_time(time), context)
+        errors = (velocity - target)[..., : self._dims].square()
+        return errors * (free / free.mean(dim=-1, keepdim=True))[..., None]
+
+    def summary(self, losses_BKTA: Tensor) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """The loss, the losses of the samples (B,), and numbers to log: the loss, and that of each joint."""
+        per_sample = losses_BKTA.mean(dim=(1, 2, 3))
+        loss = per_sample.mean()
+        numbers = torch.cat([loss[None], losses_BKTA.mean(dim=(0, 1, 2))]).tolist()  # one wait for the device
+        names = ["loss", *(f"loss_{joint}" for joint in self._joints)]
+        return loss, per_sample, dict(zip(names, numbers, strict=True))
+
+    def report_chunk_errors(self) -> None:
+        """Log the errors of the chunks that were sampled since the last report."""
+        self.chunk_errors.report(self._joints)
+
+    def held_out(self, model: PI0, batch: dict[str, Any]) -> HeldOutBatch:
+        """The noise that a held-out batch's chunks are sampled from, and the batch's own actions."""
+        device = _device(model)
+        actions = self._observe.actions(batch, device)
+        noise, *_ = self._draw(batch, actions.shape[1:], device, model.training)
+        valid = self._observe.valid(batch, device) if IS_PAD in batch else actions.new_ones(actions.shape[:2])
+        return HeldOutBatch(noise[:, 0], actions[..., : self._dims], valid)
+
+    def _augment(self, batch: dict[str, Any], images_BNCHW: Tensor, cameras: list[str]) -> Tensor:
+        """Images of these cameras, each changed at random: a function of seed, update, sample and camera."""
+        if "index" in batch:
+            index, every = _index(batch), list(self.config.image_features)
+            uniform = augment.draw(self._seed, self.config.updates, index, len(every))
+            uniform = uniform[..., [every.index(key) for key in cameras]].to(images_BNCHW.device)
+        else:
+            uniform = torch.rand(6, *images_BNCHW.shape[:2], device=images_BNCHW.device)
+        return augment.apply(images_BNCHW, augment.change_of(uniform, ["wrist" in key for key in cameras]))
+
+    def _draw(
+        self, batch: dict[str, Any], shape_TA: Sequence[int], device: torch.device, training: bool
+    ) -> list[Tensor]:
+        """Noise (B, K, T, A), times (B, K) and delays (B, K): a function of seed, update and sample.
+
+        In evaluation they depend on the sample alone, with a fixed K, LeRobot's distribution of times and no known
+        actions, so that held-out losses of runs with other options compare. A batch without LeRobot's `index` is drawn
+        from torch's own generator.
+        """
+        cfg = self.config
+        samples, most, distribution = HELD_OUT_SAMPLES, 0, flow.BetaTime()
+        if training:
+            samples, most = cfg.flow_samples or 1, cfg.rtc_training_max_delay or 0
+            distribution = flow.BetaTime(
+                cfg.time_sampling_beta_alpha,
+                cfg.time_sampling_beta_beta,
+                cfg.time_sampling_scale,
+                cfg.time_sampling_offset,
+            )
+        shape_KTA = (samples, *shape_TA)
+        if "index" not in batch:
+            shape = (len(batch[ACTION]), *shape_KTA)
+            noise, time = flow.sample_noise(shape, device), distribution.sample(shape[:2], device)
+            return [noise, time, draws.sample_delay(shape[:2], most, device)]
+        seed, update = (self._seed, cfg.updates) if training else (0, -1)
+        drawn = draws.repeatable_draws(seed, update, _index(batch), shape_KTA, distribution, most)
+        return [x.to(device) for x in drawn]
+
+
+class ChunkErrors:
+    """Mean squared error of sampled chunks over the held-out samples of one evaluation.
+
+    The held-out loss that LeRobot reports says little about what the robot will do, and LeRobot discards the other
+    numbers that a policy returns, so this error is logged. Where actions are normalised by mean and standard deviation,
+    its unit is their variance: a policy that always predicts the dataset's mean has an error of 1. Steps after the end
+    of an episode do not count.
+    """
+
+    def __init__(self) -> None:
+        self._sum_A: Tensor | None = None
+        self._steps = 0
+        self._samples = 0
+
+    def add(self, chunk_BTA: Tensor, actions_BTA: Tensor, valid_BT: Tensor) -> float:
+        """Add a batch; returns its mean squared error."""
+        errors_BTA = (chunk_BTA - actions_BTA).square() * valid_BT[..., None]
+        steps, sum_A = int(valid_BT.sum()), errors_BTA.sum(dim=(0, 1)).double()
+        self._sum_A = sum_A if self._sum_A is None else self._sum_A + sum_A
+        self._steps, self._samples = self._steps + steps, self._samples + len(chunk_BTA)
+        return sum_A.mean().item() / max(steps, 1)
+
+    def report(self, joints: Sequence[str]) -> None:
+        """Log the error over all batches since the last report, and begin anew."""
+        if self._sum_A is None:
+            return
+        errors = (self._sum_A / max(self._steps, 1)).tolist()
+        logger.info(
+            "held out: error of sampled chunks %.4f over %d samples (%s)",
+            sum(errors) / len(errors),
+            self._samples,
+            ", ".join(f"{joint} {error:.4f}" for joint, error in zip(joints, errors, strict=True)),
+        )
+        self.__init__()  # type: ignore[misc]
+
+
+def _device(model: PI0) -> torch.device:
+    return model.action_in_proj.weight.device
+
+
+def _index(batch: dict[str, Any]) -> list[int]:
+    """The number that LeRobot gave each sample in its dataset; a ValueError if there is not one for each sample."""
+    index = torch.as_tensor(batch["index"]).reshape(-1).tolist()
+    if len(index) != len(batch[ACTION]):
+        raise ValueError(f"batch['index'] has {len(index)} numbers for {len(batch[ACTION])} samples")
+    return index
+
+
+def _check_draws(actions_B1TA: Tensor, noise: Tensor, time: Tensor, delay: Tensor | None) -> None:
+    """Refuse draws of other shapes, which torch would broadcast without a word."""
+    batch, _, *step = actions_B1TA.shape
+    each = (batch, *noise.shape[1:2])
+    if noise.shape != (*each, *step) or time.shape != each or (delay is not None and delay.shape != each):
+        raise ValueError(
+            f"noise has shape {tuple(noise.shape)}, time {tuple(time.shape)}, delay "
+            f"{None if delay is None else tuple(delay.shape)}; expected (B, K, T, A) = ({batch}, K, {step[0]}, "
+            f"{step[1]}) for noise and (B, K) for the others"
+        )

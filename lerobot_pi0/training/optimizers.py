@@ -1,0 +1,98 @@
+"""Optimizers and schedules that LeRobot's registries know by name: averaged weights, 8-bit moments, openpi's schedule.
+
+A run's `train_config.json` holds these names, and `--resume` builds what they say. This module is imported at the
+start of every LeRobot command, so bitsandbytes is not, before an optimizer is built with it.
+"""
+
+import math
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig, LRSchedulerConfig, OptimizerConfig
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from .ema import Ema, sharding
+
+
+@OptimizerConfig.register_subclass("pi0_averaged_adamw")
+@dataclass
+class AveragedAdamWConfig(AdamWConfig):
+    """AdamW whose state carries the averages of the weights (`ema_decay`)."""
+
+    def build(self, params: Any) -> Optimizer:
+        """Build it over the parameters and averages that `PI0Policy.get_optim_params` returned.
+
+        Raises:
+            ValueError: the policy does not average, though the run that is resumed did.
+        """
+        if not isinstance(params, Ema):
+            raise ValueError(
+                f"this run averages its weights (optimizer.type={self.type}), but ema_decay is not set: a run keeps "
+                "its ema_decay until it ends"
+            )
+        optimizer = super().build(params)
+        params.attach(optimizer)
+        return optimizer
+
+
+@OptimizerConfig.register_subclass("pi0_adamw_8bit")
+@dataclass
+class AdamW8bitConfig(AdamWConfig):
+    """AdamW whose moments take a byte each (`optimizer_8bit`); bitsandbytes computes it."""
+
+    def build(self, params: Any) -> Optimizer:
+        """Build it, and import bitsandbytes for it.
+
+        Raises:
+            ImportError: bitsandbytes is not installed.
+            ValueError: the weights are sharded over processes, and a checkpoint would hold the moments of one.
+        """
+        if kind := sharding():
+            raise ValueError(
+                f"optimizer_8bit does not go together with {kind}, whose checkpoints would not hold its states: set "
+                "--policy.optimizer_8bit=false"
+            )
+        try:
+            from .bitsandbytes_adamw import AdamW8bit
+        except ImportError as error:
+            raise ImportError(
+                f"optimizer_8bit needs bitsandbytes: pip install 'lerobot_policy_pi0[bitsandbytes]' ({error})"
+            ) from error
+        options = asdict(self)
+        del options["grad_clip_norm"]
+        return AdamW8bit(params, **options)
+
+
+@OptimizerConfig.register_subclass("pi0_averaged_adamw_8bit")
+@dataclass
+class AveragedAdamW8bitConfig(AveragedAdamWConfig, AdamW8bitConfig):
+    """AdamW with 8-bit moments; its state carries the averages of the weights in float32."""
+
+
+def is_8bit(optimizer: Optimizer) -> bool:
+    """Whether `AdamW8bitConfig` built this optimizer."""
+    module = sys.modules.get(f"{__package__}.bitsandbytes_adamw")  # an import would need bitsandbytes
+    return module is not None and isinstance(optimizer, module.AdamW8bit)
+
+
+@LRSchedulerConfig.register_subclass("pi0_warmup_cosine")
+@dataclass
+class WarmupCosineConfig(CosineDecayWithWarmupSchedulerConfig):
+    """openpi's schedule: linear from peak / (warm-up + 1) to the peak, then half a cosine until `num_decay_steps`.
+
+    LeRobot's schedule with the same options is shortened to the length of the run, and its cosine begins at step 0.
+    Source: openpi `training/optimizer.py: CosineDecaySchedule`, which is optax's warm-up and cosine.
+    """
+
+    def build(self, optimizer: Optimizer, num_training_steps: int) -> LambdaLR:
+        warmup, end, last = self.num_warmup_steps or 0, self.num_decay_steps, self.decay_lr / self.peak_lr
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return 1 / (warmup + 1) + step / (warmup + 1)
+            progress = min((step - warmup) / max(end - warmup, 1), 1.0)
+            return last + (1 - last) * (1 + math.cos(math.pi * progress)) / 2
+
+        return LambdaLR(optimizer, factor)
