@@ -21,16 +21,16 @@ from torch.optim import Optimizer
 
 from .checkpoints import checkpoint
 from .checkpoints.model_card import make_card
-from .configuration_pi0 import PLUGIN_CONFIG_NAME, PLUGIN_FIELDS, PI0Config, dim_name
+from .configuration_pi0 import PLUGIN_CONFIG_NAME, PLUGIN_FIELDS, PI0Config
 from .control import bounds, guidance
 from .control.calls import Calls
+from .inputs.joints import names_in_config, take_names
 from .inputs.observation import IS_PAD, ObservationMaker
-from .inputs.prompt import PromptStep
-from .inputs.relative import Anchor, check_relative_statistics
+from .inputs.statistics import check_relative_statistics, check_statistics
+from .inputs.steps import Anchor, PromptStep
 from .kernels import rounding
 from .network import flow
 from .network.pi0 import PI0, Observation
-from .processor_pi0 import check_statistics
 from .training import augment, lora
 from .training.eight_bit import is_8bit
 from .training.ema import Ema, check_averaging, sharding
@@ -100,7 +100,7 @@ class PI0Policy(PreTrainedPolicy):
             PromptStep.asked = config.clean_prompts
         self._expert_only_asked = config.train_expert_only is True  # and not because the VLM is pretrained
         try:
-            config.settle(saved, vlm_is_pretrained=pretrained)
+            config.resolve(saved, vlm_is_pretrained=pretrained)
         except ValueError as error:  # each was judged alone before
             if saved.keys().isdisjoint(PLUGIN_FIELDS):
                 raise
@@ -109,6 +109,7 @@ class PI0Policy(PreTrainedPolicy):
             ) from error
         stats = dataset_stats if dataset_stats is not None else getattr(dataset_meta, "stats", None)
         if trains:
+            take_names(config, dataset_meta)
             check_statistics(config, stats)
             check_relative_statistics(config, stats or {}, dataset_meta)
         self._bounds = bounds.make_bounds(config, statistics if stats is None else lambda: stats)
@@ -570,7 +571,7 @@ class PI0Policy(PreTrainedPolicy):
 
     @property
     def _joints(self) -> list[str]:
-        return [dim_name(self.config, ACTION, i) for i in range(self._action_dims)]
+        return names_in_config(self.config, ACTION)
 
     @torch.compiler.disable  # lerobot-rollout compiles this method from outside; what gains by it is compiled inside
     @torch.inference_mode(False)  # tensors of inference mode cannot be differentiated, which guidance does

@@ -4,7 +4,7 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lerobot.optim import AdamWConfig, OptimizerConfig
+from lerobot.optim import AdamWConfig
 from torch.optim import Optimizer
 
 from .ema import AveragedAdamWConfig, sharding
@@ -16,7 +16,6 @@ def is_8bit(optimizer: Optimizer) -> bool:
     return module is not None and isinstance(optimizer, module.AdamW8bit)
 
 
-@OptimizerConfig.register_subclass("pi0_adamw_8bit")
 @dataclass
 class AdamW8bitConfig(AdamWConfig):
     """AdamW whose moments take a byte each."""
@@ -43,7 +42,6 @@ class AdamW8bitConfig(AdamWConfig):
         return AdamW8bit(params, **options)
 
 
-@OptimizerConfig.register_subclass("pi0_averaged_adamw_8bit")
 @dataclass
 class AveragedAdamW8bitConfig(AveragedAdamWConfig, AdamW8bitConfig):
     """Its moments take a byte each, and its state carries the averages, in float32."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lerobot.optim import AdamWConfig, OptimizerConfig
+from lerobot.optim import AdamWConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -102,7 +102,6 @@ class Ema(list[nn.Parameter]):
                 p.data.copy_(own.pop(WEIGHTS))
 
 
-@OptimizerConfig.register_subclass("pi0_averaged_adamw")
 @dataclass
 class AveragedAdamWConfig(AdamWConfig):
     """AdamW whose state carries the averages; it has a name of its own for `train_config.json`, which resume reads."""

@@ -3,12 +3,11 @@
 import math
 from dataclasses import dataclass
 
-from lerobot.optim import CosineDecayWithWarmupSchedulerConfig, LRSchedulerConfig
+from lerobot.optim import CosineDecayWithWarmupSchedulerConfig
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
-@LRSchedulerConfig.register_subclass("pi0_warmup_cosine")
 @dataclass
 class WarmupCosineConfig(CosineDecayWithWarmupSchedulerConfig):
     """Linear from peak / (warm-up + 1) to the peak, then half a cosine that ends at `num_decay_steps`.
