@@ -305,7 +305,7 @@ def choices(name: str) -> tuple[str, ...]:
 
 def help_of(name: str) -> str:
     """The help text of an option, as `--help` shows it: the comment above its field."""
-    return str(get_attribute_docstring(PI0Config, name).comment_above)
+    return " ".join(get_attribute_docstring(PI0Config, name).comment_above.split())
 
 
 OPTIMIZERS = {

@@ -84,7 +84,7 @@ def check_relative_names(config: PI0Config, meta: Any = None) -> None:
     where = f"the names of {ACTION!r}, {stored!r},"
     remedy = "in the dataset's meta/info.json (action_feature_names where there is no dataset)"
     if joint_names(names, dims, ACTION) == names:
-        if stored != names and list(stored) != names:
+        if not isinstance(stored, list | tuple) or list(stored) != names:
             quoted = ", ".join(f'"{name}"' for name in names)
             raise ValueError(
                 f"{where} cannot be read by LeRobot, which would keep other joints absolute than {excluded} "
@@ -112,6 +112,6 @@ def _flat(stored: Any) -> list[str]:
         if stored and all(isinstance(x, int) for x in stored.values()):
             return [str(name) for name in sorted(stored, key=stored.__getitem__)]
         stored = list(stored.values())
-    if isinstance(stored, list | tuple | np.ndarray):
+    if isinstance(stored, list | tuple):
         return [name for item in stored for name in _flat(item)]
     return [str(stored)]
