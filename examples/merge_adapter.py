@@ -34,7 +34,7 @@ def main(options: Options) -> None:
     config = PreTrainedConfig.from_pretrained(options.adapter)
     assert isinstance(config, PI0Config)
     config.use_peft = False  # not what the weights will be
-    config.inherit(read_plugin_config(options.adapter))
+    config.take_saved(read_plugin_config(options.adapter))
     base = PeftConfig.from_pretrained(options.adapter).base_model_name_or_path
     policy = PI0Policy.from_pretrained(base, config=config)
     PeftModel.from_pretrained(policy, options.adapter).merge_and_unload().save_pretrained(options.output)

@@ -2,22 +2,26 @@
 
 A checkpoint's `config.json` holds LeRobot's keys alone, so that the built-in can parse it; what only this
 plugin knows is kept beside it in `lerobot_pi0.json`. LeRobot reads `config.json` through its base class, where
-no method of ours is called: an option of the plugin is None while nobody has set it, and `PI0Policy` settles
-it from the checkpoint's file (`settle`).
+no method of ours is called: an option of the plugin is None while nobody has set it, and `PI0Policy` resolves
+it from the checkpoint's file (`PI0Config.resolve`).
+
+An option of the plugin is declared once, as a field with `option(...)`. The comment above the field is its help
+text: LeRobot's commands show it with `--help`, and `help_of` gives it to code.
 """
 
 import json
 import logging
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import draccus
+from draccus.wrappers.docstring import get_attribute_docstring
 from huggingface_hub.constants import CONFIG_NAME
 from lerobot.configs import PreTrainedConfig
 from lerobot.optim import AdamWConfig, LRSchedulerConfig
 from lerobot.policies.pi0.configuration_pi0 import PI0Config as BuiltinPI0Config
-from lerobot.utils.constants import ACTION
 
 from .network.sizes import EXPERT_PRESETS, PALIGEMMA_PRESETS, Architecture
 from .training.optimizers import (
@@ -34,14 +38,44 @@ PALIGEMMA_TOKENIZER = "google/paligemma-3b-pt-224"
 BYTE_TOKENIZER = "bytes"
 """Name of transformers' ByT5 tokenizer, which is made in place: no vocabulary to download."""
 
-DTYPES = ("bfloat16", "float32")
-SOLVERS = ("euler", "midpoint", "heun", "adaptive")
-GUIDANCE = ("vjp", "identity", "trained")
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-RECIPES = ("lerobot", "openpi")
-QUANTIZATION = ("int8", "nf4")
-OF_THE_RUN = ("ema_decay", "augment_images", "mask_padded_actions", "optimizer_8bit", "recipe", "vlm_quantization")
-"""Options that a checkpoint remembers, but does not hand on to the runs that begin with it."""
+
+class Rule(NamedTuple):
+    """What the value of an option has to be."""
+
+    holds: Callable[[Any], bool]
+    says: str
+    """The rule as the end of a sentence that begins with the option and its value."""
+    choices: tuple[str, ...] = ()
+    """All values that there are, where they are few."""
+
+
+def one_of(*choices: str) -> Rule:
+    return Rule(lambda x: x in choices, f"is not one of {', '.join(choices)}", choices)
+
+
+def at_least(least: float, says: str = "") -> Rule:
+    return Rule(lambda x: x >= least, says or f"has to be at least {least}")
+
+
+def above(least: float, says: str = "") -> Rule:
+    return Rule(lambda x: x > least, says or f"has to be more than {least}")
+
+
+class Option(NamedTuple):
+    """What is known of an option that only this plugin has, beside its name, type and help text."""
+
+    default: Any
+    """What None means once the policy is built; None where it stays None."""
+    rule: Rule | None
+    of_the_run: bool
+    """Whether a checkpoint remembers it, but does not hand it on to the runs that begin with it."""
+    openpi: Any
+    """The default under recipe="openpi", where that is another."""
+
+
+def option(default: Any = None, rule: Rule | None = None, *, of_the_run: bool = False, openpi: Any = None) -> Any:
+    """A field of PI0Config that is None until somebody sets it; the arguments are those of `Option`."""
+    return field(default=None, metadata={"option": Option(default, rule, of_the_run, openpi)})
 
 
 @dataclass
@@ -55,43 +89,48 @@ class PI0Config(BuiltinPI0Config):
     # Train the expert and the projections alone; None freezes a VLM that was loaded and trains a random one.
     train_expert_only: bool | None = None  # type: ignore[assignment]
     # Tokenizer of the prompt: a Hub id, a folder, or "bytes"; None takes the preset's own.
-    text_tokenizer_name: str | None = None
+    text_tokenizer_name: str | None = option()
     # PaliGemma (transformers' format; Hub id or folder) whose weights a policy built from scratch takes for its VLM.
-    vlm_path: str | None = None
+    vlm_path: str | None = option()
     # Noise and time draws per observation in training; they share one pass over the images. None means 1.
-    flow_samples: int | None = None
+    flow_samples: int | None = option(1, at_least(1))
     # Decay of the average of the trained weights that is deployed; 0 deploys the weights. None means 0.
-    ema_decay: float | None = None
+    ema_decay: float | None = option(
+        0.0,
+        Rule(lambda x: 0 <= x < 1, "has to be at least 0 and below 1; openpi's is 0.99"),
+        of_the_run=True,
+        openpi=0.99,
+    )
     # Keep the optimizer's moments in 8 bits: a quarter of their memory, by bitsandbytes. None means False.
-    optimizer_8bit: bool | None = None
+    optimizer_8bit: bool | None = option(False, of_the_run=True)
     # openpi's augmentation of the images in training. None means False.
-    augment_images: bool | None = None
+    augment_images: bool | None = option(False, of_the_run=True, openpi=True)
     # Leave steps after the end of an episode out of the loss. None means False.
-    mask_padded_actions: bool | None = None
+    mask_padded_actions: bool | None = option(False, of_the_run=True)
     # Strip prompts and put spaces for underscores and line breaks, as openpi does. None: as the checkpoint, or False.
-    clean_prompts: bool | None = None
+    clean_prompts: bool | None = option(False, openpi=True)
     # "openpi" takes its schedule, weight decay, average, augmentation and prompts as defaults. None means "lerobot".
-    recipe: str | None = None
+    recipe: str | None = option("lerobot", one_of("lerobot", "openpi"), of_the_run=True)
     # Put the tokenizer's files into checkpoints, for robots without a network. None means True.
-    save_tokenizer: bool | None = None
+    save_tokenizer: bool | None = option(True)
     # Write only the trained weights, and which checkpoint the frozen ones come from. None means False.
-    save_expert_only: bool | None = None
+    save_expert_only: bool | None = option(False)
     # How noise becomes actions: euler, midpoint, heun or adaptive, in num_inference_steps steps. None means euler.
-    solver: str | None = None
+    solver: str | None = option("euler", one_of("euler", "midpoint", "heun", "adaptive"))
     # Error per step of the adaptive solver, root mean square in units of normalised actions. None means 0.01.
-    solver_tolerance: float | None = None
+    solver_tolerance: float | None = option(1e-2, above(0))
     # Rounds a frozen VLM when it is loaded. "int8": faster and smaller, less exact; "nf4": smaller still, slower, less
     # exact still. None rounds nothing.
-    vlm_quantization: str | None = None
+    vlm_quantization: str | None = option(None, one_of("int8", "nf4"), of_the_run=True)
     # Real-time chunking: vjp, identity or trained. None takes trained after rtc_training_max_delay, or else identity.
-    rtc_guidance: str | None = None
+    rtc_guidance: str | None = option(None, one_of("vjp", "identity", "trained"))
     # Train chunks that begin with up to so many known actions, for real-time chunking. None means 0.
-    rtc_training_max_delay: int | None = None
+    rtc_training_max_delay: int | None = option(0)
 
     # Safety on hardware: at most this far from the measured joints, in the robot's units. None or inf bounds nothing.
-    max_action_step: float | None = None
+    max_action_step: float | None = option(None, above(0, "has to be more than 0, or inf for no bound"))
     # Safety on hardware: within the range of the data, widened by this part of it. None or inf bounds nothing.
-    action_range_margin: float | None = None
+    action_range_margin: float | None = option(None, at_least(0, "has to be 0 or more, or inf for no bound"))
 
     # No option: optimiser steps so far. It is here because of adapters, with which LeRobot saves a config alone.
     updates = 0
@@ -117,46 +156,27 @@ class PI0Config(BuiltinPI0Config):
         if self.tokenizer_max_length is None:
             self.tokenizer_max_length = 128 if self.tokenizer == BYTE_TOKENIZER else 48
         if self.recipe == "openpi":
-            self.ema_decay = 0.99 if self.ema_decay is None else self.ema_decay
-            self.augment_images = True if self.augment_images is None else self.augment_images
-            self.clean_prompts = True if self.clean_prompts is None else self.clean_prompts
+            self._set_unset({name: x.openpi for name, x in OPTIONS.items()})
         self._check()
 
+    def _set_unset(self, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
     def _check(self) -> None:
+        """Raises ValueError for an option that breaks its rule, and for options that do not go together."""
+        for name, rule in RULES.items():
+            value = getattr(self, name)
+            may_be_none = name in OPTIONS or name == "compile_mode"
+            if not (value is None and may_be_none) and not rule.holds(value):
+                raise ValueError(f"{name}={value!r} {rule.says}")
         if tuple(self.image_resolution or ()) != (self.image_size,) * 2:
             raise ValueError(f"image_resolution has to be square, got {self.image_resolution}")
         if not 1 <= self.n_action_steps <= self.chunk_size:
             raise ValueError(
                 f"n_action_steps={self.n_action_steps} has to be between 1 and chunk_size={self.chunk_size}"
             )
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}")
-        for name in ("num_inference_steps", "tokenizer_max_length", "max_state_dim", "max_action_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} has to be at least 1")
-        if self.flow_samples is not None and self.flow_samples < 1:
-            raise ValueError(f"flow_samples={self.flow_samples} has to be at least 1")
-        if self.max_action_step is not None and not self.max_action_step > 0:
-            raise ValueError(f"max_action_step={self.max_action_step} has to be more than 0, or inf for no bound")
-        if self.action_range_margin is not None and not self.action_range_margin >= 0:
-            raise ValueError(f"action_range_margin={self.action_range_margin} has to be 0 or more, or inf for no bound")
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay} has to be at least 0 and below 1; openpi's is 0.99")
-        if self.recipe not in (None, *RECIPES):
-            raise ValueError(f"recipe={self.recipe!r} is not one of {', '.join(RECIPES)}")
-        self._check_control()
-
-    def _check_control(self) -> None:
-        for name, known in (
-            ("solver", SOLVERS),
-            ("rtc_guidance", GUIDANCE),
-            ("compile_mode", COMPILE_MODES),
-            ("vlm_quantization", QUANTIZATION),
-        ):
-            if getattr(self, name) not in (None, *known):
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
-        if self.solver_tolerance is not None and not self.solver_tolerance > 0:
-            raise ValueError(f"solver_tolerance={self.solver_tolerance} has to be more than 0")
         if self.vlm_quantization is not None and self.compile_model:
             raise ValueError(
                 "compile_model does not go together with vlm_quantization, whose layers nothing can trace: take one "
@@ -207,20 +227,28 @@ class PI0Config(BuiltinPI0Config):
         """`rtc_guidance`, or what the policy was trained for."""
         return self.rtc_guidance or ("trained" if self.rtc_training_max_delay else "identity")
 
-    def inherit(self, saved: dict[str, Any]) -> None:
-        """Take over what the plugin saved with a checkpoint, where it is unset here and not the run's own."""
-        for name in PLUGIN_FIELDS:
-            if getattr(self, name) is None and name not in OF_THE_RUN:
-                setattr(self, name, saved.get(name))
+    def take_saved(self, saved: dict[str, Any]) -> None:
+        """Use what the plugin saved with a checkpoint for the options that are unset and not of the run.
 
-    def settle(self, saved: dict[str, Any], vlm_is_pretrained: bool) -> None:
-        """Give a value to every option that is still unset: the checkpoint's, or else the default."""
-        self.inherit(saved)
+        Args:
+            saved: the content of the checkpoint's `lerobot_pi0.json`.
+        """
+        self._set_unset({name: saved.get(name) for name, x in OPTIONS.items() if not x.of_the_run})
+
+    def resolve(self, saved: dict[str, Any], vlm_is_pretrained: bool) -> None:
+        """Give a value to every option that is still unset: the checkpoint's, or else the default.
+
+        Args:
+            saved: the content of the checkpoint's `lerobot_pi0.json`; empty without a checkpoint.
+            vlm_is_pretrained: whether the VLM's weights are loaded; `train_expert_only` is that by default.
+
+        Raises:
+            ValueError: an option that breaks its rule, or options that do not go together.
+        """
+        self.take_saved(saved)
         if self.text_tokenizer_name is None:
             self.text_tokenizer_name = self.tokenizer
-        for name, default in DEFAULTS.items():
-            if getattr(self, name) is None:
-                setattr(self, name, default)
+        self._set_unset({name: x.default for name, x in OPTIONS.items()})
         if self.train_expert_only and not vlm_is_pretrained:
             logger.warning(
                 "train_expert_only=true, and the VLM that is frozen is random: give it weights with "
@@ -260,26 +288,33 @@ class PI0Config(BuiltinPI0Config):
             (save_directory / name).write_text(json.dumps(content, indent=4) + "\n")
 
 
-PLUGIN_FIELDS = tuple(sorted({f.name for f in fields(PI0Config)} - {f.name for f in fields(BuiltinPI0Config)}))
+OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in fields(PI0Config) if "option" in f.metadata}
+"""The options that only this plugin has, in the order of their declaration."""
 
-DEFAULTS = {
-    "flow_samples": 1,
-    "save_expert_only": False,
-    "save_tokenizer": True,
-    "solver": "euler",
-    "solver_tolerance": 1e-2,
-    "rtc_training_max_delay": 0,
-    "ema_decay": 0.0,
-    "augment_images": False,
-    "clean_prompts": False,
-    "mask_padded_actions": False,
-    "optimizer_8bit": False,
-    "recipe": "lerobot",
+PLUGIN_FIELDS = tuple(sorted(OPTIONS))
+
+RULES = {name: x.rule for name, x in OPTIONS.items() if x.rule is not None} | {
+    "dtype": one_of("bfloat16", "float32"),
+    "compile_mode": one_of("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    **dict.fromkeys(("num_inference_steps", "tokenizer_max_length", "max_state_dim", "max_action_dim"), at_least(1)),
 }
-"""What an option of the plugin means that nobody has set."""
+"""Rules of single options, LeRobot's included."""
 
 
-def dim_name(config: PI0Config, key: str, i: int) -> str:
-    """What the dataset calls a dimension of a feature, or its number."""
-    names = (config.action_feature_names or []) if key == ACTION else []
-    return names[i] if i < len(names) else f"{key}[{i}]"
+def choices(name: str) -> tuple[str, ...]:
+    """All values of an option that has few; none for another."""
+    return RULES[name].choices if name in RULES else ()
+
+
+def help_of(name: str) -> str:
+    """The help text of an option, as `--help` shows it: the comment above its field."""
+    return " ".join(get_attribute_docstring(PI0Config, name).comment_above.split())
+
+
+OPTIMIZERS = {
+    "pi0_averaged_adamw": AveragedAdamWConfig,
+    "pi0_adamw_8bit": AdamW8bitConfig,
+    "pi0_averaged_adamw_8bit": AveragedAdamW8bitConfig,
+}
+SCHEDULES = {"pi0_warmup_cosine": WarmupCosineConfig}
+"""Optimizers and schedules of the plugin by their names in train_config.json; `take_over` registers them."""

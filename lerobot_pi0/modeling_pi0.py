@@ -27,12 +27,12 @@ from .configuration_pi0 import PLUGIN_CONFIG_NAME, PLUGIN_FIELDS, PI0Config
 from .control import bounds
 from .control.player import Player
 from .control.sampling import Sampler
+from .inputs.joints import take_names
 from .inputs.observation import ObservationMaker
-from .inputs.prompt import PromptStep
-from .inputs.relative import check_relative_statistics
+from .inputs.statistics import check_relative_statistics, check_statistics
+from .inputs.steps import PromptStep
 from .kernels import rounding
 from .network.pi0 import PI0, Observation
-from .processor_pi0 import check_statistics
 from .training import lora
 from .training.objective import Objective
 from .training.run import Run
@@ -126,9 +126,10 @@ class PI0Policy(PreTrainedPolicy):
         if trains:
             PromptStep.asked = config.clean_prompts
         self._expert_only_asked = config.train_expert_only is True  # by the user, and not because the VLM is pretrained
-        _settle(config, saved, pretrained)
+        _resolve(config, saved, pretrained)
         stats = dataset_stats if dataset_stats is not None else getattr(dataset_meta, "stats", None)
         if trains:
+            take_names(config, dataset_meta)
             check_statistics(config, stats)
             check_relative_statistics(config, stats or {}, dataset_meta)
         limits = _make_bounds(config, statistics if stats is None else lambda: stats)
@@ -457,10 +458,10 @@ class PI0Policy(PreTrainedPolicy):
         return super()._build_peft_config(lora.with_ranks(cli_overrides))
 
 
-def _settle(config: PI0Config, saved: dict[str, Any], pretrained: bool) -> None:
-    """`PI0Config.settle`; says so if a conflict is between the run's options and the checkpoint's."""
+def _resolve(config: PI0Config, saved: dict[str, Any], pretrained: bool) -> None:
+    """`PI0Config.resolve`; says so if a conflict is between the run's options and the checkpoint's."""
     try:
-        config.settle(saved, vlm_is_pretrained=pretrained)
+        config.resolve(saved, vlm_is_pretrained=pretrained)
     except ValueError as error:  # each was valid alone
         if saved.keys().isdisjoint(PLUGIN_FIELDS):
             raise

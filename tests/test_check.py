@@ -12,7 +12,7 @@ import torch
 from conftest import CAMERAS, DIMS, tiny_config
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.utils.constants import ACTION, OBS_STATE
-from test_processor import word_tokenizer
+from inputs.test_processor import word_tokenizer
 
 from lerobot_pi0 import PI0Policy, make_pi0_pre_post_processors
 from lerobot_pi0.tools import main

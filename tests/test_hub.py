@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard, constants
 from lerobot.policies import make_pre_post_processors
 from lerobot.utils.constants import OBS_STATE
 from safetensors.torch import load, load_file, save_file
-from test_processor import word_tokenizer
+from inputs.test_processor import word_tokenizer
 from test_registration import finish, start
 
 from lerobot_pi0 import PI0Policy

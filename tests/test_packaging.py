@@ -52,8 +52,10 @@ def test_wheel(wheel):
     requirements = [line.replace(" ", "") for line in fields.get_all("Requires-Dist")]
     assert any(line.startswith("lerobot[") and "<0.7" in line and ">=0.6.1" in line for line in requirements)
     modules = {name for name in files if name.endswith(".py")}
-    tracked = subprocess.run(["git", "ls-files", "lerobot_pi0"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert modules == {f"{NAME}.py"} | {name for name in tracked.stdout.split() if name.endswith(".py")}
+    list_tracked = ["git", "ls-files", "lerobot_pi0", NAME]
+    tracked = subprocess.run(list_tracked, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert modules == {name for name in tracked.stdout.split() if name.endswith(".py")}
+    assert f"{NAME}/__init__.py" in modules
 
 
 def test_wheel_is_discovered(wheel, tmp_path):
@@ -69,4 +71,4 @@ def test_wheel_is_discovered(wheel, tmp_path):
         [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(tmp_path)}, cwd=tmp_path,
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert found.stdout.splitlines() == [f"['{NAME}']", str(tmp_path / f"{NAME}.py")]
+    assert found.stdout.splitlines() == [f"['{NAME}']", str(tmp_path / NAME / "__init__.py")]

@@ -99,7 +99,7 @@ def test_pi0_is_ours(answers, order):
     found, log = answers[order]
     assert found["class"] == found["made config"] == "lerobot_pi0.configuration_pi0"
     assert found["policy"] == found["made policy"] == "lerobot_pi0.modeling_pi0"
-    assert found["tokenizer step"] == "lerobot_pi0.processor_pi0"
+    assert found["tokenizer step"] == "lerobot_pi0.inputs.steps"
     assert found["type"] == "pi0"
     assert found["action names"] == list("abcdef")
     assert "Could not import third-party plugin: lerobot_policy_pi0" not in log
@@ -126,10 +126,131 @@ def test_the_import_is_cheap(answers):
     """Catches model code, or a library, loaded at the start of every LeRobot command, whatever its policy."""
     found, _ = answers["lerobot.policies first"]
     ours = {name for name in found["new modules"] if name.startswith("lerobot_")}
-    light = {"configuration_pi0", "inputs", "inputs.prompt", "inputs.relative", "network", "network.sizes"}
-    light |= {"processor_pi0", "training", "training.ema", "training.optimizers"}
-    assert ours == {"lerobot_policy_pi0", "lerobot_pi0"} | {f"lerobot_pi0.{name}" for name in light}
+    rooms = {"configuration_pi0", "inputs", "inputs.steps", "network", "network.sizes", "training"}
+    optimizers = {f"training.{name}" for name in ("ema", "optimizers")}
+    assert ours == {"lerobot_policy_pi0", "lerobot_pi0"} | {f"lerobot_pi0.{name}" for name in rooms | optimizers}
     assert not [name for name in found["new modules"] if name not in ours and not is_light(name)]
+
+
+EVERY_MODULE = """
+import importlib
+import pkgutil
+import lerobot.policies
+from lerobot.configs import PreTrainedConfig
+from lerobot.optim import LRSchedulerConfig, OptimizerConfig
+from lerobot.processor import ProcessorStepRegistry
+from transformers import AttentionInterface
+import lerobot_pi0.tools  # imports much of LeRobot and nothing of ours that is looked at
+
+def registered():
+    found = {
+        "policies": PreTrainedConfig.get_known_choices(), "optimizers": OptimizerConfig.get_known_choices(),
+        "schedules": LRSchedulerConfig.get_known_choices(), "steps": ProcessorStepRegistry._registry,
+        "attention": dict(AttentionInterface()),
+    }
+    return {
+        (kind, name, f"{entry.__module__}.{entry.__qualname__}")
+        for kind, entries in found.items() for name, entry in entries.items() if hasattr(entry, "__qualname__")
+    }
+
+def ours(entries):
+    return sorted(entry for entry in entries if entry[2].startswith("lerobot_p"))
+
+import lerobot_pi0
+answers["failed"], answers["modules"], answers["added"] = {}, [], {}
+before = registered()
+for _, name, _ in pkgutil.walk_packages(lerobot_pi0.__path__, "lerobot_pi0."):
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        answers["failed"][name] = error.name
+        continue
+    answers["modules"].append(name)
+    if new := ours(registered() - before):
+        answers["added"][name] = new
+    before = registered()
+lerobot_pi0.take_over()
+answers["taken over"] = ours(registered() - before)
+once = registered()
+lerobot_pi0.take_over()
+answers["again"] = sorted(registered() ^ once)
+"""
+
+
+@pytest.fixture(scope="module")
+def registries() -> dict:
+    """What each of our modules, and then `take_over`, adds to the registries of a process."""
+    found, log = finish(start(EVERY_MODULE, LEROBOT_PI0_TAKEOVER="0"))
+    return found | {"log": log}
+
+
+def test_an_import_registers_nothing(registries):
+    """Catches a module that changes the process of whoever imports it: a decorator, a registration at its end."""
+    assert set(registries["failed"].values()) <= {"bitsandbytes", "jax", "orbax", "grpc", "matplotlib"}
+    assert {"lerobot_pi0.modeling_pi0", "lerobot_pi0.inputs.steps", "lerobot_pi0.control.bounds"} <= {
+        *registries["modules"]
+    }
+    added = {name: {kind for kind, *_ in entries} for name, entries in registries["added"].items()}
+    assert added.pop("lerobot_pi0.network.attention", {"attention"}) == {"attention"}
+    assert added == {}
+
+
+def test_take_over_registers_everything(registries):
+    """Catches a policy, a saved step, or an optimizer of a train_config.json that LeRobot would not find."""
+    found = {(kind, name): cls.rsplit(".", 1)[1] for kind, name, cls in registries["taken over"]}
+    assert found == {
+        ("policies", "pi0"): "PI0Config",
+        ("optimizers", "pi0_averaged_adamw"): "AveragedAdamWConfig",
+        ("optimizers", "pi0_adamw_8bit"): "AdamW8bitConfig",
+        ("optimizers", "pi0_averaged_adamw_8bit"): "AveragedAdamW8bitConfig",
+        ("schedules", "pi0_warmup_cosine"): "WarmupCosineConfig",
+        ("steps", "tokenizer_processor"): "PI0TokenizerStep",
+        ("steps", "pi0_new_line_processor"): "PromptStep",
+        ("steps", "relative_actions_processor"): "AnchoredRelativeStep",
+    }
+    assert registries["again"] == []
+    assert registries["log"].count(TOOK_OVER) == 1
+
+
+LAZY = """
+import sys
+import lerobot_policy_pi0
+answers["before"] = "lerobot_pi0.modeling_pi0" in sys.modules
+from lerobot_policy_pi0 import PI0Config, PI0Policy, make_pi0_pre_post_processors
+answers["names"] = [x.__module__ for x in (PI0Config, PI0Policy, make_pi0_pre_post_processors)]
+try:
+    lerobot_policy_pi0.PI05Policy
+except AttributeError as error:
+    answers["error"] = str(error)
+"""
+
+
+def test_lerobots_way_to_import_a_plugin():
+    """Catches a plugin without the names that LeRobot's page on plugins imports, or that loads the model for them."""
+    found, _ = finish(start(LAZY))
+    assert found["before"] is False
+    assert found["names"] == [f"lerobot_pi0.{name}_pi0" for name in ("configuration", "modeling", "processor")]
+    assert "PI05Policy" in found["error"]
+
+
+def test_without_lerobot(tmp_path):
+    """Catches a traceback about a module that the user has never heard of, where LeRobot is not installed."""
+    hide = "import sys\nsys.modules['lerobot'] = None\nimport lerobot_policy_pi0"
+    done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True, cwd=tmp_path, timeout=100)
+    assert done.returncode == 1
+    assert "pip install 'lerobot[pi,training]" in done.stderr.splitlines()[-1]
+
+
+def test_discover_packages_path():
+    """Catches a plugin that LeRobot's own option cannot load: it looks for modules inside of a package."""
+    code = """
+from lerobot.configs.parser import load_plugin
+load_plugin("lerobot_policy_pi0")
+from lerobot.configs import PreTrainedConfig
+answers["class"] = PreTrainedConfig.get_choice_class("pi0").__module__
+"""
+    found, _ = finish(start(code))
+    assert found["class"] == "lerobot_pi0.configuration_pi0"
 
 
 def is_light(name: str) -> bool:

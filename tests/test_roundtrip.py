@@ -37,7 +37,7 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.policies import make_policy, make_pre_post_processors
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_processor import sample, word_tokenizer
+from inputs.test_processor import sample, word_tokenizer
 
 from lerobot_pi0 import PI0Policy, make_pi0_pre_post_processors
 from lerobot_pi0.checkpoints.checkpoint import EMBEDDING, LM_HEAD, published_state

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from lerobot.configs import NormalizationMode
 from lerobot.lerobot_types import TransitionKey
-from lerobot.processor import NormalizerProcessorStep, RelativeActionsProcessorStep, UnnormalizerProcessorStep
+from lerobot.processor import NormalizerProcessorStep, UnnormalizerProcessorStep
 from lerobot.processor.converters import create_transition
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
 from ..configuration_pi0 import PI0Config
+from ..inputs.joints import names_in_config, relative_mask
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +64,8 @@ class ActionBounds:
         self._to_units = UnnormalizerProcessorStep(features, modes, wanted)
         self._normalise = NormalizerProcessorStep(features, modes, wanted)
         dims = features[ACTION].shape[0]
-        self.names = (config.action_feature_names or [f"{ACTION}[{i}]" for i in range(dims)])[:dims]
-        relative = RelativeActionsProcessorStep(
-            config.use_relative_actions, config.relative_exclude_joints, config.action_feature_names
-        )
-        self._relative = torch.tensor(relative._build_mask(dims)) & config.use_relative_actions
+        self.names = names_in_config(config, ACTION)
+        self._relative = torch.tensor(relative_mask(config, dims)) & config.use_relative_actions
         if config.action_range_margin is not None:
             low, high = (wanted[ACTION][name].double() for name in ("min", "max"))
             self._range = torch.stack([low, high]) + torch.tensor([[-1], [1]]) * config.action_range_margin * (

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..configuration_pi0 import PI0Config
 from ..inputs.observation import ObservationMaker
-from ..inputs.relative import Anchor
+from ..inputs.steps import Anchor
 from ..network import flow
 from ..network.pi0 import PI0, Observation
 from . import guidance

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from lerobot.policies.common.vla_utils import pad_vector
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor
 
@@ -43,11 +44,6 @@ def resize_with_pad(images_BCHW: Tensor, side: int) -> Tensor:
     images = F.interpolate(images_BCHW, size=size, mode="bilinear", align_corners=False).clamp(0, 1)
     top, left = (side - size[0]) // 2, (side - size[1]) // 2
     return F.pad(images, (left, side - size[1] - left, top, side - size[0] - top))
-
-
-def pad_last(x: Tensor, dims: int) -> Tensor:
-    """Zero-pad the last axis to `dims`."""
-    return F.pad(x, (0, dims - x.shape[-1]))
 
 
 def bucket(length: int, most: int) -> int:
@@ -105,7 +101,7 @@ class ObservationMaker:
             images_BNCHW=images * 2 - 1,
             tokens_BL=tokens_BL,
             token_mask_BL=mask_BL,
-            state_BA=pad_last(state, self.config.max_state_dim),
+            state_BA=pad_vector(state, self.config.max_state_dim),
         )
 
     def actions(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:
@@ -120,7 +116,7 @@ class ObservationMaker:
                 f"{ACTION!r} holds {actions.shape[1]} steps, chunk_size is {self.config.chunk_size}: load the "
                 "dataset with the delta_timestamps of this config, as lerobot-train does"
             )
-        return pad_last(actions, self.config.max_action_dim)
+        return pad_vector(actions, self.config.max_action_dim)
 
     def valid(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:
         """Which steps of the chunks lie within their episodes, boolean (B, T): LeRobot repeats an episode's last

@@ -22,7 +22,7 @@ from lerobot.utils.feature_utils import dataset_to_policy_features
 
 from ..checkpoints import checkpoint
 from ..configuration_pi0 import PI0Config
-from ..processor_pi0 import PI0TokenizerStep, TokenizerError, load_tokenizer
+from ..inputs.steps import PI0TokenizerStep, TokenizerError, load_tokenizer
 from . import ToolError, checks
 from .checks import ERROR, FINE, WARNING, Finding, Subject, Trained
 from .data import DatasetOptions, dim_names, need_pi0, open_dataset, read_columns

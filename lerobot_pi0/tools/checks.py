@@ -24,8 +24,7 @@ from tqdm import tqdm
 from ..checkpoints import checkpoint
 from ..configuration_pi0 import PI0Config
 from ..inputs.observation import ObservationMaker
-from ..inputs.relative import check_relative_statistics
-from ..processor_pi0 import NEAR_CONSTANT, STATISTICS, check_statistics
+from ..inputs.statistics import NEAR_CONSTANT, STATISTICS, check_relative_statistics, check_statistics
 from . import ToolError
 from .data import Columns, dim_names, some
 from .show import network_parameters

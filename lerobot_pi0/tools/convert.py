@@ -262,7 +262,7 @@ def make_config(source: Source, options: Options, stats: dict[str, dict[str, Ten
         config.validate_features()
     except ValueError as error:
         raise ToolError(str(error)) from error
-    config.settle({}, vlm_is_pretrained=True)
+    config.resolve({}, vlm_is_pretrained=True)
     return config
 
 
@@ -339,7 +339,8 @@ def write_processors(config: PI0Config, stats: dict[str, dict[str, Tensor]], out
 
     A tokenizer that cannot be had here is written by name alone: the machine that runs the policy needs it.
     """
-    from ..processor_pi0 import PI0TokenizerStep, TokenizerError, make_pi0_pre_post_processors
+    from ..inputs.steps import PI0TokenizerStep, TokenizerError
+    from ..processor_pi0 import make_pi0_pre_post_processors
 
     pipelines: tuple[Any, Any]
     try:

@@ -14,6 +14,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 
 from ..checkpoints import checkpoint
 from ..configuration_pi0 import PI0Config
+from ..inputs.joints import names_in_dataset
 from . import ToolError
 
 
@@ -112,17 +113,15 @@ def need_pi0(policy: PreTrainedConfig | None) -> PI0Config:
         raise ToolError(f"--policy.type={policy.type} is another policy; this command knows pi0 alone")
     if policy.pretrained_path:
         with contextlib.suppress(checkpoint.CheckpointNotFoundError):
-            policy.inherit(checkpoint.read_plugin_config(policy.pretrained_path, revision=policy.pretrained_revision))
+            policy.take_saved(
+                checkpoint.read_plugin_config(policy.pretrained_path, revision=policy.pretrained_revision)
+            )
     return policy
 
 
 def dim_names(dataset: LeRobotDataset, key: str) -> list[str]:
     """Names of the dims of state or actions, in order; numbers where the dataset has no names."""
-    feature = dataset.meta.features[key]
-    names = feature.get("names")
-    if isinstance(names, dict):  # datasets of before LeRobot 0.4: {"motors": [...]}
-        names = [name for group in names.values() for name in group]
-    return [str(name) for name in names] if names else [f"{key}[{i}]" for i in range(int(np.prod(feature["shape"])))]
+    return names_in_dataset(dataset.meta.features, key)
 
 
 def some(items: list[Any], most: int = 5) -> str:

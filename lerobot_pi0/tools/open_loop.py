@@ -36,7 +36,7 @@ from tqdm import tqdm
 from .. import __version__
 from ..checkpoints import checkpoint
 from ..configuration_pi0 import PI0Config
-from ..processor_pi0 import NEAR_CONSTANT
+from ..inputs.statistics import NEAR_CONSTANT
 from . import ToolError
 from .data import DatasetOptions, dim_names, need_pi0, open_dataset, open_meta, read_columns
 

@@ -185,7 +185,7 @@ def _processors(source: str, **hub: Any) -> dict[str, Any] | None:
 
 
 def _travels(source: str, tokenizer: dict[str, Any], **hub: Any) -> bool:
-    from ..processor_pi0 import NOT_CARRIED
+    from ..inputs.steps import NOT_CARRIED
 
     if tokenizer.get("config", {}).get("tokenizer_name") == BYTE_TOKENIZER:
         return True  # it is made in place

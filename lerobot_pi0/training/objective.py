@@ -12,7 +12,8 @@ import torch
 from lerobot.utils.constants import ACTION
 from torch import Tensor
 
-from ..configuration_pi0 import PI0Config, dim_name
+from ..configuration_pi0 import PI0Config
+from ..inputs.joints import names_in_config
 from ..inputs.observation import IS_PAD, ObservationMaker
 from ..network import flow
 from ..network.pi0 import PI0, Context, Observation
@@ -65,7 +66,7 @@ class Objective:
 
     @property
     def _joints(self) -> list[str]:
-        return [dim_name(self.config, ACTION, i) for i in range(self._dims)]
+        return names_in_config(self.config, ACTION)
 
     @property
     def _dims(self) -> int:

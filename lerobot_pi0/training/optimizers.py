@@ -1,4 +1,4 @@
-"""Optimizers and schedules that LeRobot's registries know by name: averaged weights, 8-bit moments, openpi's schedule.
+"""Optimizers and schedules that LeRobot knows by name after `take_over`: averages, 8-bit moments, openpi's schedule.
 
 A run's `train_config.json` holds these names, and `--resume` builds what they say. This module is imported at the
 start of every LeRobot command, so bitsandbytes is not, before an optimizer is built with it.
@@ -9,14 +9,13 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig, LRSchedulerConfig, OptimizerConfig
+from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from .ema import Ema, sharding
 
 
-@OptimizerConfig.register_subclass("pi0_averaged_adamw")
 @dataclass
 class AveragedAdamWConfig(AdamWConfig):
     """AdamW whose state carries the averages of the weights (`ema_decay`)."""
@@ -37,7 +36,6 @@ class AveragedAdamWConfig(AdamWConfig):
         return optimizer
 
 
-@OptimizerConfig.register_subclass("pi0_adamw_8bit")
 @dataclass
 class AdamW8bitConfig(AdamWConfig):
     """AdamW whose moments take a byte each (`optimizer_8bit`); bitsandbytes computes it."""
@@ -65,7 +63,6 @@ class AdamW8bitConfig(AdamWConfig):
         return AdamW8bit(params, **options)
 
 
-@OptimizerConfig.register_subclass("pi0_averaged_adamw_8bit")
 @dataclass
 class AveragedAdamW8bitConfig(AveragedAdamWConfig, AdamW8bitConfig):
     """AdamW with 8-bit moments; its state carries the averages of the weights in float32."""
@@ -77,7 +74,6 @@ def is_8bit(optimizer: Optimizer) -> bool:
     return module is not None and isinstance(optimizer, module.AdamW8bit)
 
 
-@LRSchedulerConfig.register_subclass("pi0_warmup_cosine")
 @dataclass
 class WarmupCosineConfig(CosineDecayWithWarmupSchedulerConfig):
     """openpi's schedule: linear from peak / (warm-up + 1) to the peak, then half a cosine until `num_decay_steps`.

@@ -9,7 +9,7 @@ import torch
 from conftest import ACTION, CAMERAS, DIMS, OBS_STATE, BuiltinPI0Config, features, stats, tiny_config
 from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.policies import make_pre_post_processors
-from test_processor import sample
+from inputs.test_processor import sample
 
 from lerobot_pi0 import PI0Policy, make_pi0_pre_post_processors
 from lerobot_pi0.checkpoints.checkpoint import CheckpointConfigError

@@ -23,7 +23,7 @@ from lerobot.policies.rtc.modeling_rtc import RTCProcessor
 from torch import Tensor
 
 from lerobot_pi0 import PI0Policy
-from lerobot_pi0.configuration_pi0 import GUIDANCE
+from lerobot_pi0.configuration_pi0 import choices
 from lerobot_pi0.control import guidance
 from lerobot_pi0.network import flow
 
@@ -169,7 +169,7 @@ def test_vjp_chunk_against_autograd(small, schedule, delay):
 
 
 @pytest.mark.parametrize("mode", ["inference_mode", "no_grad", "enable_grad"])
-@pytest.mark.parametrize("guide", GUIDANCE)
+@pytest.mark.parametrize("guide", choices("rtc_guidance"))
 def test_contexts_of_the_callers(small, guide, mode):
     """Catches a differentiation that inference_mode forbids, one whose graph or gradients stay behind, and results
     that the caller cannot use: LeRobot's loops call under any of the three."""
@@ -188,7 +188,7 @@ def test_contexts_of_the_callers(small, guide, mode):
     assert policy.model.action_in_proj.weight.grad.any()
 
 
-@pytest.mark.parametrize("guide", GUIDANCE)
+@pytest.mark.parametrize("guide", choices("rtc_guidance"))
 @pytest.mark.parametrize(
     "options",
     [{"dtype": "bfloat16"}, {"dtype": "bfloat16", "train_expert_only": True}, {"gradient_checkpointing": True}],
@@ -210,7 +210,7 @@ def test_guidance_in_every_precision(small, guide, options):
 # --- what is left over --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("guide", GUIDANCE)
+@pytest.mark.parametrize("guide", choices("rtc_guidance"))
 def test_padding_does_not_guide(small, guide):
     """Catches a chunk drawn to the mean: LeRobot pads leftovers with zeros, up to the horizon or the chunk."""
     policy, batch, (noise, _) = policy_with(guide, 9), make_batch(batch_size=1), draws(0, 1)
@@ -228,7 +228,7 @@ def test_padding_does_not_guide(small, guide):
     assert not torch.allclose(chunk(middle), chunk(unlike))
 
 
-@pytest.mark.parametrize("guide", GUIDANCE)
+@pytest.mark.parametrize("guide", choices("rtc_guidance"))
 def test_nothing_left_over(small, guide):
     """Catches a first chunk, an empty queue or one of padding alone that is guided, or fails."""
     policy, batch, (noise, _) = policy_with(guide, 9), make_batch(batch_size=1), draws(0, 1)
@@ -241,7 +241,7 @@ def test_nothing_left_over(small, guide):
             torch.testing.assert_close(chunk, free, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("guide", GUIDANCE)
+@pytest.mark.parametrize("guide", choices("rtc_guidance"))
 @pytest.mark.parametrize("delay", DELAYS.values(), ids=DELAYS.keys())
 @pytest.mark.parametrize(("steps", "horizon"), [(1, 10), (5, 80), (CHUNK, 10), (70, 60)])
 def test_any_lengths(small, guide, delay, steps, horizon):
@@ -313,7 +313,7 @@ def test_leftovers_of_another_shape(small, shape):
 
 
 @pytest.mark.parametrize("solver", ["euler", "midpoint", "heun", "adaptive"])
-@pytest.mark.parametrize("guide", [None, *GUIDANCE])
+@pytest.mark.parametrize("guide", [None, *choices("rtc_guidance")])
 def test_environments_are_independent(small, guide, solver):
     """Catches guidance, a prefix or a step size that is shared by a batch: each alone gets the same chunk."""
     policy = policy_with(guide, 9, solver=solver, num_inference_steps=5)
@@ -330,7 +330,7 @@ def test_environments_are_independent(small, guide, solver):
         assert relative(alone, together[own]) < 1e-5
 
 
-@pytest.mark.parametrize("guide", GUIDANCE)
+@pytest.mark.parametrize("guide", choices("rtc_guidance"))
 def test_reset_leaves_nothing(small, guide):
     """Catches a leftover, a guide or a queue that outlives an episode: after reset a policy is as good as new."""
     policy, batch, (noise, _) = policy_with(guide, 9, n_action_steps=3), make_batch(batch_size=2), draws(0, 2)

@@ -25,7 +25,7 @@ from torch._dynamo.utils import counters
 from torch._subclasses import FakeTensorMode
 
 from lerobot_pi0 import PI0Policy, kernels
-from lerobot_pi0.configuration_pi0 import GUIDANCE
+from lerobot_pi0.configuration_pi0 import choices
 from lerobot_pi0.control import guidance
 from lerobot_pi0.control.sampling import Sampler
 from lerobot_pi0.inputs.observation import bucket
@@ -60,7 +60,7 @@ def policies(**options) -> tuple[PI0Policy, PI0Policy]:
     return compiled, plain
 
 
-@pytest.mark.parametrize("guide", [None, *GUIDANCE])
+@pytest.mark.parametrize("guide", [None, *choices("rtc_guidance")])
 def test_chunks(traced, guide):
     """Catches a graph break (they are errors here), a compiled function that differs, and chunks that are compiled
     anew: another prompt of the same bucket, other images, noise, leftovers and delay meet the graphs that are there."""
@@ -181,7 +181,7 @@ def fake_observation(arch: Architecture, cameras: int = 3, batch_size: int = 1) 
     )
 
 
-@pytest.mark.parametrize("guide", [None, *GUIDANCE])
+@pytest.mark.parametrize("guide", [None, *choices("rtc_guidance")])
 @pytest.mark.parametrize("solver", flow.FIXED)
 def test_nothing_depends_on_values(guide, solver):
     """Catches an `.item()`, an `if` on a tensor or a shape made from values between observation and chunk, which a

@@ -21,12 +21,12 @@ from conftest import (
     shake,
     small_policy,
 )
+from lerobot.policies.common.vla_utils import pad_vector
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from transformers import GemmaConfig, PaliGemmaConfig, PI0ForConditionalGeneration, SiglipVisionConfig
 from transformers import PI0Config as TheirConfig
 from transformers.models.pi0.modeling_pi0 import PI0TimestepEmbeddings
 
-from lerobot_pi0.inputs.observation import pad_last
 from lerobot_pi0.network.sizes import GemmaSize
 
 IMAGE_TOKEN = SMALL_VLM.vocab_size  # beyond the vocabulary, as in the published configs
@@ -98,7 +98,7 @@ def their_inputs(batch: dict) -> dict:
     size, count = images.shape[:2]
     placeholders = torch.full((size, count * PATCHES), IMAGE_TOKEN)
     return {
-        "state": pad_last(batch[OBS_STATE], 32),
+        "state": pad_vector(batch[OBS_STATE], 32),
         "pixel_values": images,
         "pixel_attention_mask": torch.ones(size, count, dtype=torch.bool),
         "input_ids": torch.cat([placeholders, tokens], dim=1),
@@ -108,7 +108,7 @@ def their_inputs(batch: dict) -> dict:
 
 def their_losses(model, batch: dict, noise: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
     """Their loss per element for given draws, (B, T, dims)."""
-    actions = pad_last(batch[ACTION], 32)
+    actions = pad_vector(batch[ACTION], 32)
     return model(**their_inputs(batch), actions=actions, noise=noise[:, 0], timestep=time[:, 0]).loss[..., :DIMS]
 
 

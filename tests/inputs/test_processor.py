@@ -31,8 +31,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from lerobot_pi0 import PI0Policy, make_pi0_pre_post_processors
-from lerobot_pi0.inputs.prompt import PromptStep
-from lerobot_pi0.processor_pi0 import NOT_CARRIED, PI0TokenizerStep, check_statistics
+from lerobot_pi0.inputs.statistics import check_statistics
+from lerobot_pi0.inputs.steps import NOT_CARRIED, PI0TokenizerStep, PromptStep
 
 # The preprocessor of lerobot/pi0_base, as published.
 PUBLISHED = json.loads("""
@@ -165,7 +165,7 @@ def test_byte_tokens():
 
 def test_prompts_are_remembered_as_they_are(tmp_path, monkeypatch):
     """Catches a prompt that gets another one's tokens, or the tokens of a tokenizer that has been replaced."""
-    monkeypatch.setattr("lerobot_pi0.processor_pi0.MANY_PROMPTS", 2)
+    monkeypatch.setattr("lerobot_pi0.inputs.steps.MANY_PROMPTS", 2)
     step = PI0TokenizerStep("bytes", max_length=9)
     prompts = ["red", "a green one", "red", "blue", ""]
     for texts in (prompts, prompts[::-1], ["more", "and", "more"], prompts, "red"):

@@ -1,9 +1,4 @@
-"""Relative actions: are the statistics those of relative actions, and to which state is an action relative?
-
-An action a is learned as a - s, with s the state in which its chunk begins; joints that `relative_exclude_joints`
-names stay absolute. LeRobot subtracts and adds the state in processor steps, but normalises with whatever statistics
-the dataset has, and adds the state of the tick in which an action leaves the queue in place of its chunk's.
-"""
+"""Checks of a dataset's statistics: are they there, do they vary, are they those of relative actions?"""
 
 import logging
 from collections.abc import Mapping
@@ -11,28 +6,80 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lerobot.lerobot_types import EnvTransition, TransitionKey
-from lerobot.processor import ProcessorStepRegistry, RelativeActionsProcessorStep
+from lerobot.configs import FeatureType, NormalizationMode
 from lerobot.utils.constants import ACTION, OBS_STATE
 
-from ..configuration_pi0 import PI0Config, dim_name
+from ..configuration_pi0 import PI0Config
+from .joints import check_relative_names, names_in_config, relative_mask
 
 logger = logging.getLogger(__name__)
 
-STEP = "relative_actions_step"
-"""Key of a batch under which the policy finds the step that took part in making it."""
+NEAR_CONSTANT = 1e-3
+"""A dimension whose spread is below this part of the largest one's is called near-constant."""
+
+STATISTICS = {
+    NormalizationMode.MEAN_STD: ("mean", "std"),
+    NormalizationMode.MIN_MAX: ("min", "max"),
+    NormalizationMode.QUANTILES: ("q01", "q99"),
+    NormalizationMode.QUANTILE10: ("q10", "q90"),
+}
+"""Which statistics each mode of normalisation needs."""
 
 
-def relative_mask(config: PI0Config, dims: int) -> np.ndarray:
-    """Per dim of the action whether it is relative: LeRobot's own reading of `relative_exclude_joints`."""
-    step = RelativeActionsProcessorStep(
-        enabled=True, exclude_joints=config.relative_exclude_joints, action_names=config.action_feature_names
-    )
-    return np.array(step._build_mask(dims))
+def check_statistics(config: PI0Config, stats: Mapping[str, Mapping[str, Any]] | None) -> None:
+    """Refuse to normalise with statistics that are not there; name dimensions that hardly vary.
+
+    Args:
+        stats: per feature, `mean`, `std`, … as a LeRobotDataset's `meta.stats` has them.
+
+    Raises:
+        ValueError: a feature that is normalised has no statistics, or some that are not finite.
+    """
+    features = {**(config.input_features or {}), **(config.output_features or {})}
+    for key, feature in features.items():
+        mode = config.normalization_mapping.get(feature.type.value, NormalizationMode.IDENTITY)
+        if mode is NormalizationMode.IDENTITY or feature.type is FeatureType.VISUAL:
+            continue
+        names = STATISTICS[mode]
+        found = (stats or {}).get(key, {})
+        missing = [name for name in names if name not in found]
+        if missing:
+            raise ValueError(
+                f"no {' and '.join(missing)} for {key!r}, which is normalised by {mode.value}: without statistics "
+                "the policy would learn, or send to the robot, numbers of another scale. Pass the dataset's "
+                "`meta.stats`; `lerobot-edit-dataset --operation.type recompute_stats` makes them"
+            )
+        low, high = (np.asarray(found[name], dtype=np.float64).reshape(-1) for name in names)
+        if {low.size, high.size} != {int(np.prod(feature.shape))}:
+            raise ValueError(
+                f"the statistics of {key!r} have {low.size} and {high.size} dims, the feature {tuple(feature.shape)}: "
+                "they are of another dataset. To fine-tune a checkpoint for another robot, give --policy.type=pi0 "
+                "--policy.pretrained_path=CHECKPOINT in place of --policy.path, which keeps the old robot's joints"
+            )
+        if not (np.isfinite(low).all() and np.isfinite(high).all()):
+            raise ValueError(f"the statistics of {key!r} hold NaN or infinity: recompute them")
+        spread = high if mode is NormalizationMode.MEAN_STD else high - low
+        _name_near_constant(config, key, spread)
+
+
+def _name_near_constant(config: PI0Config, key: str, spread: np.ndarray) -> None:
+    """Warn of dims that hardly vary, by name."""
+    flat = np.flatnonzero(spread <= max(NEAR_CONSTANT * spread.max(initial=0), 1e-8))
+    if len(flat):
+        joints = names_in_config(config, key)
+        logger.warning(
+            "near-constant dimensions of %r: %s. Normalised, their smallest change becomes a large one; "
+            "leave them out of the dataset unless they are meant to be fixed",
+            key,
+            ", ".join(f"{joints[i]} (spread {spread[i]:.3g})" for i in flat),
+        )
 
 
 def check_relative_statistics(config: PI0Config, stats: Mapping[str, Mapping[str, Any]], meta: Any) -> None:
     """Refuse to train relative actions with statistics of absolute ones, and the reverse.
+
+    An action a is learnt as a - s, with s the state in which its chunk begins; joints that `relative_exclude_joints`
+    names stay absolute. LeRobot normalises with whatever statistics the dataset has.
 
     `lerobot-edit-dataset` leaves three marks when it makes statistics of relative actions: they count every step of
     every chunk, and not every frame; the ranges of relative joints are no longer those of the recorded episodes; those
@@ -43,8 +90,10 @@ def check_relative_statistics(config: PI0Config, stats: Mapping[str, Mapping[str
         meta: its LeRobotDatasetMetadata, if there is one: without it the first mark alone is looked at.
 
     Raises:
-        ValueError: they are not those that this config needs; says which command makes them.
+        ValueError: they are not those that this config needs; says which command makes them. Or the names of the joints
+            are such that this command would make wrong ones (`check_relative_names`).
     """
+    check_relative_names(config, meta)
     if ACTION not in stats or (problem := _problem(config, stats, meta)) is None:
         return
     name, root = getattr(meta, "repo_id", None) or "DATASET", getattr(meta, "root", None)
@@ -65,8 +114,6 @@ def _problem(config: PI0Config, stats: Mapping[str, Mapping[str, Any]], meta: An
     if not config.use_relative_actions:
         made = counted > frames > 0
         return f"use_relative_actions=false, but {ACTION!r} has statistics of relative actions" if made else None
-    if config.relative_exclude_joints and config.action_feature_names is None:
-        logger.warning("the dataset names no joints: relative_exclude_joints is without effect, all are relative")
     wanted = relative_mask(config, config.output_features[ACTION].shape[0])
     if counted == frames and config.chunk_size > 1 and wanted.any():
         return f"use_relative_actions=true, but {ACTION!r} has statistics of absolute actions"
@@ -84,7 +131,8 @@ def _problem(config: PI0Config, stats: Mapping[str, Mapping[str, Any]], meta: An
     found, state = (np.stack([np.ravel(stats[key][name]) for name in ("min", "max")]) for key in (ACTION, OBS_STATE))
     absolute = np.isclose(found, ranges, rtol=1e-5, atol=1e-6).all(axis=0)
     differ = state[:, : len(wanted)].any(axis=0)  # relative to a state that is always 0 is absolute
-    wrong = [dim_name(config, ACTION, int(i)) for i in np.flatnonzero(differ & (absolute == wanted))]
+    names = names_in_config(config, ACTION)
+    wrong = [names[i] for i in np.flatnonzero(differ & (absolute == wanted))]
     asked = f"relative_exclude_joints={config.relative_exclude_joints}"
     return f"the statistics of {', '.join(wrong)} are not what {asked} asks for" if wrong else None
 
@@ -99,45 +147,3 @@ def _recorded(meta: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return np.zeros(0), np.zeros((0, 0)), np.zeros((0, 0))
     table = pd.concat([pd.read_parquet(file, columns=columns) for file in files])
     return table["length"].to_numpy(), *(np.stack(list(table[name])) for name in columns[1:])
-
-
-class AnchoredRelativeStep(RelativeActionsProcessorStep):
-    """LeRobot's step, under LeRobot's name, which lets the policy tell to which state its actions are relative.
-
-    `AbsoluteActionsProcessorStep` adds the state that this step saw last. While a chunk is executed from a queue, the
-    state moves on, and the actions would with it.
-    """
-
-    def __call__(self, transition: EnvTransition) -> EnvTransition:
-        transition = super().__call__(transition)
-        if self.enabled and transition.get(TransitionKey.ACTION) is None:  # at the robot
-            data = {**(transition.get(TransitionKey.COMPLEMENTARY_DATA) or {}), STEP: self}
-            transition = {**transition, TransitionKey.COMPLEMENTARY_DATA: data}  # type: ignore[assignment]
-        return transition
-
-
-class Anchor:
-    """The state to which the actions of the chunk that is being executed are relative."""
-
-    def __init__(self) -> None:
-        self._raw: Any = None
-        self._normalised: Any = None
-
-    def set(self, batch: Mapping[str, Any]) -> None:
-        """A chunk begins with this batch."""
-        self._raw = batch[STEP].get_cached_state() if STEP in batch else None
-        self._normalised = batch.get(OBS_STATE)
-
-    def restore(self, batch: Mapping[str, Any]) -> Any:
-        """An action of that chunk is about to be made absolute. Returns the (normalised) state it will be added to:
-        the chunk's, or this batch's where LeRobot's own step is at work."""
-        if STEP not in batch:
-            return batch.get(OBS_STATE)
-        batch[STEP]._last_state = self._raw
-        return self._normalised
-
-
-def register_relative_step() -> None:
-    """Rebuild saved `relative_actions_processor` steps as the step that can do more."""
-    ProcessorStepRegistry.unregister("relative_actions_processor")
-    ProcessorStepRegistry.register("relative_actions_processor")(AnchoredRelativeStep)

@@ -1,0 +1,205 @@
+"""Processor steps: LeRobot's tokenizer, prompt and relative actions, under LeRobot's names, which can do more.
+
+A saved pipeline is rebuilt from the registered names of its steps and their states, so what has to travel with a
+checkpoint is state, and `take_over` puts `STEPS` into LeRobot's registry.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar
+
+import torch
+from lerobot.lerobot_types import EnvTransition, TransitionKey
+from lerobot.policies.pi0.processor_pi0 import Pi0NewLineProcessor
+from lerobot.processor import ProcessorStep, RelativeActionsProcessorStep, TokenizerProcessorStep
+from lerobot.utils.constants import OBS_STATE
+from torch import Tensor
+
+from ..configuration_pi0 import BYTE_TOKENIZER, PALIGEMMA_TOKENIZER
+
+NOT_CARRIED = "not_carried"
+"""Name of the one tensor in the state of a tokenizer step whose checkpoint must not hold the tokenizer."""
+
+MANY_PROMPTS = 1000
+"""After so many different ones, what is remembered of prompts is forgotten."""
+
+CLEANED = "cleaned"
+"""Name of the one tensor in the state of a step that cleans; LeRobot's own step ignores it."""
+
+STEP = "relative_actions_step"
+"""Key of a batch under which the policy finds the step that took part in making it."""
+
+
+class TokenizerError(OSError):
+    """A tokenizer that is not here and cannot be fetched."""
+
+
+def load_tokenizer(name: str) -> Any:
+    """A tokenizer by name: "bytes", a folder, or a Hub id.
+
+    Raises:
+        TokenizerError: it cannot be had; says how to get at a gated one.
+    """
+    from transformers import AutoTokenizer, ByT5Tokenizer
+
+    if name == BYTE_TOKENIZER:
+        return ByT5Tokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        gated = (
+            f"PaliGemma's is gated: accept the terms at huggingface.co/{name}, then `hf auth login`. "
+            if name == PALIGEMMA_TOKENIZER
+            else ""
+        )
+        raise TokenizerError(
+            f"the tokenizer {name!r} cannot be loaded. {gated}Without a network, name a folder that holds it "
+            "(--policy.text_tokenizer_name=FOLDER), or use a checkpoint that this plugin saved, which carries its "
+            f"tokenizer ({type(error).__name__}: {error})"
+        ) from error
+
+
+@dataclass
+class PI0TokenizerStep(TokenizerProcessorStep):
+    """LeRobot's tokenizer step, which also travels with its tokenizer and knows the byte tokenizer.
+
+    It takes LeRobot's name in the registry, because a saved pipeline is rebuilt from names alone. The files of the
+    tokenizer are its state, which LeRobot's own step ignores when it meets it; that they are not to travel is state
+    too, since a checkpoint without any (LeRobot's) carries its tokenizer once this plugin saves it. A tokenizer is
+    looked up when it is first needed, since its files may be about to come from the checkpoint.
+    """
+
+    carry: bool = True
+
+    def __post_init__(self) -> None:
+        if self.tokenizer is None and self.tokenizer_name is None:
+            raise ValueError("tokenizer_processor needs a tokenizer_name")
+        self._loaded = self.tokenizer
+        self._files: dict[str, Tensor] = {}
+        self._known: dict[str, dict[str, Tensor]] = {}  # tokens of prompts that came before
+
+    @property
+    def input_tokenizer(self) -> Any:  # type: ignore[override]
+        """The tokenizer itself; the name is LeRobot's."""
+        if self._loaded is None:
+            self._loaded = load_tokenizer(str(self.tokenizer_name))
+        return self._loaded
+
+    def _tokenize_text(self, text: str | list[str]) -> dict[str, Tensor]:
+        """LeRobot's, but for each prompt once: a dataset has few, and the byte tokenizer takes 1 ms for one."""
+        texts = [text] if isinstance(text, str) else list(text)
+        if self.padding != "max_length":  # lengths depend on the batch
+            return super()._tokenize_text(texts)
+        if len(self._known) > MANY_PROMPTS:
+            self._known.clear()
+        for prompt in {*texts} - self._known.keys():
+            self._known[prompt] = dict(super()._tokenize_text([prompt]))
+        return {key: torch.cat([self._known[prompt][key] for prompt in texts]) for key in self._known[texts[0]]}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tokenizer's files, as bytes; nothing for the byte tokenizer, which has none."""
+        if self.tokenizer_name == BYTE_TOKENIZER:
+            return {}
+        if not self.carry:
+            return {NOT_CARRIED: torch.zeros(1, dtype=torch.uint8)}
+        if not self._files:
+            with TemporaryDirectory() as folder:
+                self.input_tokenizer.save_pretrained(folder)
+                for file in sorted(Path(folder).iterdir()):
+                    self._files[file.name] = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
+        return dict(self._files)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take the tokenizer from its files, or leave it to its name if they were not to travel."""
+        from transformers import AutoTokenizer
+
+        self.carry = NOT_CARRIED not in state
+        if not self.carry:
+            return
+        self._known.clear()
+        self._files = dict(state)
+        with TemporaryDirectory() as folder:
+            for name, content in state.items():
+                (Path(folder) / Path(name).name).write_bytes(content.cpu().numpy().tobytes())
+            self._loaded = AutoTokenizer.from_pretrained(folder)
+
+
+def clean(prompt: str) -> str:
+    """Without space around it, and with spaces for underscores and line breaks."""
+    return prompt.strip().replace("_", " ").replace("\n", " ")
+
+
+class PromptStep(Pi0NewLineProcessor):
+    """LeRobot's step, under LeRobot's name, that ends a prompt with a line break; where asked to, it cleans it first.
+
+    A saved pipeline is rebuilt from names and states, so whether to clean is state. A run that starts from a checkpoint
+    gets the checkpoint's pipeline, and LeRobot shows it nothing of the config: what a policy that is built for
+    training asks for is left in `asked`, for the step that is built next.
+    """
+
+    asked: ClassVar[bool | None] = None
+
+    def __init__(self, cleans: bool | None = None) -> None:
+        self._decided = PromptStep.asked if cleans is None else cleans
+        PromptStep.asked = None
+        self.cleans = bool(self._decided)
+
+    def complementary_data(self, complementary_data: dict[str, Any]) -> dict[str, Any]:
+        task = complementary_data.get("task")
+        if self.cleans and isinstance(task, str | list):
+            cleaned = clean(task) if isinstance(task, str) else [clean(t) if isinstance(t, str) else t for t in task]
+            complementary_data = {**complementary_data, "task": cleaned}
+        return super().complementary_data(complementary_data)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {CLEANED: torch.ones(1, dtype=torch.uint8)} if self.cleans else {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if self._decided is None:
+            self.cleans = CLEANED in state
+
+
+class AnchoredRelativeStep(RelativeActionsProcessorStep):
+    """LeRobot's step, under LeRobot's name, which lets the policy tell to which state its actions are relative.
+
+    `AbsoluteActionsProcessorStep` adds the state that this step saw last. While a chunk is executed from a queue, the
+    state moves on, and the actions would with it.
+    """
+
+    def __call__(self, transition: EnvTransition) -> EnvTransition:
+        transition = super().__call__(transition)
+        if self.enabled and transition.get(TransitionKey.ACTION) is None:  # at the robot
+            data = {**(transition.get(TransitionKey.COMPLEMENTARY_DATA) or {}), STEP: self}
+            transition = {**transition, TransitionKey.COMPLEMENTARY_DATA: data}  # type: ignore[assignment]
+        return transition
+
+
+class Anchor:
+    """The state to which the actions of the chunk that is being executed are relative."""
+
+    def __init__(self) -> None:
+        self._raw: Any = None
+        self._normalised: Any = None
+
+    def set(self, batch: Mapping[str, Any]) -> None:
+        """A chunk begins with this batch."""
+        self._raw = batch[STEP].get_cached_state() if STEP in batch else None
+        self._normalised = batch.get(OBS_STATE)
+
+    def restore(self, batch: Mapping[str, Any]) -> Any:
+        """An action of that chunk is about to be made absolute. Returns the (normalised) state it will be added to:
+        the chunk's, or this batch's where LeRobot's own step is at work."""
+        if STEP not in batch:
+            return batch.get(OBS_STATE)
+        batch[STEP]._last_state = self._raw
+        return self._normalised
+
+
+STEPS: dict[str, type[ProcessorStep]] = {
+    "tokenizer_processor": PI0TokenizerStep,
+    "pi0_new_line_processor": PromptStep,
+    "relative_actions_processor": AnchoredRelativeStep,
+}
+"""The steps by the names under which LeRobot rebuilds saved pipelines."""

@@ -1,0 +1,170 @@
+"""Options of the plugin: declared once, each with a rule, a help text and a value when nobody sets it."""
+
+import math
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import draccus
+import pytest
+from conftest import BuiltinPI0Config, PI0Config, tiny_config
+from lerobot.configs import PreTrainedConfig
+
+from lerobot_pi0.configuration_pi0 import OPTIONS, PLUGIN_FIELDS, RULES, choices, help_of
+
+ALLOWED = {
+    "flow_samples": [1, 8],
+    "ema_decay": [0, 0.0, 0.99],
+    "solver_tolerance": [1e-6, 1],
+    "max_action_step": [1e-3, 5, math.inf],
+    "action_range_margin": [0, 0.1, math.inf],
+    "num_inference_steps": [1, 50],
+    "tokenizer_max_length": [1, 200],
+    "max_state_dim": [1, 64],
+    "max_action_dim": [1, 64],
+}
+REFUSED = {
+    "flow_samples": ([0, -1], "has to be at least 1"),
+    "ema_decay": ([-0.1, 1, 1.5, math.nan], "has to be at least 0 and below 1; openpi's is 0.99"),
+    "solver_tolerance": ([0, -1, math.nan], "has to be more than 0"),
+    "max_action_step": ([0, -1, math.nan], "has to be more than 0, or inf for no bound"),
+    "action_range_margin": ([-0.1, math.nan], "has to be 0 or more, or inf for no bound"),
+    "num_inference_steps": ([0], "has to be at least 1"),
+    "tokenizer_max_length": ([0], "has to be at least 1"),
+    "max_state_dim": ([0], "has to be at least 1"),
+    "max_action_dim": ([0], "has to be at least 1"),
+    "rtc_training_max_delay": ([-1, 50], "has to be from 0 to chunk_size - 1 = 49: one action at least has to be"),
+}
+FEW = [name for name in RULES if choices(name)]
+
+DEFAULTS = {
+    "flow_samples": 1, "save_expert_only": False, "save_tokenizer": True, "solver": "euler", "solver_tolerance": 1e-2,
+    "rtc_training_max_delay": 0, "ema_decay": 0.0, "augment_images": False, "clean_prompts": False,
+    "mask_padded_actions": False, "optimizer_8bit": False, "recipe": "lerobot", "text_tokenizer_name": "bytes",
+    "vlm_path": None, "vlm_quantization": None, "rtc_guidance": None, "max_action_step": None,
+    "action_range_margin": None,
+}  # fmt: skip
+"""What version 0.1.0 does where nothing is said."""
+
+
+def test_every_rule_is_tested():
+    """Catches an option that is added with a rule and without a value that breaks it."""
+    assert {*FEW, *ALLOWED} == RULES.keys()
+    assert {*FEW, *REFUSED} >= RULES.keys()
+    assert DEFAULTS.keys() == OPTIONS.keys()
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, x) for name, values in ALLOWED.items() for x in values])
+def test_allowed(name, value):
+    """Catches a rule that refuses what the option is for."""
+    assert getattr(tiny_config(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, x) for name, (values, _) in REFUSED.items() for x in values])
+def test_refused(name, value):
+    """Catches a value that makes no sense and is found hours later, NaN among them."""
+    with pytest.raises(ValueError) as refused:
+        tiny_config(**{name: value})
+    assert str(refused.value).startswith(f"{name}={value!r} {REFUSED[name][1]}")
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_few_values(name):
+    """Catches a choice that is not offered, or one that is mistyped and taken for the default."""
+    for value in choices(name):
+        if (name, value) != ("rtc_guidance", "trained"):
+            assert getattr(tiny_config(**{name: value}), name) == value
+    with pytest.raises(ValueError) as refused:
+        tiny_config(**{name: "none of them"})
+    assert str(refused.value) == f"{name}='none of them' is not one of {', '.join(choices(name))}"
+
+
+def test_what_is_not_an_option_has_no_choices():
+    """Catches a table of options that invents values."""
+    assert choices("flow_samples") == choices("no such option") == ()
+
+
+def test_dtype_has_to_be_said():
+    """Catches LeRobot's options, which are never unset, with the None of ours."""
+    with pytest.raises(ValueError, match="dtype=None is not one of bfloat16, float32"):
+        tiny_config(dtype=None)
+
+
+# --- unset, and where the value comes from ------------------------------------------------------------------
+
+
+def test_options_are_unset():
+    """Catches a default in a config, which a checkpoint's own value could then not be told from."""
+    config = PI0Config()
+    assert {name: getattr(config, name) for name in OPTIONS} == dict.fromkeys(OPTIONS)
+    ours = {f.name for f in fields(PI0Config)} - {f.name for f in fields(BuiltinPI0Config)}
+    assert ours == OPTIONS.keys()
+    assert tuple(sorted(ours)) == PLUGIN_FIELDS
+
+
+def test_defaults():
+    """Catches another meaning of an option that nobody has set."""
+    config = tiny_config()
+    config.resolve({}, vlm_is_pretrained=False)
+    assert {name: getattr(config, name) for name in OPTIONS} == DEFAULTS
+
+
+OTHER = {"flow_samples": 3, "solver": "heun", "solver_tolerance": 0.5, "rtc_training_max_delay": 4, "ema_decay": 0.5,
+         "save_expert_only": True, "save_tokenizer": False, "augment_images": True, "clean_prompts": True,
+         "mask_padded_actions": True, "optimizer_8bit": True, "recipe": "openpi", "text_tokenizer_name": "t",
+         "vlm_path": "v", "vlm_quantization": "int8", "rtc_guidance": "vjp", "max_action_step": 2.0,
+         "action_range_margin": 0.5}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_who_says_it(name):
+    """Catches a run that overrules what was asked for, or that inherits what was the earlier run's own."""
+    of_the_run = ("ema_decay", "augment_images", "mask_padded_actions", "optimizer_8bit", "recipe", "vlm_quantization")
+    saved = {name: OTHER[name]}
+    unset, asked = tiny_config(), tiny_config(**saved)
+    unset.resolve(saved, vlm_is_pretrained=True)
+    asked.resolve({name: DEFAULTS[name]}, vlm_is_pretrained=True)
+    assert getattr(unset, name) == (DEFAULTS[name] if name in of_the_run else OTHER[name])
+    assert getattr(asked, name) == OTHER[name]
+    assert OPTIONS[name].of_the_run is (name in of_the_run)
+
+
+def test_saved_values_obey_the_rules():
+    """Catches a checkpoint's file that was edited by hand."""
+    with pytest.raises(ValueError, match="flow_samples=0 has to be at least 1"):
+        tiny_config().resolve({"flow_samples": 0}, vlm_is_pretrained=True)
+
+
+# --- LeRobot's parser ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_on_the_command_line(name):
+    """Catches a declaration that draccus cannot parse, or that does not come out of a file as it went in."""
+    if name == "vlm_path":  # every string is one
+        assert draccus.parse(PI0Config, args=["--vlm_path=somewhere"]).vlm_path == "somewhere"
+        return
+    found = draccus.parse(PI0Config, args=[f"--{name}={OTHER[name]}"])
+    assert getattr(found, name) == OTHER[name]
+    encoded = draccus.encode(found, PreTrainedConfig)
+    assert encoded[name] == OTHER[name]
+    assert {key for key in encoded.keys() & OPTIONS.keys() if encoded[key] is not None} >= {name}
+
+
+def test_help_of_every_option():
+    """Catches an option that no command and no page explains: a line between comment and field is enough."""
+    for name in OPTIONS:
+        text = help_of(name)
+        assert len(text) > 20, name
+        assert text[0].isupper() or text[0] in "\"'" or text.startswith("openpi"), name
+
+
+def test_the_commands_show_it():
+    """Catches help texts that LeRobot's commands do not find."""
+    command = [sys.executable, "-m", "lerobot.scripts.lerobot_train", "--policy.type=pi0", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=300)
+    shown = " ".join(done.stdout.split())
+    for name in OPTIONS:
+        assert f"--policy.{name}" in shown, name
+        assert help_of(name)[:60] in shown, name
