@@ -177,7 +177,7 @@ class Bench:
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         policies = [self.build(OURS, line, make, rounded) for rounded in (True, False)]
         chunks = [p.predict_action_chunk(batch, noise=noise) for p in policies]
-        contexts = [p.model.context(p._observe(batch, noise.device)).cache for p in policies]
+        contexts = [p.model.context(p.observe(batch, noise.device)).cache for p in policies]
         caches = [torch.cat([x.float().flatten() for kv in context for x in kv]) for context in contexts]
         chunk, cache = (((a - b).norm() / b.norm()).item() for a, b in (chunks, caches))
         return (

@@ -132,7 +132,7 @@ def test_velocity_and_loss(small, float64_time, seed, batch_size, cameras, promp
     ours, theirs = pair(seed)
     batch, (noise, time) = make_batch(seed, batch_size, cameras, prompt), draws(seed, batch_size)
     with torch.no_grad():
-        context = ours.model.context(ours._observe(batch, torch.device("cpu")))
+        context = ours.model.context(ours.observe(batch, torch.device("cpu")))
         velocity = ours.model.velocity(noise, ours.model.embed_time(time)[:, :, None], context)
         expected = theirs(**their_inputs(batch), noise=noise[:, 0], timestep=time[:, 0]).logits
         assert relative(velocity[:, 0], expected) < 1e-5

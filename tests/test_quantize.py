@@ -173,7 +173,7 @@ def test_chunks(base, dtype):
     chunks = [p.predict_action_chunk(batch, noise=noise[:, 0]) for p in (policy, plain, exact)]
     error = relative(chunks[0], chunks[2])
     assert 1e-5 < error < 0.02 + relative(chunks[1], chunks[2])
-    contexts = [p.model.context(p._observe(batch, torch.device("cpu"))) for p in (policy, exact)]
+    contexts = [p.model.context(p.observe(batch, torch.device("cpu"))) for p in (policy, exact)]
     for ours, theirs in zip(*(c.cache for c in contexts), strict=True):
         assert all(relative(a.detach(), b.detach()) < 0.05 for a, b in zip(ours, theirs, strict=True))
 
