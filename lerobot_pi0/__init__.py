@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 try:
     import lerobot.policies  # noqa: F401  registers LeRobot's own pi0, which has to come first
 except ModuleNotFoundError as error:
-    if error.name != "lerobot":
+    if (error.name or "").split(".")[0] != "lerobot":
         raise
     raise ModuleNotFoundError(
-        "lerobot_policy_pi0 is a plugin of LeRobot, which is not installed in this environment: "
+        "lerobot_policy_pi0 is a plugin of LeRobot, which is not installed in this environment, or too old: "
         "pip install 'lerobot[pi,training]>=0.6.1,<0.7'",
         name="lerobot",
     ) from error
