@@ -21,18 +21,17 @@ from accelerate import init_empty_weights
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.pi0.configuration_pi0 import PI0Config as BuiltinConfig
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
-from lerobot_pi0.control.calls import Calls
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from transformers import GemmaConfig, PaliGemmaConfig, PI0ForConditionalGeneration
+from transformers import GemmaConfig, PaliGemmaConfig, PI0ForConditionalGeneration, SiglipVisionConfig
 from transformers import PI0Config as TransformersConfig
 
 import lerobot_pi0.configuration_pi0 as our_configuration
 from lerobot_pi0 import PI0Config, PI0Policy
+from lerobot_pi0.control.sampling import Sampler
 from lerobot_pi0.kernels import rounding
 from lerobot_pi0.network import flow
 from lerobot_pi0.network.pi0 import PI0
-from lerobot_pi0.network.siglip import siglip_config
 from lerobot_pi0.network.sizes import (
     GEMMA_2B,
     GEMMA_300M,
@@ -208,7 +207,7 @@ class Ours:
         obs = policy._observe(batch, torch.device("cpu"))
         noise = flow.sample_noise((len(obs.state_BA), 1, CHUNK, policy.config.max_action_dim), torch.device("cpu"))
         with torch.no_grad():
-            return Calls().chunk(net, obs, noise, steps=steps)
+            return Sampler().chunk(net, obs, noise, steps=steps)
 
 
 class Builtin:
@@ -270,7 +269,17 @@ class Transformers:
         if training:
             raise ValueError("transformers' π₀ is measured in chunks alone")
         vision, words = size.vlm.vision, size.vlm.vocab_size
-        siglip = siglip_config(vision, vision.image_size, projection_dim=size.vlm.gemma.width)
+        siglip = SiglipVisionConfig(
+            hidden_size=vision.width,
+            num_hidden_layers=vision.depth,
+            intermediate_size=vision.mlp_dim,
+            num_attention_heads=vision.heads,
+            patch_size=vision.patch_size,
+            image_size=vision.image_size,
+            hidden_act="gelu_pytorch_tanh",
+            vision_use_head=False,
+            projection_dim=size.vlm.gemma.width,
+        )
         vlm = PaliGemmaConfig(
             text_config=cls._gemma(size.vlm.gemma, words),
             vision_config=siglip,
