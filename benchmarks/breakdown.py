@@ -19,15 +19,16 @@ from typing import Any
 from unittest import mock
 
 import torch
-from lerobot_pi0.kernels.linear import Linear
 from measure import account_inference, seconds
 from presets import SIZES
 from subjects import NoWeights, Ours, RandomWeights, make_batch
 from torch import Tensor, nn
 
 from lerobot_pi0 import PI0Policy
-from lerobot_pi0.kernels import rounding
-from lerobot_pi0.network import attention, gemma, siglip
+from lerobot_pi0.kernels import cpu_attention, rounding
+from lerobot_pi0.kernels.cpu_linear import Linear
+from lerobot_pi0.network import gemma, siglip
+from lerobot_pi0.network.attention import KVCache, Mask
 
 GIGA, TERA = 1e9, 1e12
 STACKS = {"vision tower": "vision", "VLM": "vlm", "expert": "expert"}
@@ -94,18 +95,20 @@ class Clock:
         yield module.register_forward_hook(end)
 
 
-def products_of_attention(
-    q: Tensor, new: attention.KeysValues, mask: attention.Mask | None = None, past: attention.KeysValues | None = None
-) -> int:
-    """Operations of attention with these queries, (…, Q, D), and keys, (…, S, D); in a chunk the past has room."""
-    return 4 * q.numel() * (new if past is None else past)[0].shape[-2]
+def products(q: Tensor, new: KVCache, mask: Mask | None = None, past: KVCache | None = None) -> int:
+    """Operations of attention with these queries, (B, Q, D); in a chunk the past has memory for the new keys."""
+    return 4 * q.numel() * (new if past is None else past).keys_BSD.shape[1]
+
+
+def products_by_heads(q: Tensor, k: Tensor, v: Tensor) -> int:
+    """The same for queries (B, H, Q, D) with keys of their own heads."""
+    return 4 * q.numel() * k.shape[-2]
 
 
 @contextlib.contextmanager
 def timed(policy: PI0Policy) -> Iterator[Clock]:
     """A clock that times the policy's network."""
     clock, net, handles = Clock(), policy.model, contextlib.ExitStack()
-    by_heads = clock.around("attention", attention.of_heads, lambda _, q, k, v, *__: products_of_attention(q, (k, v)))
     with handles:
         names = {id(getattr(net, attribute)): stack for stack, attribute in STACKS.items()}
         stack_of = {
@@ -121,12 +124,9 @@ def timed(policy: PI0Policy) -> Iterator[Clock]:
                 continue
             for handle in clock.hook(stack, part if stack else REST, module):
                 handles.callback(handle.remove)
-        handles.enter_context(
-            mock.patch.dict(attention.AttentionInterface._global_mapping, {attention.ATTENTION: by_heads})
-        )
-        handles.enter_context(
-            mock.patch.object(gemma, "attention", clock.around("attention", attention.attention, products_of_attention))
-        )
+        for cls, flop in ((cpu_attention.GemmaAttention, products), (cpu_attention.SiglipAttention, products_by_heads)):
+            attend = staticmethod(clock.around("attention", cls.attend, flop))
+            handles.enter_context(mock.patch.object(cls, "attend", attend))
         for owner, call, stack in (
             (net.vision, "forward", "vision tower"),
             (net.vlm, "cache", "VLM"),

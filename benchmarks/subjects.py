@@ -22,7 +22,7 @@ from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LAN
 from presets import Size, presets
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from transformers import GemmaConfig, PaliGemmaConfig, PI0ForConditionalGeneration
+from transformers import GemmaConfig, PaliGemmaConfig, PI0ForConditionalGeneration, SiglipVisionConfig
 from transformers import PI0Config as TransformersConfig
 
 from lerobot_pi0 import PI0Config, PI0Policy
@@ -30,7 +30,6 @@ from lerobot_pi0.control.sampling import Sampler
 from lerobot_pi0.kernels import rounding
 from lerobot_pi0.network import flow
 from lerobot_pi0.network.pi0 import PI0
-from lerobot_pi0.network.siglip import siglip_config
 from lerobot_pi0.network.sizes import GemmaSize
 
 CAMERAS = ("observation.images.front", "observation.images.left", "observation.images.wrist")
@@ -195,7 +194,17 @@ class Transformers:
         if training:
             raise ValueError("transformers' π₀ is measured in chunks alone")
         vision, words = size.vlm.vision, size.vlm.vocab_size
-        siglip = siglip_config(vision, vision.image_size, projection_dim=size.vlm.gemma.width)
+        siglip = SiglipVisionConfig(
+            hidden_size=vision.width,
+            num_hidden_layers=vision.depth,
+            intermediate_size=vision.mlp_dim,
+            num_attention_heads=vision.heads,
+            patch_size=vision.patch_size,
+            image_size=vision.image_size,
+            hidden_act="gelu_pytorch_tanh",
+            vision_use_head=False,
+            projection_dim=size.vlm.gemma.width,
+        )
         vlm = PaliGemmaConfig(
             text_config=cls._gemma(size.vlm.gemma, words),
             vision_config=siglip,

@@ -32,12 +32,12 @@ from conftest import (
     tiny_config,
 )
 from full_size import OnMeta, theirs  # noqa: F401  a fixture
+from inputs.test_processor import sample, word_tokenizer
 from lerobot.common.train_utils import load_training_state, save_training_state
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies import make_policy, make_pre_post_processors
 from peft import PeftModel
 from safetensors.torch import load_file
-from inputs.test_processor import sample, word_tokenizer
 
 from lerobot_pi0 import PI0Policy, make_pi0_pre_post_processors
 from lerobot_pi0.checkpoints.checkpoint import EMBEDDING, LM_HEAD, published_state

@@ -1,1 +1,1 @@
-"""π₀ itself: sizes, layers, flow matching. Plain PyTorch; knows no LeRobot, no files and no processor."""
+"""π₀ itself: sizes, layers, random weights, flow matching. Plain PyTorch, without LeRobot, files or processors."""

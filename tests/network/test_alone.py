@@ -30,7 +30,6 @@ with torch.no_grad():
     context = model.context(Observation(*given["observation"]))
     field = lambda x, time, embedding: model.velocity(x, embedding, context)
     chunk = flow.integrate(field, model.embed_time, given["noise"])
-assert not [name for name in sys.modules if name.startswith("lerobot")], "the package was imported after all"
 torch.save(chunk, "chunk.pt")
 """
 
