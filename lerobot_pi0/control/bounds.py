@@ -19,11 +19,10 @@ from lerobot.configs import NormalizationMode
 from lerobot.lerobot_types import TransitionKey
 from lerobot.processor import NormalizerProcessorStep, RelativeActionsProcessorStep, UnnormalizerProcessorStep
 from lerobot.processor.converters import create_transition
-from lerobot.utils.constants import ACTION, OBS_STATE, POLICY_PREPROCESSOR_DEFAULT_NAME
-from safetensors.torch import load_file
+from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
-from ..checkpoints import checkpoint
+from ..checkpoints.errors import CheckpointConfigError
 from ..configuration_pi0 import PI0Config
 
 logger = logging.getLogger(__name__)
@@ -46,23 +45,6 @@ def make_bounds(config: PI0Config, statistics: Callable[[], Statistics | None]) 
     if all(x in (None, math.inf) for x in (config.max_action_step, config.action_range_margin)):
         return None
     return ActionBounds(config, statistics() or {})
-
-
-def read_statistics(source: Any, **hub: Any) -> Statistics:
-    """Statistics that a checkpoint's preprocessor normalises with; empty if it has none.
-
-    Raises:
-        CheckpointError: a file is not there or broken.
-    """
-    file = checkpoint.hub_or_local(source, f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json", **hub)
-    steps = checkpoint.read_json(file).get("steps", []) if file is not None else []
-    names = [step.get("state_file") for step in steps if step.get("registry_name") == "normalizer_processor"]
-    file = checkpoint.hub_or_local(source, names[0], **hub) if names and names[0] else None
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, value in (load_file(file) if file is not None else {}).items():
-        key, _, statistic = name.rpartition(".")
-        found.setdefault(key, {})[statistic] = value
-    return found
 
 
 class ActionBounds:
@@ -98,18 +80,18 @@ class ActionBounds:
         asked = "max_action_step and action_range_margin"
         normalised = {key for key in features if modes[features[key].type] is not NormalizationMode.IDENTITY}
         if missing := sorted((normalised | {ACTION}) - stats.keys()):
-            raise checkpoint.CheckpointConfigError(
+            raise CheckpointConfigError(
                 f"{asked} are in the robot's units, but the policy has no statistics of {', '.join(missing)}: load a "
                 "checkpoint with its processors, or leave the bounds away"
             )
         if self.config.action_range_margin is not None and not {"min", "max"} <= stats[ACTION].keys():
-            raise checkpoint.CheckpointConfigError(
+            raise CheckpointConfigError(
                 "action_range_margin needs the data's min and max, which these statistics do not hold: recompute them "
                 "(lerobot-edit-dataset --operation.type=recompute_stats) and train, or use max_action_step alone"
             )
         state, action = features.get(OBS_STATE), features[ACTION]
         if self.config.max_action_step is not None and (state is None or state.shape != action.shape):
-            raise checkpoint.CheckpointConfigError(
+            raise CheckpointConfigError(
                 f"max_action_step compares actions with measured joints, but actions have {action.shape} dims and the "
                 f"state {None if state is None else state.shape}: use action_range_margin alone"
             )
@@ -120,7 +102,7 @@ class ActionBounds:
         lost = (self._units(self._to_units, self._units(self._normalise, probe)) - probe).abs()[0] > 1e-3 * most
         if lost.any():
             fixed = ", ".join(name for name, x in zip(self.names, lost, strict=True) if x)
-            raise checkpoint.CheckpointConfigError(
+            raise CheckpointConfigError(
                 f"max_action_step cannot hold {fixed}, which never moved in the data: whatever the policy says, the "
                 "processors send the one value they know. Use the robot's own limit (max_relative_target), or "
                 "action_range_margin alone"
