@@ -7,6 +7,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -202,21 +203,16 @@ class PI0Policy(PreTrainedPolicy):
             CheckpointError: the checkpoint is not there, broken, or not π₀'s.
         """
         checkpoint = Checkpoint.open(
-            pretrained_name_or_path,
-            force_download=force_download,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            revision=revision,
-        )
-        if config is None:
-            config = checkpoint.config()
+            pretrained_name_or_path, force_download=force_download, token=token, cache_dir=cache_dir,
+            local_files_only=local_files_only, revision=revision,
+        )  # fmt: skip
+        config = checkpoint.config() if config is None else config
         saved = checkpoint.settle(config)
         policy = cls.__new__(cls)
-        statistics = lambda: checkpoint.of_run(config).statistics()  # noqa: E731  read only if a bound needs them
+        statistics = partial(checkpoint.statistics, config)  # read only if a bound needs them
         policy._build(config, dataset_stats, dataset_meta, saved, True, statistics)  # type: ignore[arg-type]
-        parameters = dict(policy.named_parameters())
-        policy._initialise(checkpoint.check(parameters, strict, policy.config, rounding.layers(policy)))
+        missing = checkpoint.check(dict(policy.named_parameters()), strict, policy.config, rounding.layers(policy))
+        policy._initialise(missing)
         digests = checkpoint.read(policy, torch.device(policy.config.device), policy.config.save_expert_only)
         policy.origin = Origin.of(checkpoint.source, saved, digests)
         policy._finish()

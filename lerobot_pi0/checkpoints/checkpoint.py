@@ -158,15 +158,19 @@ class Checkpoint:
 
     # --- processors ---
 
-    def statistics(self) -> dict[str, dict[str, Tensor]]:
-        """Statistics that the preprocessor normalises with, by feature and kind; empty if it has none.
+    def statistics(self, config: PreTrainedConfig) -> dict[str, dict[str, Tensor]]:
+        """Statistics that the run's preprocessor normalises with, by feature and kind; empty if it has none.
+
+        Args:
+            config: says whose processors the run has, as in `settle`.
 
         Raises:
             CheckpointError: a file is broken.
         """
-        steps = (self.source.read_json(f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json") or {}).get("steps", [])
+        source = self.of_run(config).source
+        steps = (source.read_json(f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json") or {}).get("steps", [])
         names = [step.get("state_file") for step in steps if step.get("registry_name") == "normalizer_processor"]
-        file = self.source.file(names[0]) if names and names[0] else None
+        file = source.file(names[0]) if names and names[0] else None
         found: dict[str, dict[str, Tensor]] = {}
         for name, value in (load_file(file) if file is not None else {}).items():
             key, _, statistic = name.rpartition(".")

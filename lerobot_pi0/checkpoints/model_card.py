@@ -29,11 +29,9 @@ def make_card(
     """A model card.
 
     Args:
-        parameters: per part of the network, how many parameters it has and how many of them are trained.
-        base: Hub id of the checkpoint that training started from, or that its VLM came from if it is `vlm_path`;
-            None if it started from random weights.
-        train: LeRobot's TrainPipelineConfig, if there is one.
-        dataset_meta: LeRobot's dataset metadata, if there is some.
+        parameters: per part of the network, how many it has and how many of them are trained.
+        base: what training started from, or what the VLM came from (`vlm_path`): a Hub id or a folder; None: nothing.
+        train, dataset_meta: LeRobot's TrainPipelineConfig and its dataset's metadata, if there are any.
     """
     tasks = [str(task) for task in dataset_meta.tasks.index] if dataset_meta is not None else []
     gemma = config.tokenizer == PALIGEMMA_TOKENIZER or config.paligemma_variant != "tiny"
@@ -44,13 +42,12 @@ def make_card(
         "trained": ", ".join(f"{part} {_millions(own)} M of {_millions(n)} M" for part, (n, own) in parameters.items()),
         "dataset": _dataset(dataset, dataset_meta),
         "training": _training(train),
-        "instructions": "; ".join(tasks[:10]) + (" …" if len(tasks) > 10 else "") if tasks else "unknown",
+        "instructions": _instructions(tasks),
         "normalisation": ", ".join(f"{k.lower()} {v.value}" for k, v in config.normalization_mapping.items()),
         "actions": _actions(config),
     }
-    data = _metadata(config, licence, dataset, base if on_hub else None)
     return ModelCard.from_template(
-        data,
+        _metadata(config, licence, dataset, base if on_hub else None),
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         title=config.repo_id or "π₀",
         version=__version__,
@@ -75,6 +72,10 @@ def _metadata(config: PI0Config, licence: str, dataset: str | None, base: str | 
         datasets=dataset,
         base_model=base,
     )
+
+
+def _instructions(tasks: list[str]) -> str:
+    return "; ".join(tasks[:10]) + (" …" if len(tasks) > 10 else "") if tasks else "unknown"
 
 
 def _cameras(config: PI0Config) -> str:
