@@ -29,13 +29,12 @@ def make_card(
     """A model card.
 
     Args:
-        parameters: per part of the network, how many it has and how many of them are trained.
+        parameters: per part of the network, how many it has, and how many of them are trained.
         base: what training started from, or what the VLM came from (`vlm_path`): a Hub id or a folder; None: nothing.
         train, dataset_meta: LeRobot's TrainPipelineConfig and its dataset's metadata, if there are any.
     """
-    tasks = [str(task) for task in dataset_meta.tasks.index] if dataset_meta is not None else []
-    gemma = config.tokenizer == PALIGEMMA_TOKENIZER or config.paligemma_variant != "tiny"
-    licence = config.license or ("gemma" if gemma else "apache-2.0")
+    tasks = [] if dataset_meta is None else [str(task) for task in dataset_meta.tasks.index]
+    licence, terms = _licence(config)
     on_hub = base is not None and base.count("/") == 1 and not Path(base).is_absolute() and not Path(base).is_dir()
     facts = {
         "start": _start(config, base, on_hub),
@@ -55,10 +54,17 @@ def make_card(
         repo_id=config.repo_id or "FOLDER",
         robot=getattr(dataset_meta, "robot_type", None) or "ROBOT",
         cameras=_cameras(config),
-        task=tasks[0] if tasks else "…",
+        task=next(iter(tasks), "…"),
         features=_features(config, dataset_meta),
-        licence=f"{licence}. {GEMMA_TERMS}" if gemma else f"{licence}.",
+        licence=terms,
     )
+
+
+def _licence(config: PI0Config) -> tuple[str, str]:
+    """The Hub's name of the licence, and the sentences about it."""
+    gemma = config.tokenizer == PALIGEMMA_TOKENIZER or config.paligemma_variant != "tiny"
+    licence = config.license or ("gemma" if gemma else "apache-2.0")
+    return licence, f"{licence}. {GEMMA_TERMS}" if gemma else f"{licence}."
 
 
 def _metadata(config: PI0Config, licence: str, dataset: str | None, base: str | None) -> ModelCardData:
