@@ -15,7 +15,7 @@ from lerobot.configs.train import TrainPipelineConfig
 from lerobot.scripts.lerobot_train import train
 
 from lerobot_pi0 import PI0Config
-from lerobot_pi0.checkpoints.checkpoint import read_config
+from lerobot_pi0.checkpoints.checkpoint import Checkpoint
 
 TINY = {"paligemma_variant": "tiny", "action_expert_variant": "tiny", "dtype": "float32"}
 KEPT = ("paligemma_variant", "action_expert_variant", "max_state_dim", "max_action_dim", "chunk_size", "n_action_steps")
@@ -45,7 +45,7 @@ class Options:
 def main(options: Options) -> None:
     network = TINY
     if options.start is not None:  # sizes alone: cameras and joints are the dataset's
-        start = read_config(options.start)
+        start = Checkpoint.open(options.start).config()
         network = {name: getattr(start, name) for name in KEPT} | {"dtype": "bfloat16"}
     policy = PI0Config(**network, pretrained_path=options.start, device=options.device, push_to_hub=False)
     run = TrainPipelineConfig(

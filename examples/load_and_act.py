@@ -15,7 +15,7 @@ from lerobot.policies import make_pre_post_processors
 from lerobot.utils.constants import ACTION
 
 from lerobot_pi0 import PI0Policy
-from lerobot_pi0.checkpoints.checkpoint import read_config
+from lerobot_pi0.checkpoints.checkpoint import Checkpoint
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Options:
 
 @draccus.wrap()
 def main(options: Options) -> None:
-    config = read_config(options.policy)
+    config = Checkpoint.open(options.policy).config()
     config.device = options.device or config.device
     policy = PI0Policy.from_pretrained(options.policy, config=config)
     place = {"device_processor": {"device": str(config.device)}}

@@ -14,7 +14,7 @@ from lerobot.policies import make_pre_post_processors
 from peft import PeftConfig, PeftModel
 
 from lerobot_pi0 import PI0Config, PI0Policy
-from lerobot_pi0.checkpoints.checkpoint import read_plugin_config
+from lerobot_pi0.checkpoints.checkpoint import Checkpoint
 
 
 @dataclass
@@ -34,7 +34,7 @@ def main(options: Options) -> None:
     config = PreTrainedConfig.from_pretrained(options.adapter)
     assert isinstance(config, PI0Config)
     config.use_peft = False  # not what the weights will be
-    config.take_saved(read_plugin_config(options.adapter))
+    config.take_saved(Checkpoint.open(options.adapter).saved())
     base = PeftConfig.from_pretrained(options.adapter).base_model_name_or_path
     policy = PI0Policy.from_pretrained(base, config=config)
     PeftModel.from_pretrained(policy, options.adapter).merge_and_unload().save_pretrained(options.output)

@@ -14,7 +14,7 @@ from lerobot.configs.train import TrainPipelineConfig
 from lerobot.policies import make_pre_post_processors
 
 from lerobot_pi0 import PI0Policy
-from lerobot_pi0.checkpoints.checkpoint import read_config
+from lerobot_pi0.checkpoints.checkpoint import Checkpoint
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Options:
 
 @draccus.wrap()
 def main(options: Options) -> None:
-    config = read_config(options.policy)
+    config = Checkpoint.open(options.policy).config()
     config.repo_id, config.private = options.repo_id, options.private
     policy = PI0Policy.from_pretrained(options.policy, config=config)
     policy.push_model_to_hub(TrainPipelineConfig.from_pretrained(options.policy))

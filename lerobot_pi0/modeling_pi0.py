@@ -7,7 +7,7 @@ Axes: B batch, K flow samples, T steps of a chunk, A action dims.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,13 +16,14 @@ import torch
 from huggingface_hub import ModelCard
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
-from lerobot.utils.constants import TRAINING_STATE_DIR
 from torch import Tensor, nn
 
 from . import kernels
-from .checkpoints import checkpoint
+from .checkpoints.checkpoint import Checkpoint
+from .checkpoints.errors import CheckpointConfigError
 from .checkpoints.model_card import make_card
-from .checkpoints.statistics import read_statistics
+from .checkpoints.names import VLM
+from .checkpoints.origin import Origin
 from .configuration_pi0 import PLUGIN_CONFIG_NAME, PLUGIN_FIELDS, PI0Config
 from .control import bounds
 from .control.player import Player
@@ -75,13 +76,9 @@ class PI0Policy(PreTrainedPolicy):
                 "--policy.path or --policy.pretrained_path, or leave it out"
             )
         self._build(config, dataset_stats, dataset_meta, {"start": vlm}, vlm is not None)
-        device = torch.device(config.device)
-        for name, p in list(self.named_parameters()):
-            if vlm is None or not name.startswith(checkpoint.VLM):
-                checkpoint.set_parameter(self, name, torch.empty_like(p, device=device))
-        self.model.initialise()
+        self._initialise(name for name, _ in self.named_parameters() if vlm is None or not name.startswith(VLM))
         if vlm is not None:
-            checkpoint.load_vlm(self, vlm, device)
+            Checkpoint.open(vlm).read_vlm(self, config)
         self.finish()
 
     @classmethod
@@ -126,7 +123,7 @@ class PI0Policy(PreTrainedPolicy):
         if trains:
             PromptStep.asked = config.clean_prompts
         self._expert_only_asked = config.train_expert_only is True  # by the user, and not because the VLM is pretrained
-        _resolve(config, saved, pretrained)
+        _settle(config, saved, pretrained)
         stats = dataset_stats if dataset_stats is not None else getattr(dataset_meta, "stats", None)
         if trains:
             take_names(config, dataset_meta)
@@ -141,14 +138,19 @@ class PI0Policy(PreTrainedPolicy):
         if config.vlm_quantization:  # DDP cannot send rounded weights; peft puts a prefix before their names
             names = list(rounding.layers(self))
             self._ddp_params_and_buffers_to_ignore = [*names, *(f"base_model.model.{name}" for name in names)]
-        self.observe = ObservationMaker(config)
-        sampler = Sampler(config.compile_mode if config.compile_model else None)
+        self.observe, sampler = ObservationMaker(config), Sampler(config.compile_mode if config.compile_model else None)
         self._objective = Objective(config, self.observe, sampler, self._run.autocast)
         self._player = Player(config, self.observe, sampler, self._run.autocast, limits)
-        self._base: checkpoint.Base | None = None
-        self._lent: dict[str, str] = {}  # digests of the weights that the base has
         config.updates = saved.get("updates", 0)
-        self._start: str | None = saved.get("start")
+        self.origin = Origin(saved.get("start"))
+
+    def _initialise(self, names: Iterable[str]) -> None:
+        """Random numbers for these parameters; the others, which are on the `meta` device, stay there."""
+        parameters, device = dict(self.named_parameters()), torch.device(self.config.device)
+        made = {name: torch.empty_like(parameters[name], device=device) for name in names}
+        if made:
+            self.load_state_dict(made, strict=False, assign=True)
+            self.model.initialise()
 
     def finish(self) -> "PI0Policy":
         """Make a policy of `empty` ready for use, once its weights are there; returns it in evaluation mode."""
@@ -183,40 +185,23 @@ class PI0Policy(PreTrainedPolicy):
         Raises:
             CheckpointError: the checkpoint is not there, broken, or not π₀'s.
         """
-        hub = {
-            "force_download": force_download,
-            "token": token,
-            "cache_dir": cache_dir,
-            "local_files_only": local_files_only,
-            "revision": revision,
-        }
-        source = pretrained_name_or_path
-        if Path(source).is_dir():
-            checkpoint.finish_interrupted_save(Path(source))
-        else:  # one commit for all files, whoever pushes meanwhile
-            hub["revision"] = checkpoint.revision_of(source, **hub)
+        checkpoint = Checkpoint.open(
+            pretrained_name_or_path,
+            force_download=force_download,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            revision=revision,
+        )
         if config is None:
-            config = checkpoint.read_config(source, **hub)
-        else:  # LeRobot has parsed it, whatever it was
-            checkpoint.check_config(source, **hub)
-        saved = _saved_beside(source, config, **hub)
-        if isinstance(config, PI0Config):  # `empty` refuses another by name
-            _leave_as_saved(config, saved, source)
-        base = saved.get("base")
-        processors = (source, hub)
-        if config.use_peft and config.pretrained_path:
-            processors = config.pretrained_path, hub | {"revision": config.pretrained_revision}
-            if getattr(config, "vlm_quantization", None) and checkpoint.adapts_vlm(processors[0], **processors[1]):
-                raise checkpoint.CheckpointConfigError(
-                    f"the adapter {processors[0]} adapts the VLM, which vlm_quantization would round: merge it first "
-                    "(examples/merge_adapter.py), or leave the option out"
-                )
-        statistics = partial(read_statistics, processors[0], **processors[1])
+            config = checkpoint.config()
+        saved = checkpoint.settle(config)
+        statistics = partial(checkpoint.statistics, config)  # read only if a bound needs them
         policy = cls.empty(config, dataset_stats, dataset_meta, saved, True, statistics)  # type: ignore[arg-type]
-        policy._lent = checkpoint.load_weights(policy, source, torch.device(config.device), strict, base, **hub)
-        policy._base = base or checkpoint.base_of(source, **hub)
-        if not saved or not Path(source).is_dir():  # our own folders know what their run began with
-            policy._start = policy._base.id if base is None else str(source)
+        parameters = dict(policy.named_parameters())
+        policy._initialise(checkpoint.check(parameters, strict, policy.config, rounding.layers(policy)))
+        digests = checkpoint.read(policy, torch.device(policy.config.device), policy.config.save_expert_only)
+        policy.origin = Origin.of(checkpoint.source, saved, digests)
         return policy.finish()
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -226,69 +211,12 @@ class PI0Policy(PreTrainedPolicy):
             ValueError: `save_expert_only`, but no weight comes from a checkpoint, none is frozen, or `save_directory`
                 is that checkpoint. Without it: the VLM is rounded, and its weights are not here to be written.
         """
-        if self.config.vlm_quantization and not self.config.save_expert_only:
-            raise ValueError(
-                "the VLM is rounded in memory (vlm_quantization), so a whole checkpoint cannot be written from it: "
-                "load the policy without, and save that; or set save_expert_only=True"
-            )
-        configs = self.config.to_files()
-        configs[PLUGIN_CONFIG_NAME]["start"] = self._start
-        state = self._run.deployed_state(self, state_dict)
-        if self.config.save_expert_only:
-            lent, base = self._lent_to(save_directory)
-            configs[PLUGIN_CONFIG_NAME]["base"] = base._asdict()
-            tensors = {name: x for name, x in state.items() if name not in lent}
-        else:
-            tensors = checkpoint.published_state(state)
-        checkpoint.save(save_directory, configs, tensors)
-
-    def _lent_to(self, folder: Path | None) -> tuple[set[str], checkpoint.Base]:
-        """Which weights a checkpoint in `folder` need not hold, and where they are: frozen, and the base's own."""
-        frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
-        lent = {name: x for name, x in self._lent.items() if name in frozen}
-        if self._base is None or not lent:
-            raise ValueError(
-                "save_expert_only=True leaves the frozen weights to the checkpoint they were loaded from, but this "
-                "policy was not loaded from one, or trains everything: set save_expert_only=False"
-            )
-        if folder is not None and str(folder.resolve()) == self._base.id:
-            raise ValueError(
-                f"save_expert_only=True would write the trained weights over {folder}, which alone holds the frozen "
-                "ones: save to another folder"
-            )
-        return set(lent), self._base._replace(digest=checkpoint.digest_of_digests(lent))
-
-    @property
-    def _folder(self) -> str | None:
-        """The folder that the weights come from, if they do not come from the Hub."""
-        return None if self._base is None or self._base.revision is not None else self._base.id
-
-    def _check_push(self) -> None:
-        """
-        Raises:
-            ValueError: what is to be pushed at the end of training could not be.
-        """
-        pushes = self.config.push_to_hub and self.config.repo_id
-        if pushes and self.config.vlm_quantization and self._folder is not None:
-            raise ValueError(
-                f"the frozen weights are in the folder {self._folder}, which nobody else has, and a VLM that is "
-                "rounded (vlm_quantization) cannot be pushed with the trained ones: set --policy.push_to_hub=false, "
-                "and push the checkpoint after training, loaded without vlm_quantization; or begin with a checkpoint "
-                "of the Hub"
-            )
+        self.origin.save(save_directory, self.config, self, self._run.deployed_state(self, state_dict))
 
     def push_model_to_hub(self, *args: Any, **kwargs: Any) -> None:
         """LeRobot's push; of `save_expert_only` over a folder, which nobody else has, it pushes all weights."""
-        asked = self.config.save_expert_only
-        if self.config.use_peft and self._folder is not None:
-            logger.warning("pushing an adapter alone: its base is the folder %s, which nobody else has", self._folder)
-        elif asked and self._folder is not None:
-            logger.warning("pushing all weights, not the expert's alone: their base is the folder %s", self._folder)
-            self.config.save_expert_only = False
-        try:
+        with self.origin.complete_for_others(self.config):
             super().push_model_to_hub(*args, **kwargs)
-        finally:
-            self.config.save_expert_only = asked
 
     def train(self, mode: bool = True) -> "PI0Policy":
         """Switch to training and its weights, or to evaluation and the averages; LeRobot calls this at every step."""
@@ -310,8 +238,8 @@ class PI0Policy(PreTrainedPolicy):
         """
         trained = self._run.trained_parameters(self.model)
         if self.config.save_expert_only:
-            self._lent_to(None)
-        self._check_push()
+            self.origin.left_to_base(self)
+        self.origin.check_push(self.config)
         self._run.log_trained(self.model)
         return self._run.averaged(trained)
 
@@ -447,7 +375,7 @@ class PI0Policy(PreTrainedPolicy):
     ) -> ModelCard:
         """The card that LeRobot pushes with the weights; needs no network."""
         sizes = self._run.part_sizes(self.model)
-        return make_card(self.config, sizes, self._start, dataset_repo_id, cfg, dataset_meta)
+        return make_card(self.config, sizes, self.origin.start, dataset_repo_id, cfg, dataset_meta)
 
     def _get_default_peft_targets(self) -> dict[str, Any]:
         """What LoRA adapts: openpi's recipe, without the VLM if `train_expert_only` was asked for."""
@@ -458,14 +386,14 @@ class PI0Policy(PreTrainedPolicy):
         return super()._build_peft_config(lora.with_ranks(cli_overrides))
 
 
-def _resolve(config: PI0Config, saved: dict[str, Any], pretrained: bool) -> None:
+def _settle(config: PI0Config, saved: dict[str, Any], pretrained: bool) -> None:
     """`PI0Config.resolve`; says so if a conflict is between the run's options and the checkpoint's."""
     try:
         config.resolve(saved, vlm_is_pretrained=pretrained)
     except ValueError as error:  # each was valid alone
         if saved.keys().isdisjoint(PLUGIN_FIELDS):
             raise
-        raise checkpoint.CheckpointConfigError(
+        raise CheckpointConfigError(
             f"options of the run and of the checkpoint ({PLUGIN_CONFIG_NAME}) do not go together: {error}"
         ) from error
 
@@ -475,38 +403,4 @@ def _make_bounds(config: PI0Config, statistics: Callable[[], bounds.Statistics |
     try:
         return bounds.make_bounds(config, statistics)
     except bounds.BoundsError as error:
-        raise checkpoint.CheckpointConfigError(str(error)) from error
-
-
-def _saved_beside(source: str | Path, config: PreTrainedConfig, **hub: Any) -> dict[str, Any]:
-    """What this plugin saved beside the weights; of an adapter's run, what lies beside the adapter."""
-    saved = checkpoint.read_plugin_config(source, **hub)
-    if not saved and (Path(source).resolve().parent / TRAINING_STATE_DIR).is_dir():
-        logger.warning(
-            "%s was trained by LeRobot's built-in π₀: its weights are loaded, but the run cannot be resumed, as "
-            "its optimizer counts other parameters (LeRobot says: List length mismatch). Begin a new run with "
-            "--policy.path=%s, or resume with LEROBOT_PI0_TAKEOVER=0",
-            source,
-            source,
-        )
-    if config.use_peft and config.pretrained_path:  # `source` is the base; the run's own file is by its adapter
-        own = checkpoint.read_plugin_config(config.pretrained_path, **hub | {"revision": config.pretrained_revision})
-        saved |= {name: value for name, value in own.items() if name not in ("start", "base")}
-    return saved
-
-
-def _leave_as_saved(config: PI0Config, saved: dict[str, Any], source: str | Path) -> None:
-    """Overrule options that a checkpoint has settled for good, and say so."""
-    vlm = saved.get("vlm_path")
-    if config.vlm_path not in (None, vlm):
-        logger.warning("vlm_path=%s is not read: the VLM's weights are in %s", config.vlm_path, source)
-        config.vlm_path = vlm
-    carried = saved.get("save_tokenizer") is not False
-    if config.save_tokenizer not in (None, carried):
-        logger.warning(
-            "save_tokenizer=%s is not read: LeRobot takes the processors as they are in %s, whose tokenizer %s",
-            config.save_tokenizer,
-            source,
-            "travels with them" if carried else "does not travel",
-        )
-        config.save_tokenizer = carried
+        raise CheckpointConfigError(str(error)) from error

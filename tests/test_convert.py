@@ -22,12 +22,12 @@ from lerobot.utils.constants import ACTION, OBS_LANGUAGE_TOKENS, OBS_STATE
 from safetensors.torch import load_file, save_file
 
 from lerobot_pi0 import PI0Config, PI0Policy
-from lerobot_pi0.checkpoints.checkpoint import (
+from lerobot_pi0.checkpoints.checkpoint import Checkpoint
+from lerobot_pi0.checkpoints.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
     MismatchedCheckpointError,
     WrongPolicyError,
-    read_config,
 )
 from lerobot_pi0.tools import main
 
@@ -474,7 +474,7 @@ def test_dtype(tmp_path):
     kept, wide = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "wide"))
     assert {x.dtype for x in kept.values()} == {torch.bfloat16}
     assert all(torch.equal(wide[name], x.float()) for name, x in kept.items())
-    assert read_config(tmp_path / "out").dtype == "bfloat16"
+    assert Checkpoint.open(tmp_path / "out").config().dtype == "bfloat16"
 
 
 # ---------------------------------------------------------------- what is around the weights
@@ -488,7 +488,7 @@ def test_checkpoint_is_complete_for_the_builtin(jax_source, tmp_path):
     assert content.pop("type") == "pi0"
     assert content.keys() <= known
     assert content["device"] is None
-    config = read_config(tmp_path / "out")
+    config = Checkpoint.open(tmp_path / "out").config()
     options = {f.name: getattr(config, f.name) for f in dataclasses.fields(BuiltinPI0Config)}
     builtin = BuiltinPI0Policy.from_pretrained(tmp_path / "out", config=BuiltinPI0Config(**options), strict=True)
     theirs = dict(builtin.named_parameters())
@@ -501,7 +501,7 @@ def test_processors_normalise_as_openpi(jax_source, tmp_path):
     """Statistics of the wrong key, mean and std exchanged, LeRobot's epsilon, a lost chunk axis on the way back."""
     assert convert(jax_source, tmp_path / "out") == 0
     stats = json.loads((jax_source / "assets" / "me" / "my_robot" / "norm_stats.json").read_text())["norm_stats"]
-    config = read_config(tmp_path / "out")
+    config = Checkpoint.open(tmp_path / "out").config()
     assert (config.max_state_dim, config.max_action_dim) == (32, 32)
     assert config.input_features[OBS_STATE].shape == config.output_features[ACTION].shape == (DIMS,)
     assert list(config.image_features) == list(CAMERAS)
@@ -526,7 +526,7 @@ def test_epsilon_is_openpis(tmp_path, jax_source):
     stats = {key: {"mean": [0.5] * DIMS, "std": [0.1] * (DIMS - 1) + [0.0]} for key in ("state", "actions")}
     (tmp_path / "norm_stats.json").write_text(json.dumps({"norm_stats": stats}))
     assert convert(jax_source, tmp_path / "out", f"--norm_stats={tmp_path}") == 0
-    pre, _ = make_pre_post_processors(read_config(tmp_path / "out"), str(tmp_path / "out"))
+    pre, _ = make_pre_post_processors(Checkpoint.open(tmp_path / "out").config(), str(tmp_path / "out"))
     batch = pre({OBS_STATE: torch.full((DIMS,), 0.5 + 2**-20), "task": "x", CAMERAS[0]: torch.rand(3, 32, 32)})
     assert batch[OBS_STATE][0, -1].item() == pytest.approx(2**-20 / 1e-6, rel=1e-3)
 
@@ -536,10 +536,10 @@ def test_padded_statistics(jax_source, tmp_path, caplog):
     write_stats(tmp_path / "padded", pad=32 - DIMS)
     args = (jax_source, tmp_path / "out", f"--norm_stats={tmp_path / 'padded' / 'norm_stats.json'}")
     assert convert(*args) == 0
-    assert read_config(tmp_path / "out").output_features[ACTION].shape == (DIMS,)
+    assert Checkpoint.open(tmp_path / "out").config().output_features[ACTION].shape == (DIMS,)
     assert "taken for padding" in caplog.text
     assert convert(*args, "--overwrite=true", "--state_dim=8", "--action_dim=7") == 0
-    config = read_config(tmp_path / "out")
+    config = Checkpoint.open(tmp_path / "out").config()
     assert (config.input_features[OBS_STATE].shape, config.output_features[ACTION].shape) == ((8,), (7,))
 
 
@@ -552,7 +552,7 @@ def test_relative_actions(jax_source, tmp_path, caplog):
     assert convert(jax_source, tmp_path / "absolute") == 0
     state, actions, out = torch.arange(DIMS) + 1.0, torch.randn(1, 50, DIMS), {}
     for folder in ("out", "absolute"):
-        pre, post = make_pre_post_processors(read_config(tmp_path / folder), str(tmp_path / folder))
+        pre, post = make_pre_post_processors(Checkpoint.open(tmp_path / folder).config(), str(tmp_path / folder))
         pre({OBS_STATE: state, "task": "x", CAMERAS[0]: torch.rand(3, 32, 32)})
         out[folder] = post(actions)
     offset = torch.cat([state[:-1], torch.zeros(1)])

@@ -23,7 +23,7 @@ from conftest import (
 from lerobot.rollout.inference.rtc import supports_rtc_inference
 
 from lerobot_pi0 import PI0Config, PI0Policy
-from lerobot_pi0.checkpoints.checkpoint import CheckpointConfigError
+from lerobot_pi0.checkpoints.errors import CheckpointConfigError
 from lerobot_pi0.inputs.observation import ObservationError
 from lerobot_pi0.training.run import part_sizes
 

@@ -13,15 +13,15 @@ from conftest import (
     small_policy,
     stats,
     tiny_config,
+    without_plugin,
 )
 from lerobot.configs.default import DatasetConfig
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.policies.pi0.modeling_pi0 import PI0Policy as BuiltinPI0Policy
 from safetensors.torch import load_file, save_file
-from test_roundtrip import without_plugin
 
 from lerobot_pi0 import PI0Policy, make_pi0_pre_post_processors
-from lerobot_pi0.checkpoints.checkpoint import read_config
+from lerobot_pi0.checkpoints.checkpoint import Checkpoint
 from lerobot_pi0.tools import main
 from lerobot_pi0.tools.show import describe
 
@@ -123,7 +123,7 @@ def test_the_built_ins_own(small, tmp_path):
 def test_trained_weights_alone(micro, tmp_path):
     """Catches a checkpoint over a base that is shown as complete, or as one that the built-in could run."""
     micro_policy().save_pretrained(tmp_path / "base")
-    config = read_config(tmp_path / "base")
+    config = Checkpoint.open(tmp_path / "base").config()
     config.train_expert_only = config.save_expert_only = True
     PI0Policy.from_pretrained(tmp_path / "base", config=config).save_pretrained(tmp_path / "expert")
     content = describe(str(tmp_path / "expert"))

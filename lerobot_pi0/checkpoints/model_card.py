@@ -15,43 +15,7 @@ GEMMA_TERMS = (
     "[Gemma Terms of Use](https://ai.google.dev/gemma/terms). Gemma is provided under and subject to these terms."
 )
 
-TEMPLATE = """---
-{data}
----
-
-# {title}
-
-A [π₀](https://arxiv.org/abs/2410.24164) policy (vision, language, action; flow matching), trained with
-[LeRobot](https://github.com/huggingface/lerobot) and lerobot_policy_pi0 {version}.
-
-| | |
-|---|---|
-{facts}
-
-## Run it
-
-```sh
-pip install lerobot_policy_pi0
-lerobot-rollout --policy.path={repo_id} --robot.type={robot} --robot.port=PORT \\
-    --robot.cameras='{cameras}' --task="{task}"
-```
-
-Cameras, joints and their units have to be those below; the instruction in the words of the training data.
-
-## What it sees and does
-
-{features}
-
-## Limits and safety
-
-It imitates its demonstrations: outside their scenes, objects, lights and instructions its actions mean nothing. No
-success rate is claimed here; measure one on your robot. Keep the emergency stop within reach, start slowly, and keep
-people out of the arm's range.
-
-## Licence
-
-{licence}
-"""
+TEMPLATE = Path(__file__).with_name("model_card.md")
 
 
 def make_card(
@@ -65,49 +29,65 @@ def make_card(
     """A model card.
 
     Args:
-        parameters: per part of the network, how many parameters it has and how many of them are trained.
-        base: Hub id of the checkpoint that training started from, or that its VLM came from if it is `vlm_path`;
-            None if it started from random weights.
-        train: LeRobot's TrainPipelineConfig, if there is one.
-        dataset_meta: LeRobot's dataset metadata, if there is some.
+        parameters: per part of the network, how many it has, and how many of them are trained.
+        base: what training started from, or what the VLM came from (`vlm_path`): a Hub id or a folder; None: nothing.
+        train, dataset_meta: LeRobot's TrainPipelineConfig and its dataset's metadata, if there are any.
     """
+    tasks = [] if dataset_meta is None else [str(task) for task in dataset_meta.tasks.index]
+    licence, terms = _licence(config)
+    on_hub = base is not None and base.count("/") == 1 and not Path(base).is_absolute() and not Path(base).is_dir()
+    facts = {
+        "start": _start(config, base, on_hub),
+        "trained": ", ".join(f"{part} {_millions(own)} M of {_millions(n)} M" for part, (n, own) in parameters.items()),
+        "dataset": _dataset(dataset, dataset_meta),
+        "training": _training(train),
+        "instructions": _instructions(tasks),
+        "normalisation": ", ".join(f"{k.lower()} {v.value}" for k, v in config.normalization_mapping.items()),
+        "actions": _actions(config),
+    }
+    return ModelCard.from_template(
+        _metadata(config, licence, dataset, base if on_hub else None),
+        template_str=TEMPLATE.read_text(encoding="utf-8"),
+        title=config.repo_id or "π₀",
+        version=__version__,
+        facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
+        repo_id=config.repo_id or "FOLDER",
+        robot=getattr(dataset_meta, "robot_type", None) or "ROBOT",
+        cameras=_cameras(config),
+        task=next(iter(tasks), "…"),
+        features=_features(config, dataset_meta),
+        licence=terms,
+    )
+
+
+def _licence(config: PI0Config) -> tuple[str, str]:
+    """The Hub's name of the licence, and the sentences about it."""
     gemma = config.tokenizer == PALIGEMMA_TOKENIZER or config.paligemma_variant != "tiny"
     licence = config.license or ("gemma" if gemma else "apache-2.0")
-    on_hub = base is not None and base.count("/") == 1 and not Path(base).is_absolute() and not Path(base).is_dir()
-    data = ModelCardData(
+    return licence, f"{licence}. {GEMMA_TERMS}" if gemma else f"{licence}."
+
+
+def _metadata(config: PI0Config, licence: str, dataset: str | None, base: str | None) -> ModelCardData:
+    """What the Hub finds a policy by."""
+    return ModelCardData(
         license=licence,
         library_name="lerobot",
         pipeline_tag="robotics",
         tags=sorted({*(config.tags or []), "robotics", "lerobot", "pi0"}),
         model_name="pi0",
         datasets=dataset,
-        base_model=base if on_hub else None,
+        base_model=base,
     )
-    tasks = [str(task) for task in dataset_meta.tasks.index] if dataset_meta is not None else []
+
+
+def _instructions(tasks: list[str]) -> str:
+    return "; ".join(tasks[:10]) + (" …" if len(tasks) > 10 else "") if tasks else "unknown"
+
+
+def _cameras(config: PI0Config) -> str:
+    """The value of `--robot.cameras`, for the user to complete."""
     names = [key.removeprefix("observation.images.") for key in config.image_features]
-    facts = {
-        "start": _start(config, base, on_hub),
-        "trained": ", ".join(f"{part} {_millions(own)} M of {_millions(n)} M" for part, (n, own) in parameters.items()),
-        "dataset": _dataset(dataset, dataset_meta),
-        "training": _training(train),
-        "instructions": "; ".join(tasks[:10]) + (" …" if len(tasks) > 10 else "") if tasks else "unknown",
-        "normalisation": ", ".join(f"{k.lower()} {v.value}" for k, v in config.normalization_mapping.items()),
-        "actions": _actions(config),
-    }
-    return ModelCard(
-        TEMPLATE.format(
-            data=data.to_yaml(),
-            title=config.repo_id or "π₀",
-            version=__version__,
-            facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
-            repo_id=config.repo_id or "FOLDER",
-            robot=getattr(dataset_meta, "robot_type", None) or "ROBOT",
-            cameras="{" + ", ".join(f"{name}: {{type: opencv, index_or_path: …}}" for name in names) + "}",
-            task=tasks[0] if tasks else "…",
-            features=_features(config, dataset_meta),
-            licence=f"{licence}. {GEMMA_TERMS}" if gemma else f"{licence}.",
-        )
-    )
+    return "{" + ", ".join(f"{name}: {{type: opencv, index_or_path: …}}" for name in names) + "}"
 
 
 def _millions(count: int) -> str:

@@ -16,7 +16,8 @@ from draccus.utils import DecodingError
 from lerobot.configs import PreTrainedConfig, parser
 from lerobot.utils.utils import init_logging
 
-from ..checkpoints.checkpoint import CheckpointError, read_config
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def parse(options: type, args: list[str], prog: str) -> Any:
     path = parser.get_path_arg("policy", args)
     parsed: Any = draccus.parse(options, args=parser.filter_path_args("policy", args), prog=prog)
     if path is not None:
-        read_config(path)  # says what is wrong, where LeRobot's own parser raises what it likes
+        Checkpoint.open(path).config()  # says what is wrong, where LeRobot's own parser raises what it likes
         parsed.policy = PreTrainedConfig.from_pretrained(path, cli_overrides=parser.get_cli_overrides("policy", args))
         parsed.policy.pretrained_path = path
     return parsed

@@ -20,7 +20,7 @@ from lerobot.scripts import lerobot_rollout  # noqa: F401  makes LeRobot's robot
 from lerobot.utils.constants import ACTION, POLICY_PREPROCESSOR_DEFAULT_NAME
 from lerobot.utils.feature_utils import dataset_to_policy_features
 
-from ..checkpoints import checkpoint
+from ..checkpoints.checkpoint import Checkpoint
 from ..configuration_pi0 import PI0Config
 from ..inputs.steps import PI0TokenizerStep, TokenizerError, load_tokenizer
 from . import ToolError, checks
@@ -110,8 +110,9 @@ def read_trained(config: PI0Config) -> Trained:
             return Trained(None, None, {}, load_tokenizer(config.tokenizer), None)
     except TokenizerError as error:
         return Trained(None, None, {}, None, str(error))
-    before = checkpoint.read_config(source)
-    if checkpoint.hub_or_local(source, f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json") is None:
+    checkpoint = Checkpoint.open(source)
+    before = checkpoint.config()
+    if checkpoint.source.file(f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json") is None:
         return Trained(str(source), before, {}, None, f"{source} has no preprocessor, which LeRobot will ask for")
     try:
         preprocessor, _ = make_pre_post_processors(

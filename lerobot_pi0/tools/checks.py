@@ -21,7 +21,8 @@ from lerobot.robots import Robot
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 from tqdm import tqdm
 
-from ..checkpoints import checkpoint
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.errors import CheckpointError
 from ..configuration_pi0 import PI0Config
 from ..inputs.observation import ObservationMaker
 from ..inputs.statistics import NEAR_CONSTANT, STATISTICS, check_relative_statistics, check_statistics
@@ -665,10 +666,8 @@ def weights(subject: Subject) -> Iterable[Finding]:
     if source is None or config.use_peft:
         return
     try:
-        own = checkpoint.index_tensors(checkpoint.weight_files(source))
-        found = checkpoint.with_base(own, checkpoint.read_plugin_config(source).get("base"))
-        checkpoint.judge(source, network_parameters(config), found, strict=True, config=config)
-    except checkpoint.CheckpointError as error:
+        Checkpoint.open(source).check(network_parameters(config), config=config)
+    except CheckpointError as error:
         yield Finding(ERROR, "weights", str(error), "training would stop with the same message")
         return
     yield Finding(FINE, "weights", f"names and shapes of {source}'s tensors are the network's")

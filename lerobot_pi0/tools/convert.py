@@ -15,10 +15,9 @@ The source is a folder of openpi's JAX training or releases (`params/`, `assets/
 """
 
 import logging
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from huggingface_hub.constants import CONFIG_NAME
@@ -27,11 +26,15 @@ from lerobot.processor import NormalizerProcessorStep
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 from torch import Tensor
 
-from ..checkpoints import checkpoint
-from ..checkpoints.checkpoint import CheckpointNotFoundError, CorruptCheckpointError, MismatchedCheckpointError, Stored
+from ..checkpoints.errors import CorruptCheckpointError, MismatchedCheckpointError
+from ..checkpoints.matching import check_tensors
+from ..checkpoints.names import EMBEDDING, published_state
+from ..checkpoints.source import read_json
+from ..checkpoints.writing import save
 from ..configuration_pi0 import BYTE_TOKENIZER, PLUGIN_CONFIG_NAME, PI0Config
 from ..network.sizes import EXPERT_PRESETS, PALIGEMMA_PRESETS
 from . import ToolError
+from .openpi import OpenpiCheckpoint, open_source
 from .show import network_parameters
 
 logger = logging.getLogger(__name__)
@@ -78,15 +81,6 @@ class Options:
     lora_scaling: float = 1.0
 
 
-class Source(NamedTuple):
-    """A checkpoint of openpi: what it holds, and how to read it."""
-
-    root: Path
-    found: dict[str, Stored]
-    tensors: Callable[[torch.dtype], Iterator[tuple[str, Tensor]]]
-    has_lora: bool
-
-
 def run(options: Options) -> Path:
     """Convert, and return the folder that was written.
 
@@ -94,11 +88,11 @@ def run(options: Options) -> Path:
         CheckpointError: the source is not there, broken, or not π₀'s.
         ToolError: the options do not go together, or more have to be given.
     """
-    source = open_source(options)
+    source = open_source(options.source, options.lora_scaling)
     output = options.output or Path(f"{source.root.resolve().name}_lerobot")
     if output.is_dir() and any(output.iterdir()) and not options.overwrite:
         raise ToolError(f"{output} is not empty: choose another --output, or give --overwrite=true")
-    stats = read_norm_stats(find_norm_stats(source.root, options), options, _size(source, "state_proj.weight", 1))
+    stats = read_norm_stats(find_norm_stats(source.root, options), options, source.size("state_proj.weight", 1))
     config = make_config(source, options, stats)
     state = read_state(source, config)
 
@@ -107,56 +101,9 @@ def run(options: Options) -> Path:
     configs = config.to_files()
     configs[CONFIG_NAME]["device"] = None  # the machine that loads it chooses
     configs[PLUGIN_CONFIG_NAME]["start"] = f"openpi's {source.root.resolve().name}"
-    checkpoint.save(output, configs, checkpoint.published_state(state))
+    save(output, configs, published_state(state))
     logger.info("wrote %s: run it with --policy.path=%s", output, output)
     return output
-
-
-def open_source(options: Options) -> Source:
-    """Tell JAX from PyTorch, and look at what is there without reading weights.
-
-    Raises:
-        CheckpointError: it is neither, or not a complete checkpoint.
-    """
-    root = options.source
-    if not root.is_dir():
-        raise CheckpointNotFoundError(f"{root} is not a folder: download the checkpoint first")
-    if root.name == "params" and _is_orbax(root):
-        root = root.parent
-    if _is_orbax(root / "params"):
-        from .openpi_jax import JaxCheckpoint
-
-        jax = JaxCheckpoint(root / "params", options.lora_scaling)
-        return Source(root, jax.found, jax.tensors, bool(jax.lora))
-    content = checkpoint.read_json(root / CONFIG_NAME) if (root / CONFIG_NAME).is_file() else {}
-    if "type" in content:
-        raise ToolError(f"{root} is a checkpoint of LeRobot already (type={content['type']!r} in {CONFIG_NAME})")
-    steps = sorted(x.name for x in root.iterdir() if x.is_dir() and x.name.isdigit())
-    if steps and not list(root.glob("*.safetensors")):
-        raise ToolError(f"{root} holds the steps {', '.join(steps)} of a run: name one, --source={root / steps[-1]}")
-    try:
-        found = checkpoint.index_tensors(checkpoint.weight_files(root))
-    except CheckpointNotFoundError as error:
-        raise CheckpointNotFoundError(
-            f"{root} is no checkpoint of openpi: it holds neither `params` (JAX) nor model.safetensors (PyTorch)"
-        ) from error
-
-    def tensors(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        state = {name: torch.empty(stored.shape, dtype=dtype) for name, stored in found.items()}
-        checkpoint.read_tensors(state, found)
-        yield from state.items()
-
-    return Source(root, found, tensors, has_lora=False)
-
-
-def _is_orbax(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt"))
-
-
-def _size(source: Source, name: str, axis: int) -> int | None:
-    """Size of a published tensor along an axis; None where it is not there."""
-    stored = source.found.get(f"model.{name}")
-    return stored.shape[axis] if stored is not None and len(stored.shape) > axis else None
 
 
 def find_norm_stats(root: Path, options: Options) -> Path:
@@ -194,7 +141,7 @@ def read_norm_stats(file: Path, options: Options, padded: int | None) -> dict[st
         CorruptCheckpointError: the file is not one of openpi's.
         ToolError: the robot has more dims than the statistics.
     """
-    content = checkpoint.read_json(file)
+    content = read_json(file)
     content = content.get("norm_stats", content)
     stats = {}
     for theirs, ours, dims in (("state", OBS_STATE, options.state_dim), ("actions", ACTION, options.action_dim)):
@@ -224,7 +171,7 @@ def _without_padding(mean: Tensor, std: Tensor) -> int:
     return int(real.nonzero().max()) + 1 if real.any() else len(mean)
 
 
-def make_config(source: Source, options: Options, stats: dict[str, dict[str, Tensor]]) -> PI0Config:
+def make_config(source: OpenpiCheckpoint, options: Options, stats: dict[str, dict[str, Tensor]]) -> PI0Config:
     """The policy's config: shapes from the weights, dims from the statistics, the rest from the options.
 
     Raises:
@@ -248,8 +195,8 @@ def make_config(source: Source, options: Options, stats: dict[str, dict[str, Ten
             output_features={ACTION: vectors[ACTION]},
             paligemma_variant=vlm,
             action_expert_variant=expert,
-            max_state_dim=_size(source, "state_proj.weight", 1) or 32,
-            max_action_dim=_size(source, "action_in_proj.weight", 1) or 32,
+            max_state_dim=source.size("state_proj.weight", 1) or 32,
+            max_action_dim=source.size("action_in_proj.weight", 1) or 32,
             chunk_size=chunk,
             n_action_steps=options.n_action_steps or chunk,
             dtype=options.dtype or _dtype(source),
@@ -269,11 +216,11 @@ def make_config(source: Source, options: Options, stats: dict[str, dict[str, Ten
 KINDS = {OBS_STATE: FeatureType.STATE, ACTION: FeatureType.ACTION}
 
 
-def _variants(source: Source) -> tuple[str, str]:
-    """Names of the presets whose widths the weights have. Where a width is unknown, `judge` will say what is wrong."""
+def _variants(source: OpenpiCheckpoint) -> tuple[str, str]:
+    """Names of the presets whose widths the weights have. An unknown width is refused later, by `check_tensors`."""
     names = []
     sizes = (
-        ("paligemma_variant", {name: p.gemma.width for name, p in PALIGEMMA_PRESETS.items()}, checkpoint.EMBEDDING),
+        ("paligemma_variant", {name: p.gemma.width for name, p in PALIGEMMA_PRESETS.items()}, EMBEDDING),
         (
             "action_expert_variant",
             {name: p.width for name, p in EXPERT_PRESETS.items()},
@@ -292,11 +239,11 @@ def _variants(source: Source) -> tuple[str, str]:
     return names[0], names[1]
 
 
-def _chunk_size(source: Source, options: Options) -> int:
+def _chunk_size(source: OpenpiCheckpoint, options: Options) -> int:
     if options.chunk_size is not None:
         return options.chunk_size
     file = source.root / CONFIG_NAME
-    horizon = checkpoint.read_json(file).get("action_horizon") if file.is_file() else None
+    horizon = read_json(file).get("action_horizon") if file.is_file() else None
     if horizon is not None:
         return int(horizon)
     logger.warning(
@@ -307,7 +254,7 @@ def _chunk_size(source: Source, options: Options) -> int:
     return OPENPI_CHUNK
 
 
-def _dtype(source: Source) -> str:
+def _dtype(source: OpenpiCheckpoint) -> str:
     """What most of the source's numbers are; float32 where LoRA is merged, lest rounding undo what was learned."""
     numbers = {"BF16": 0, "other": 0}
     for stored in source.found.values():
@@ -315,13 +262,13 @@ def _dtype(source: Source) -> str:
     return "bfloat16" if numbers["BF16"] > numbers["other"] and not source.has_lora else "float32"
 
 
-def read_state(source: Source, config: PI0Config) -> dict[str, Tensor]:
+def read_state(source: OpenpiCheckpoint, config: PI0Config) -> dict[str, Tensor]:
     """The network's tensors by name, each converted as it is read.
 
     Raises:
         CheckpointError: names or shapes are not the network's, or a tensor is broken.
     """
-    checkpoint.judge(source.root, network_parameters(config), source.found, strict=True)
+    check_tensors(source.root, network_parameters(config), source.found)
     state = dict(source.tensors(getattr(torch, config.dtype)))
     logger.info(
         "read %d tensors (%.2f B parameters) of %s%s, to be written as %s",

@@ -12,7 +12,8 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.utils.constants import ACTION, OBS_STATE
 
-from ..checkpoints import checkpoint
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.errors import CheckpointNotFoundError
 from ..configuration_pi0 import PI0Config
 from ..inputs.joints import names_in_dataset
 from . import ToolError
@@ -112,10 +113,8 @@ def need_pi0(policy: PreTrainedConfig | None) -> PI0Config:
     if not isinstance(policy, PI0Config):
         raise ToolError(f"--policy.type={policy.type} is another policy; this command knows pi0 alone")
     if policy.pretrained_path:
-        with contextlib.suppress(checkpoint.CheckpointNotFoundError):
-            policy.take_saved(
-                checkpoint.read_plugin_config(policy.pretrained_path, revision=policy.pretrained_revision)
-            )
+        with contextlib.suppress(CheckpointNotFoundError):
+            policy.take_saved(Checkpoint.open(policy.pretrained_path, revision=policy.pretrained_revision).saved())
     return policy
 
 

@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..checkpoints import checkpoint
 from ..configuration_pi0 import PI0Config
 from ..kernels import rounding
 from ..modeling_pi0 import PI0Policy
@@ -126,7 +125,7 @@ class Counter:
                 if name in rounded:
                     rounded[name].put(weight)
                 else:
-                    checkpoint.set_parameter(self.policy, name, weight)
+                    self.policy.load_state_dict({name: weight}, strict=False, assign=True)
             self.policy.finish().train()
             self._weights = self._live.now
             self._make_optimizer(optimizer or config.get_optimizer_preset(), foreach)

@@ -34,7 +34,7 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from .. import __version__
-from ..checkpoints import checkpoint
+from ..checkpoints.source import Source
 from ..configuration_pi0 import PI0Config
 from ..inputs.statistics import NEAR_CONSTANT
 from . import ToolError
@@ -118,8 +118,8 @@ def held_out(config: PI0Config, options: DatasetOptions, meta: LeRobotDatasetMet
     everything = list(range(meta.total_episodes))
     if options.episodes is not None:
         return sorted(options.episodes), "those that were named"
-    file = checkpoint.hub_or_local(str(config.pretrained_path), TRAIN_CONFIG_NAME)
-    trained = (checkpoint.read_json(file).get("dataset") or {}) if file is not None else {}
+    train = Source(str(config.pretrained_path)).read_json(TRAIN_CONFIG_NAME) or {}
+    trained = train.get("dataset") or {}
     if trained.get("repo_id") not in (None, options.repo_id):
         return everything, f"of another dataset than that of training ({trained['repo_id']})"
     seen = trained.get("episodes") or everything

@@ -16,8 +16,10 @@ import torch
 from einops import EinopsError, rearrange
 from torch import Tensor
 
-from ..checkpoints.checkpoint import NETWORK, CheckpointError, CorruptCheckpointError, MismatchedCheckpointError, Stored
-from ..checkpoints.streaming import is_finite
+from ..checkpoints.errors import CheckpointError, CorruptCheckpointError, MismatchedCheckpointError
+from ..checkpoints.names import NETWORK
+from ..checkpoints.reading import Stored
+from ..checkpoints.tensor_bytes import is_finite
 
 logger = logging.getLogger(__name__)
 

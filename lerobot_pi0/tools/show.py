@@ -21,9 +21,12 @@ from lerobot.utils.constants import ACTION, POLICY_PREPROCESSOR_DEFAULT_NAME
 from safetensors import safe_open
 from torch import nn
 
-from ..checkpoints import checkpoint
-from ..checkpoints.checkpoint import EMBEDDING, LM_HEAD, NETWORK, VLM, CheckpointError, Stored
-from ..configuration_pi0 import BYTE_TOKENIZER, PI0Config
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.errors import CheckpointError
+from ..checkpoints.names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, EMBEDDING, LM_HEAD, NETWORK, VLM
+from ..checkpoints.origin import Base
+from ..checkpoints.reading import Stored, index_tensors
+from ..configuration_pi0 import BYTE_TOKENIZER, PLUGIN_FIELDS, PI0Config
 
 PARTS = {
     "vision tower": VLM + "model.vision_tower.",
@@ -35,8 +38,6 @@ PARTS = {
 """Parts of the network by what the names of their tensors begin with; the first that fits has it."""
 
 BUILTIN_VARIANTS = ("gemma_300m", "gemma_2b")
-ADAPTER_CONFIG_NAME = "adapter_config.json"
-ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 
 
 @dataclass
@@ -68,27 +69,24 @@ def describe(source: str, **hub: Any) -> dict[str, Any]:
     Raises:
         CheckpointError: there is no such checkpoint, it is no π₀, or a file of it is broken.
     """
-    hub["revision"] = checkpoint.revision_of(source, **hub)
-    config = checkpoint.read_config(source, **hub)
-    plugin = checkpoint.read_plugin_config(source, **hub)
-    raw = checkpoint.check_config(source, **hub) or {}
-    adapter = _read(source, ADAPTER_CONFIG_NAME, **hub)
-    base = plugin.get("base")
-    found = _tensors(source, adapter is not None, **hub)
+    checkpoint = Checkpoint.open(source, **hub)
+    config, saved = checkpoint.config(), checkpoint.saved()
+    adapter = checkpoint.source.read_json(ADAPTER_CONFIG_NAME)
     wanted = network_parameters(config)
+    found = checkpoint.own if adapter is None else _adapter_tensors(checkpoint)
     return {
         "source": str(source),
-        "revision": hub["revision"],
-        "kind": _kind(adapter, base),
-        "start": plugin.get("start") if plugin else None,
-        "updates": plugin.get("updates"),
-        "training": _training(_read(source, TRAIN_CONFIG_NAME, **hub)),
+        "revision": checkpoint.source.revision,
+        "kind": _kind(adapter, saved.get("base")),
+        "start": saved.get("start"),
+        "updates": saved.get("updates"),
+        "training": _training(checkpoint.source.read_json(TRAIN_CONFIG_NAME)),
         "features": _features(config),
-        "options": _options(config, plugin),
-        "processors": _processors(source, **hub),
+        "options": _options(config, saved),
+        "processors": _processors(checkpoint),
         "parts": _parts(found),
-        "this plugin": _verdict(_our_reasons(source, found, wanted, adapter, base, **hub)),
-        "built-in": _verdict(_builtin_reasons(source, config, raw, found, wanted, adapter, base, **hub)),
+        "this plugin": _verdict(_our_reasons(checkpoint, wanted) if adapter is None else ()),
+        "built-in": _verdict(_builtin_reasons(checkpoint, wanted, is_adapter=adapter is not None)),
     }
 
 
@@ -101,23 +99,17 @@ def network_parameters(config: PI0Config) -> dict[str, nn.Parameter]:
     return {f"model.{name}": p for name, p in network.named_parameters()}
 
 
-def _read(source: str, name: str, **hub: Any) -> dict[str, Any] | None:
-    file = checkpoint.hub_or_local(source, name, **hub)
-    return checkpoint.read_json(file) if file is not None else None
-
-
-def _tensors(source: str, is_adapter: bool, **hub: Any) -> dict[str, Stored]:
-    if not is_adapter:
-        return checkpoint.index_tensors(checkpoint.weight_files(source, **hub))
-    file = checkpoint.hub_or_local(source, ADAPTER_WEIGHTS_NAME, **hub)
+def _adapter_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
+    """The tensors of a PEFT adapter, by names like the network's."""
+    file = checkpoint.source.file(ADAPTER_WEIGHTS_NAME)
     if file is None:
         return {}
-    found = checkpoint.index_tensors([file], prefix="adapter.")  # PEFT's names are not the network's
+    found = index_tensors([file], prefix="adapter.")  # PEFT's names are not the network's
     names = {s.name: s for s in found.values()}
     return {"model." + name.removeprefix("base_model.model.model."): s for name, s in names.items()}
 
 
-def _kind(adapter: dict[str, Any] | None, base: checkpoint.Base | None) -> str:
+def _kind(adapter: dict[str, Any] | None, base: Base | None) -> str:
     if adapter is not None:
         return (
             f"a PEFT adapter ({adapter.get('peft_type')}, rank {adapter.get('r')}) over "
@@ -157,40 +149,45 @@ def _features(config: PI0Config) -> dict[str, Any]:
     }
 
 
-def _options(config: PI0Config, plugin: dict[str, Any]) -> dict[str, Any]:
+def _options(config: PI0Config, saved: dict[str, Any]) -> dict[str, Any]:
     """What decides about the network and how it is run, and what only this plugin has."""
     names = (
         "paligemma_variant", "action_expert_variant", "dtype", "max_state_dim", "max_action_dim", "image_resolution",
         "tokenizer_max_length", "chunk_size", "n_action_steps", "num_inference_steps",
     )  # fmt: skip
-    own = {name: plugin.get(name) for name in checkpoint.PLUGIN_FIELDS if plugin.get(name) is not None}
+    own = {name: saved.get(name) for name in PLUGIN_FIELDS if saved.get(name) is not None}
     normalisation = {kind.lower(): mode.value for kind, mode in config.normalization_mapping.items()}
     return {name: getattr(config, name) for name in names} | {"normalisation": normalisation} | own
 
 
-def _processors(source: str, **hub: Any) -> dict[str, Any] | None:
+def _processors(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The tokenizer and whether it travels along, and which features have statistics."""
-    content = _read(source, f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json", **hub)
+    content = checkpoint.source.read_json(f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json")
     if content is None:
         return None
     steps = {step.get("registry_name") or step.get("class"): step for step in content.get("steps", [])}
     tokenizer, normalizer = steps.get("tokenizer_processor", {}), steps.get("normalizer_processor", {})
-    file = normalizer.get("state_file") and checkpoint.hub_or_local(source, normalizer["state_file"], **hub)
-    stored = checkpoint.index_tensors([file], prefix="model.") if file else {}
+    stored = _state_of(normalizer, checkpoint)
     return {
         "tokenizer": tokenizer.get("config", {}).get("tokenizer_name"),
-        "tokenizer travels": _travels(source, tokenizer, **hub),
-        "statistics of": sorted({s.name.rpartition(".")[0] for s in stored.values()}),
+        "tokenizer travels": _travels(tokenizer, checkpoint),
+        "statistics of": sorted({name.rpartition(".")[0] for name in stored}),
     }
 
 
-def _travels(source: str, tokenizer: dict[str, Any], **hub: Any) -> bool:
+def _state_of(step: dict[str, Any], checkpoint: Checkpoint) -> set[str]:
+    """Names of the tensors that a processor's step keeps in a file of its own."""
+    name = step.get("state_file")
+    file = checkpoint.source.file(name) if name else None
+    return {s.name for s in index_tensors([file], prefix="model.").values()} if file else set()
+
+
+def _travels(tokenizer: dict[str, Any], checkpoint: Checkpoint) -> bool:
     from ..inputs.steps import NOT_CARRIED
 
     if tokenizer.get("config", {}).get("tokenizer_name") == BYTE_TOKENIZER:
         return True  # it is made in place
-    file = tokenizer.get("state_file") and checkpoint.hub_or_local(source, tokenizer["state_file"], **hub)
-    names = {s.name for s in checkpoint.index_tensors([file]).values()} if file else set()
+    names = _state_of(tokenizer, checkpoint)
     return bool(names) and NOT_CARRIED not in names
 
 
@@ -217,49 +214,33 @@ def _verdict(reasons: Iterable[str]) -> dict[str, Any]:
     return {"loads": not listed, "why not": listed}
 
 
-def _our_reasons(
-    source: str,
-    found: dict[str, Stored],
-    wanted: dict[str, nn.Parameter],
-    adapter: dict[str, Any] | None,
-    base: checkpoint.Base | None,
-    **hub: Any,
-) -> Iterable[str]:
+def _our_reasons(checkpoint: Checkpoint, wanted: dict[str, nn.Parameter]) -> Iterable[str]:
     """Why this plugin would refuse the checkpoint."""
-    if adapter is not None:
-        return
     try:
-        checkpoint.judge(source, wanted, checkpoint.with_base(found, base, **hub), strict=True)
+        checkpoint.check(wanted)
     except CheckpointError as error:
         yield str(error)
 
 
-def _builtin_reasons(
-    source: str,
-    config: PI0Config,
-    raw: dict[str, Any],
-    found: dict[str, Stored],
-    wanted: dict[str, nn.Parameter],
-    adapter: dict[str, Any] | None,
-    base: checkpoint.Base | None,
-    **hub: Any,
-) -> Iterable[str]:
+def _builtin_reasons(checkpoint: Checkpoint, wanted: dict[str, nn.Parameter], is_adapter: bool) -> Iterable[str]:
     """Why LeRobot's own π₀ would not load it, or, which is worse, would run with random weights."""
+    config = checkpoint.config()
     for name in ("paligemma_variant", "action_expert_variant"):
         if (variant := getattr(config, name)) not in BUILTIN_VARIANTS:
             yield f"it has no {name}={variant}, only {' and '.join(BUILTIN_VARIANTS)}"
+    raw = checkpoint.raw_config() or {}
     if unknown := sorted(raw.keys() - {f.name for f in fields(BuiltinPI0Config)} - {"type"}):
         yield f"{CONFIG_NAME} holds {', '.join(unknown)}, which it does not know"
-    if config.tokenizer == BYTE_TOKENIZER or (_processors(source, **hub) or {}).get("tokenizer") == BYTE_TOKENIZER:
+    if BYTE_TOKENIZER in (config.tokenizer, (_processors(checkpoint) or {}).get("tokenizer")):
         yield f"its processors cannot make the tokenizer {BYTE_TOKENIZER!r}"
-    if adapter is not None:
+    if is_adapter:
         return
-    if base is not None:
+    if checkpoint.saved().get("base") is not None:
         yield "it has no way to take the frozen weights from another checkpoint; it would run with random weights"
         return
-    if checkpoint.hub_or_local(source, SAFETENSORS_SINGLE_FILE, **hub) is None:
+    if checkpoint.source.file(SAFETENSORS_SINGLE_FILE) is None:
         yield f"it reads {SAFETENSORS_SINGLE_FILE} alone; it would run with random weights"
-    stored = _stored_names({stored.file for stored in found.values()})
+    stored = _stored_names({stored.file for stored in checkpoint.own.values()})
     if LM_HEAD in stored:  # it fills the embedding from the head
         stored.add(EMBEDDING)
     if random := sorted(wanted.keys() - stored):

@@ -28,8 +28,10 @@ from safetensors.torch import load_file
 from training.test_lora import CLI
 
 from lerobot_pi0 import PI0Policy
-from lerobot_pi0.checkpoints import checkpoint, streaming
-from lerobot_pi0.checkpoints.checkpoint import CheckpointConfigError, MismatchedCheckpointError
+from lerobot_pi0.checkpoints import reading
+from lerobot_pi0.checkpoints.checkpoint import Checkpoint
+from lerobot_pi0.checkpoints.errors import CheckpointConfigError, MismatchedCheckpointError
+from lerobot_pi0.checkpoints.writing import save
 from lerobot_pi0.kernels import rounding
 from lerobot_pi0.kernels.cpu_linear import Linear
 from lerobot_pi0.kernels.rounding import LAYERS, RoundedLinear, packed_product, plain_product, rounded, rounded_tokens
@@ -165,7 +167,7 @@ def base(tmp_path):
 
 
 def load(folder, training: bool = False, **options) -> PI0Policy:
-    config = checkpoint.read_config(folder)
+    config = Checkpoint.open(folder).config()
     for name, value in options.items():
         setattr(config, name, value)
     config._check()
@@ -307,13 +309,13 @@ def test_it_needs_a_checkpoint_and_all_of_its_vlm(base):
     tensors = load_file(base / "model.safetensors")
     lost = next(name for name in tensors if ".paligemma." in name and name.endswith(".1.mlp.up_proj.weight"))
     del tensors[lost]
-    checkpoint.save(base, {n: json.loads((base / n).read_text()) for n in ("config.json", "lerobot_pi0.json")}, tensors)
+    save(base, {n: json.loads((base / n).read_text()) for n in ("config.json", "lerobot_pi0.json")}, tensors)
     with pytest.raises(MismatchedCheckpointError, match="does not round"):
         PI0Policy.from_pretrained(base, config=small_config(base), strict=False)
 
 
 def small_config(folder):
-    config = checkpoint.read_config(folder)
+    config = Checkpoint.open(folder).config()
     config.vlm_quantization = "int8"
     return config
 
@@ -360,11 +362,11 @@ def test_the_vlm_is_never_whole_in_memory(base, monkeypatch):
     """Catches a load that needs the memory of the weights as they were, and then that of int8."""
     alive: weakref.WeakSet = weakref.WeakSet()
     most = []
-    empty, put = streaming.empty, RoundedLinear.put
+    allocate, put = reading.allocate, RoundedLinear.put
     shapes = {p.shape for p in rounding.layers(load(base, **INT8)).values() for p in [p.weight]}
 
     def counted(shape, *args):
-        x = empty(shape, *args)
+        x = allocate(shape, *args)
         if x.shape in shapes:
             alive.add(x)
         return x
@@ -374,7 +376,7 @@ def test_the_vlm_is_never_whole_in_memory(base, monkeypatch):
         put(layer, weight)
 
     before = len(alive)
-    monkeypatch.setattr(streaming, "empty", counted)
+    monkeypatch.setattr(reading, "allocate", counted)
     monkeypatch.setattr(RoundedLinear, "put", recorded)
     policy = load(base, **INT8)
     kept = sum(p.shape in shapes for p in policy.parameters() if not p.is_meta)

@@ -1,19 +1,23 @@
 """The card of a trained policy tells the truth: where it started, what was trained, on what, for which robot."""
 
 import re
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 import yaml
 from conftest import CAMERAS, features, small_policy, stats, tiny_config, write_dataset
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import EntryNotFoundError
 from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.utils.constants import ACTION, OBS_STATE
+from safetensors.torch import save_file
 
 from lerobot_pi0 import PI0Config, PI0Policy
-from lerobot_pi0.checkpoints.checkpoint import set_parameter
+from lerobot_pi0.checkpoints import source
+from lerobot_pi0.checkpoints.names import VLM
 
 DATASET = "me/cubes"
 JOINTS = [f"joint_{i}" for i in range(6)]
@@ -61,11 +65,18 @@ def millions(text: str) -> dict[str, tuple[float, float]]:
     return {name.strip(): (float(own.replace(",", "")), float(n.replace(",", ""))) for name, own, n in rows}
 
 
-def zeros_for_the_vlm(policy: PI0Policy, source: str, device: torch.device) -> None:
-    """Stands in for `load_vlm`."""
-    for name, p in list(policy.named_parameters()):
-        if p.is_meta:
-            set_parameter(policy, name, torch.zeros(p.shape, dtype=p.dtype))
+def a_hub_with_a_vlm(folder: Path) -> Callable[..., str]:
+    """A Hub whose only repository is a PaliGemma of the small size, as transformers writes it."""
+    folder.mkdir()
+    weights = {name: p.detach() for name, p in small_policy().named_parameters() if name.startswith(VLM)}
+    save_file({name.removeprefix(VLM): x for name, x in weights.items()}, folder / "model.safetensors")
+
+    def download(repo: str, filename: str, **kwargs) -> str:
+        if not (folder / filename).is_file():
+            raise EntryNotFoundError(filename)
+        return str(folder / filename)
+
+    return download
 
 
 # --- where it started ---------------------------------------------------------------------------------------
@@ -108,9 +119,7 @@ def test_a_relative_folder_is_no_hub_id(tmp_path, monkeypatch):
 @pytest.mark.parametrize("resumed", [False, True])
 def test_only_the_vlm_came_from_paligemma(tmp_path, monkeypatch, resumed):
     """Catches "fine-tuned from PaliGemma" for a policy whose action expert began with random weights."""
-    monkeypatch.setattr(
-        "lerobot_pi0.checkpoints.checkpoint.load_vlm", zeros_for_the_vlm
-    )  # its weights are test_vlm_path's matter
+    monkeypatch.setattr(source, "hf_hub_download", a_hub_with_a_vlm(tmp_path / "paligemma"))
     policy = small_policy(vlm_path="google/paligemma-3b-pt-224")
     if resumed:
         policy.save_pretrained(tmp_path)
@@ -251,7 +260,7 @@ def test_tiny_owes_gemma_nothing(tmp_path):
     scratch = PI0Policy(tiny_config())
     scratch.save_pretrained(tmp_path)
     tuned = PI0Policy.from_pretrained(tmp_path)
-    tuned._start = "me/tiny"
+    tuned.origin.start = "me/tiny"
     for policy in (scratch, tuned):
         card = card_of(policy)
         assert card.data.license == "apache-2.0"

@@ -19,7 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lerobot_pi0 import PI0Policy
-from lerobot_pi0.checkpoints.checkpoint import EXPERT_HEAD, LM_HEAD, CheckpointError
+from lerobot_pi0.checkpoints.errors import CheckpointError
+from lerobot_pi0.checkpoints.names import EXPERT_HEAD, LM_HEAD
 
 pytestmark = pytest.mark.usefixtures("micro")
 

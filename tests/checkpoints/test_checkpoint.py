@@ -20,19 +20,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lerobot_pi0 import PI0Policy
-from lerobot_pi0.checkpoints import checkpoint, streaming
-from lerobot_pi0.checkpoints.checkpoint import (
-    EMBEDDING,
-    EXPERT_HEAD,
-    LM_HEAD,
+from lerobot_pi0.checkpoints import errors, source, writing
+from lerobot_pi0.checkpoints.checkpoint import Checkpoint
+from lerobot_pi0.checkpoints.errors import (
     CheckpointConfigError,
     CheckpointError,
     CheckpointNotFoundError,
     CorruptCheckpointError,
     MismatchedCheckpointError,
     WrongPolicyError,
-    canonical_name,
 )
+from lerobot_pi0.checkpoints.names import EMBEDDING, EXPERT_HEAD, LM_HEAD, canonical_name
+from lerobot_pi0.checkpoints.writing import finish_interrupted_save
 
 pytestmark = pytest.mark.usefixtures("micro")
 
@@ -485,7 +484,7 @@ EXPERT_ONLY = {"train_expert_only": True, "save_expert_only": True}
 
 def load(folder: Path | str, **options) -> PI0Policy:
     """As `make_policy` does it with options of the command line."""
-    config = checkpoint.read_config(folder) if Path(folder).is_dir() else micro_policy().config
+    config = Checkpoint.open(folder).config() if Path(folder).is_dir() else micro_policy().config
     for name, value in options.items():
         setattr(config, name, value)
     return PI0Policy.from_pretrained(folder, config=config)
@@ -602,7 +601,7 @@ def test_a_base_on_the_hub(saved, tmp_path, monkeypatch):
             raise EntryNotFoundError(filename)
         return str(file)
 
-    monkeypatch.setattr(checkpoint, "hf_hub_download", download)
+    monkeypatch.setattr(source, "hf_hub_download", download)
     (hub / "main").write_text("one")
     policy = load("someone/base", **EXPERT_ONLY)
     expected = train(policy)
@@ -666,7 +665,7 @@ def save_and_die(policy: PI0Policy, folder: Path, step: int, torn: bool) -> None
     for name in ("unlink", "replace"):
         dying(Path, name)
     dying(Path, "write_text", 0)
-    dying(streaming, "write", 1)
+    dying(writing, "write_tensors", 1)
     policy.save_pretrained(folder)
 
 
@@ -783,20 +782,19 @@ def test_two_processes_finish_the_same_save(tmp_path, monkeypatch):
         if json.loads((folder / "config.json").read_text())["n_action_steps"] == new.config.n_action_steps:
             break
     assert (folder / f"{WEIGHTS}.new").exists()
-    opened = checkpoint._opened
+    opened = writing.opened_safetensors
 
     def late(file):
-        checkpoint._opened = opened
-        checkpoint.finish_interrupted_save(folder)  # the other process, between our look and our reading
+        writing.opened_safetensors = opened
+        finish_interrupted_save(folder)  # the other process, between our look and our reading
         return opened(file)
 
-    monkeypatch.setattr(checkpoint, "_opened", late)
+    monkeypatch.setattr(writing, "opened_safetensors", late)
     assert identity(PI0Policy.from_pretrained(folder)) == identity(new)
 
 
 def test_every_error_is_a_checkpoint_error():
     """Catches an error kind that a caller who catches CheckpointError does not get."""
-    kinds = [x for x in vars(checkpoint).values() if isinstance(x, type) and issubclass(x, Exception)]
-    ours = [kind for kind in kinds if kind.__module__ == checkpoint.__name__]
-    assert len(ours) == 6
-    assert all(issubclass(kind, CheckpointError) for kind in ours)
+    kinds = [x for x in vars(errors).values() if isinstance(x, type) and issubclass(x, Exception)]
+    assert len(kinds) == 6
+    assert all(issubclass(kind, CheckpointError) for kind in kinds)

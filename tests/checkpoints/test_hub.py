@@ -22,13 +22,9 @@ from safetensors.torch import load, load_file, save_file
 from test_registration import finish, start
 
 from lerobot_pi0 import PI0Policy
-from lerobot_pi0.checkpoints.checkpoint import (
-    CheckpointError,
-    CheckpointNotFoundError,
-    CorruptCheckpointError,
-    read_config,
-)
-from lerobot_pi0.checkpoints.streaming import digest
+from lerobot_pi0.checkpoints.checkpoint import Checkpoint
+from lerobot_pi0.checkpoints.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
+from lerobot_pi0.checkpoints.tensor_bytes import digest
 
 COMMAND = """
 import sys
@@ -367,17 +363,18 @@ def test_a_push_in_the_middle_of_a_download(hub, tmp_path, monkeypatch):
     first = tiny_checkpoint(tmp_path / "first", chunk_size=10, n_action_steps=10)
     tiny_checkpoint(tmp_path / "second", chunk_size=20, n_action_steps=20)
     hub.publish("me/x", tmp_path / "first")
-    monkeypatch.setattr("lerobot_pi0.checkpoints.checkpoint.read_config", pushing(hub, tmp_path / "second"))
+    monkeypatch.setattr(Checkpoint, "config", pushing(hub, tmp_path / "second"))
     policy = PI0Policy.from_pretrained("me/x")
     assert policy.config.chunk_size == 10
     assert_same_weights(policy, first)
 
 
 def pushing(hub: Hub, folder: Path):
-    """`read_config`, with a push by somebody else right after it."""
+    """`Checkpoint.config`, with a push by somebody else right after it."""
+    read_config = Checkpoint.config
 
-    def read_and_push(*args, **kwargs):
-        config = read_config(*args, **kwargs)
+    def read_and_push(checkpoint):
+        config = read_config(checkpoint)
         hub.publish("me/x", folder)
         return config
 

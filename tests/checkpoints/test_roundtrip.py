@@ -5,8 +5,6 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +28,7 @@ from conftest import (
     small_policy,
     stats,
     tiny_config,
+    without_plugin,
 )
 from full_size import OnMeta, theirs  # noqa: F401  a fixture
 from inputs.test_processor import sample, word_tokenizer
@@ -40,18 +39,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from lerobot_pi0 import PI0Policy, make_pi0_pre_post_processors
-from lerobot_pi0.checkpoints.checkpoint import EMBEDDING, LM_HEAD, published_state
-
-
-@contextmanager
-def without_plugin() -> Iterator[None]:
-    """LeRobot as it is without this plugin, as far as the type "pi0" of a config goes."""
-    choices = PreTrainedConfig.get_known_choices()
-    ours, choices["pi0"] = choices["pi0"], BuiltinPI0Config
-    try:
-        yield
-    finally:
-        choices["pi0"] = ours
+from lerobot_pi0.checkpoints.names import EMBEDDING, LM_HEAD, published_state
 
 
 def shaken_policy(**options) -> PI0Policy:

@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
-from lerobot_pi0.checkpoints.checkpoint import CorruptCheckpointError, Stored, fill, index_tensors, read_tensors
-from lerobot_pi0.checkpoints.streaming import DTYPES, PART, SERIAL, digest, is_finite, write
+from lerobot_pi0.checkpoints.errors import CorruptCheckpointError
+from lerobot_pi0.checkpoints.reading import SERIAL, Stored, fill, index_tensors, read_tensors
+from lerobot_pi0.checkpoints.tensor_bytes import DTYPES, PART, digest, is_finite
+from lerobot_pi0.checkpoints.writing import write_tensors
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -68,7 +70,7 @@ def test_types_may_differ_in_a_file_and_between_shards(tmp_path):
     tensors = {f"t{i}": numbers(i + 2, 3, dtype=dtype, seed=i) for i, dtype in enumerate([*DTYPES.values()] * 2)}
     files = [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
     save_file({name: x for name, x in tensors.items() if name < "t5"}, files[0])
-    write({name: x for name, x in tensors.items() if name >= "t5"}, files[1], {}, "lerobot_pi0.digests")
+    write_tensors({name: x for name, x in tensors.items() if name >= "t5"}, files[1], {}, "lerobot_pi0.digests")
     found = loaded(files)
     assert all(torch.equal(found[name], x.float()) for name, x in tensors.items())
 
@@ -86,7 +88,7 @@ def test_writing_is_the_librarys(tmp_path):
     tensors["zeros inside"] = numbers(3 * PART // 4) * (torch.arange(3 * PART // 4) // (PART // 4) != 1)
     tensors["zeros at the end"] = torch.zeros(PART, dtype=torch.bfloat16)
     digests = {name: digest(name, x) for name, x in tensors.items()}
-    write(tensors, tmp_path / "ours", {"format": "pt", "é": "π"}, "digests")
+    write_tensors(tensors, tmp_path / "ours", {"format": "pt", "é": "π"}, "digests")
     expected = save(tensors, {"format": "pt", "é": "π", "digests": json.dumps(digests)})
     (header, body), (library_header, library_body) = map(split, ((tmp_path / "ours").read_bytes(), expected))
     assert json.loads(header["__metadata__"].pop("digests")) == json.loads(
@@ -110,14 +112,16 @@ STRIDED = {
 def test_any_layout_is_written(tmp_path, kind):
     """Catches memory that is written as it lies: a state dict may hold views."""
     x = STRIDED[kind](numbers(2000, 300))
-    write({"x": x}, tmp_path / "file", {}, "digests")
+    write_tensors({"x": x}, tmp_path / "file", {}, "digests")
     assert torch.equal(load_file(tmp_path / "file")["x"], x)
     assert digest("x", x) == digest("x", x.detach().clone(memory_format=torch.contiguous_format))
 
 
 def test_zeros_take_no_place(tmp_path):
     """Catches half a GiB of zeros, the expert's head, that is written at every save."""
-    write({"zeros": torch.zeros(()).expand(1000, 4 * MIB // 1000), "one": torch.ones(1)}, tmp_path / "file", {}, "d")
+    write_tensors(
+        {"zeros": torch.zeros(()).expand(1000, 4 * MIB // 1000), "one": torch.ones(1)}, tmp_path / "file", {}, "d"
+    )
     status = (tmp_path / "file").stat()
     assert status.st_size > 15 * MIB
     assert status.st_blocks * 512 < MIB
@@ -166,7 +170,7 @@ def test_what_overflows_on_its_way_is_refused(tmp_path):
 @pytest.fixture
 def many(tmp_path) -> tuple[Path, dict[str, Stored]]:
     """A file of 200 tensors with digests, and what its index says."""
-    write({f"t{i:03d}": numbers(50, seed=i) for i in range(200)}, tmp_path / "many", {}, "lerobot_pi0.digests")
+    write_tensors({f"t{i:03d}": numbers(50, seed=i) for i in range(200)}, tmp_path / "many", {}, "lerobot_pi0.digests")
     return tmp_path / "many", index_tensors([tmp_path / "many"])
 
 
@@ -247,7 +251,7 @@ pages_count = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="
 @pytest.mark.parametrize("final", [torch.float32, torch.bfloat16], ids=str)
 def test_loading_takes_the_models_memory(tmp_path, source, final):
     """Catches a state dict beside the model, a whole tensor before its conversion, and pages of a mapped file."""
-    write({name: numbers(*shape, dtype=source) for name, shape in BIG.items()}, tmp_path / "file", {}, "d")
+    write_tensors({name: numbers(*shape, dtype=source) for name, shape in BIG.items()}, tmp_path / "file", {}, "d")
     grown = growth_in_a_child(lambda: loaded([tmp_path / "file"], final))
     model = 64 * MIB * final.itemsize
     assert model <= grown < model + LIBRARIES
@@ -258,5 +262,5 @@ def test_saving_takes_no_memory(tmp_path):
     """Catches a copy of the numbers on their way into the file, and the zeros of a head that nothing reads."""
     tensors = {name: numbers(*shape).T for name, shape in BIG.items()}
     tensors["zeros"] = torch.zeros(()).expand(MIB // 16, 1024)
-    assert growth_in_a_child(lambda: write(tensors, tmp_path / "file", {}, "d")) < 64 * MIB  # one of them
+    assert growth_in_a_child(lambda: write_tensors(tensors, tmp_path / "file", {}, "d")) < 64 * MIB  # one of them
     assert torch.equal(load_file(tmp_path / "file")["t3"], tensors["t3"])

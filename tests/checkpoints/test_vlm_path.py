@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 from lerobot_pi0 import PI0Policy
-from lerobot_pi0.checkpoints.checkpoint import CheckpointError, CheckpointNotFoundError, MismatchedCheckpointError
+from lerobot_pi0.checkpoints.errors import CheckpointError, CheckpointNotFoundError, MismatchedCheckpointError
 from lerobot_pi0.network.attention import additive_mask
 from lerobot_pi0.network.pi0 import Observation
 

@@ -1,0 +1,126 @@
+"""Files of a checkpoint, from a folder or from the Hugging Face Hub."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, is_offline_mode, try_to_load_from_cache
+from huggingface_hub.constants import CONFIG_NAME
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from .errors import CheckpointNotFoundError, CorruptCheckpointError
+
+
+class Source:
+    """A folder, or a Hub repository at one commit: all files come from the same one, whoever pushes meanwhile.
+
+    Args:
+        place: path of the folder, or Hub id.
+        hub: options of `hf_hub_download` (revision, token, cache_dir, local_files_only, force_download). A folder
+            ignores them.
+
+    Raises:
+        CheckpointNotFoundError: there is no such repository or revision, or no way to it.
+    """
+
+    def __init__(self, place: str | Path, **hub: Any) -> None:
+        self.place = str(place)
+        self._hub = hub
+        self.folder = Path(place) if Path(place).is_dir() else None
+        if self.folder is None and (snapshot := self.file(CONFIG_NAME)) is not None:
+            self._hub = hub | {"revision": snapshot.parent.name}
+
+    def __str__(self) -> str:
+        return self.place
+
+    @property
+    def revision(self) -> str | None:
+        """The commit on the Hub; None for a folder."""
+        return None if self.folder is not None else self._hub.get("revision")
+
+    def other(self, place: str | Path, revision: str | None) -> "Source":
+        """Another folder or repository, with the same options of the Hub."""
+        return Source(place, **self._hub | {"revision": revision})
+
+    def file(self, name: str) -> Path | None:
+        """Path of a file, downloaded if need be; None where the checkpoint has no such file.
+
+        Raises:
+            CheckpointNotFoundError: there is no such checkpoint, or no way to it.
+        """
+        if self.folder is not None:
+            return self.folder / name if (self.folder / name).is_file() else None
+        try:
+            return Path(hf_hub_download(self.place, name, **self._hub))
+        except LocalEntryNotFoundError as error:
+            if self._is_known_to_lack(name):
+                return None
+            raise CheckpointNotFoundError(
+                f"{name} of {self} is not in the local cache and the Hub cannot be reached (or offline mode is on); "
+                "if it is meant to be a folder, there is none. Connect once, or pass the path of a downloaded folder"
+            ) from error
+        except EntryNotFoundError:
+            return None
+        except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
+            raise CheckpointNotFoundError(self._explain(error)) from error
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """The object in a JSON file; None where the checkpoint has no such file.
+
+        Raises:
+            CheckpointError: there is no way to the file, it is cut, or it holds no object.
+        """
+        file = self.file(name)
+        return None if file is None else read_json(file)
+
+    def _explain(self, error: Exception) -> str:
+        """What an error of the Hub means for a user."""
+        if isinstance(error, HFValidationError):
+            return f"{self} is neither a folder nor a Hub id of the form owner/name"
+        if isinstance(error, GatedRepoError | RepositoryNotFoundError):
+            return (
+                f"{self} is not on the Hub, or not for you: check the spelling, and `hf auth login` for what is "
+                "private or gated"
+            )
+        if isinstance(error, RevisionNotFoundError):
+            return (
+                f"{self} is on the Hub, but has no revision {self._hub.get('revision')!r}: name one of its branches, "
+                "tags or commits (--policy.pretrained_revision), or none for the newest"
+            )
+        return f"{self} cannot be had from the Hub: {error}"
+
+    def _is_known_to_lack(self, name: str) -> bool:
+        """Whether the cache tells that the repository has no such file.
+
+        Once the Hub has said so, the cache remembers; `hf download` leaves no such note, but a snapshot that has its
+        configuration counts as complete where the user asks for no network.
+        """
+        where = {"cache_dir": self._hub.get("cache_dir"), "revision": self._hub.get("revision")}
+        if try_to_load_from_cache(self.place, name, **where) is _CACHED_NO_EXIST:
+            return True
+        offline = self._hub.get("local_files_only") or is_offline_mode()
+        has_config = isinstance(try_to_load_from_cache(self.place, CONFIG_NAME, **where), str)
+        return bool(offline and name != CONFIG_NAME and has_config)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CorruptCheckpointError: the file is cut or holds no object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # also what is no text, and numbers and nesting without end
+        raise CorruptCheckpointError(f"{file} is no JSON ({error}): download or copy it again") from error
+    if not isinstance(content, dict):
+        raise CorruptCheckpointError(f"{file} holds a {type(content).__name__} where an object was expected")
+    return content
