@@ -23,8 +23,9 @@ from lerobot.utils.feature_utils import dataset_to_policy_features
 from ..checkpoints import checkpoint
 from ..configuration_pi0 import PI0Config
 from ..processor_pi0 import PI0TokenizerStep, TokenizerError, load_tokenizer
-from . import ToolError, checks
-from .checks import ERROR, FINE, WARNING, Finding, Subject, Trained
+from . import ToolError
+from .checks import CHECKS
+from .checks.subject import ERROR, FINE, WARNING, Finding, Subject, Trained
 from .data import DatasetOptions, dim_names, need_pi0, open_dataset, read_columns
 
 
@@ -93,7 +94,7 @@ def check(options: Options) -> Iterable[Finding]:
         card_gb=options.card_gb,
         batch_size=options.batch_size,
     )
-    for one in checks.CHECKS:
+    for one in CHECKS:
         yield from one(subject)
 
 
