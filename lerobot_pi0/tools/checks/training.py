@@ -77,7 +77,7 @@ def memory(subject: Subject) -> Iterable[Finding]:
     largest = largest_batch(counts, (subject.card_gb - RESERVE_GB) * GIB)
     takes = (
         f"a step of {batch} samples that trains {trained / 1e6:.1f} M weights takes {counts[batch].peak / GIB:.1f} GiB "
-        f"at its peak, of {subject.card_gb:g}; {RESERVE_GB:g} is left for what is no tensor"
+        f"at its peak, of {subject.card_gb:g}; {RESERVE_GB:g} of them stay free for CUDA and kernels"
     )
     if batch <= largest:
         yield Finding(FINE, "memory", f"{takes}; the largest batch is {largest}")
