@@ -1,7 +1,7 @@
-"""The command `lerobot-pi0`: one verb a file.
+"""The command `lerobot-pi0`: one file per verb.
 
 A verb is a module of this package with a dataclass `Options`, whose comments are the help text, and a function
-`run(options)`, whose result is the exit status where it is an int. It gets a line in `VERBS`.
+`run(options)`, which returns the exit status, or None for 0. Each verb has a line in `VERBS`.
 """
 
 import importlib
@@ -22,25 +22,24 @@ from ..checkpoints.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 VERBS = {
-    "show": "what a checkpoint is, what it was trained on, what it expects, who can load it",
-    "check": "does a dataset suit a policy, and a robot? Asked before training",
-    "plan": "what training takes of a GPU's memory, by mode and batch size, and which card it fits",
-    "open-loop": "chunks beside recorded actions, and what the policy reacts to: an HTML report",
-    "serve": "LeRobot's policy server for robots that are elsewhere, with this policy in it",
-    "convert": "openpi's checkpoints (JAX or PyTorch) to a LeRobot checkpoint",
+    "show": "describe a checkpoint: what it was trained on, what it expects, which programs can load it",
+    "check": "look for faults in a dataset, and compare it with a policy and a robot, before training",
+    "plan": "how much GPU memory training needs, by mode and batch size, and which card is large enough",
+    "open-loop": "compare predicted chunks with recorded actions, and test which inputs the policy uses",
+    "serve": "run LeRobot's policy server with this policy, for robots on other machines",
+    "convert": "make a LeRobot checkpoint from openpi's (JAX or PyTorch)",
 }
 
-
-IDLE = ("plan", "check")
-"""Verbs that run no policy: LeRobot would choose a device for it, and warn that there is no GPU."""
+WITHOUT_DEVICE = ("plan", "check")
+"""Verbs that run no policy. For them LeRobot need not choose a device, nor warn that there is no GPU."""
 
 
 class ToolError(RuntimeError):
-    """What a verb cannot do; the message says what to do instead. Shown without a traceback."""
+    """A verb cannot do what was asked. The message says what to do instead; it is shown without a traceback."""
 
 
 def usage() -> str:
-    """What `lerobot-pi0 --help` prints."""
+    """The text of `lerobot-pi0 --help`."""
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {verb:{width}}  {line}" for verb, line in VERBS.items())
     return (
@@ -51,12 +50,12 @@ def usage() -> str:
 
 
 def parse(options: type, args: list[str], prog: str) -> Any:
-    """The options of a verb, written as LeRobot's commands take them.
+    """Parse the options of a verb, which are written as for LeRobot's commands.
 
-    `--policy.path` fills the field `policy` from a checkpoint, as it does there; a flag may stand without `=true`.
+    `--policy.path` fills the field `policy` from a checkpoint, as in LeRobot; `--flag` means `--flag=true`.
 
     Raises:
-        DecodingError: an option has no such value.
+        DecodingError: the value of an option is not valid.
         ToolError: there is no such checkpoint.
     """
     flags = {f"--{field.name}" for field in fields(options) if field.type is bool}
@@ -64,35 +63,35 @@ def parse(options: type, args: list[str], prog: str) -> Any:
     path = parser.get_path_arg("policy", args)
     parsed: Any = draccus.parse(options, args=parser.filter_path_args("policy", args), prog=prog)
     if path is not None:
-        Checkpoint.open(path).config()  # says what is wrong, where LeRobot's own parser raises what it likes
+        Checkpoint.open(path).config()  # explains what is wrong with it; LeRobot's parser raises many kinds of errors
         parsed.policy = PreTrainedConfig.from_pretrained(path, cli_overrides=parser.get_cli_overrides("policy", args))
         parsed.policy.pretrained_path = path
     return parsed
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run a verb. Returns the exit status: 0, 1 for an error that was explained, 2 for a wrong command line."""
+    """Run a verb. Returns the exit status: 0, 1 after an error with an explanation, 2 for a wrong command line."""
     verb, *rest = [*(sys.argv[1:] if args is None else args)] or ["--help"]
     if verb in ("-h", "--help"):
         print(usage())
         return 0
     if verb not in VERBS:
-        print(f"lerobot-pi0: {verb!r} is none of its verbs\n\n{usage()}", file=sys.stderr)
+        print(f"lerobot-pi0: {verb!r} is not a verb\n\n{usage()}", file=sys.stderr)
         return 2
-    if verb in IDLE and any(arg.startswith("--policy.") for arg in rest):
+    if verb in WITHOUT_DEVICE and any(arg.startswith("--policy.") for arg in rest):
         rest = ["--policy.device=cpu", *rest]
     init_logging()
     module = importlib.import_module(f"{__name__}.{verb.replace('-', '_')}")
     if {"-h", "--help"} & {*rest}:
         print(module.__doc__)
-        parser.print_scoped_help(module.Options, rest)  # draccus' own lists the options of every policy and robot
+        parser.print_scoped_help(module.Options, rest)  # draccus lists the options of every policy and robot
         return 0
     try:
         options = parse(module.Options, rest, prog=f"lerobot-pi0 {verb}")
     except (CheckpointError, ToolError) as error:
         logger.error("%s: %s", type(error).__name__, error)
         return 1
-    except (DecodingError, ValueError) as error:  # ValueError: what the policy's options say about themselves
+    except (DecodingError, ValueError) as error:  # ValueError: the policy's config refuses an option
         print(f"lerobot-pi0 {verb}: {error}; --help lists the options", file=sys.stderr)
         return 2
     try:

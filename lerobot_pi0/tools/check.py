@@ -1,11 +1,11 @@
-"""`lerobot-pi0 check`: does this dataset suit this policy, and this robot? Asked before training.
+"""`lerobot-pi0 check`: faults of a dataset, and whether it suits a policy and a robot. Run it before training.
 
     lerobot-pi0 check --policy.type=pi0 --policy.pretrained_path=lerobot/pi0_base --dataset.repo_id=you/cubes
     lerobot-pi0 check --policy.path=you/pi0_cubes --dataset.repo_id=you/more_cubes \\
         --robot.type=so100_follower --robot.port=none --robot.cameras='{front: {type: opencv, index_or_path: 0}}'
 
-Every finding is an error (training would fail, or teach something wrong), a warning (look at it) or fine, and says
-what to do. The robot is not connected to. The exit status is 1 where there are errors.
+Every finding is an error (training would fail, or learn something wrong), a warning (look at it) or fine, and says
+what to do. The robot is not connected. The exit status is 1 if there are errors.
 """
 
 import json
@@ -23,8 +23,9 @@ from lerobot.utils.feature_utils import dataset_to_policy_features
 from ..checkpoints.checkpoint import Checkpoint
 from ..configuration_pi0 import PI0Config
 from ..inputs.steps import PI0TokenizerStep, TokenizerError, load_tokenizer
-from . import ToolError, checks
-from .checks import ERROR, FINE, WARNING, Finding, Subject, Trained
+from . import ToolError
+from .checks import CHECKS
+from .checks.subject import ERROR, FINE, WARNING, Finding, Subject, Trained
 from .data import DatasetOptions, dim_names, need_pi0, open_dataset, read_columns
 
 
@@ -33,7 +34,7 @@ class Options:
     """Check a dataset against a policy, and a robot's configuration against both."""
 
     dataset: DatasetOptions
-    # The policy: --policy.path=CHECKPOINT, or --policy.type=pi0 and the options that training will get.
+    # The policy: --policy.path=CHECKPOINT, or --policy.type=pi0 and the options of the training to come.
     policy: PreTrainedConfig | None = None
     # The robot, as lerobot-rollout takes it.
     robot: RobotConfig | None = None
@@ -41,7 +42,7 @@ class Options:
     rename_map: dict[str, str] = field(default_factory=dict)
     # Frames to decode per camera, in runs of consecutive ones spread over the episodes.
     images: int = 600
-    # Memory of the card to train on, in GiB; by default memory is not looked at. `lerobot-pi0 plan` tells more.
+    # Memory of the card to train on, in GiB; by default memory is not checked. `lerobot-pi0 plan` tells more.
     card_gb: float | None = None
     # Samples per step on that card, as lerobot-train takes it.
     batch_size: int = 8
@@ -50,7 +51,7 @@ class Options:
 
 
 def run(options: Options) -> int:
-    """Print the findings; 1 where there are errors.
+    """Print the findings. Returns 1 if there are errors.
 
     Raises:
         CheckpointError, ToolError: policy, dataset or robot cannot be read at all.
@@ -65,7 +66,7 @@ def run(options: Options) -> int:
 
 
 def check(options: Options) -> Iterable[Finding]:
-    """Everything that was found.
+    """Run all checks.
 
     Raises:
         CheckpointError, ToolError: policy, dataset or robot cannot be read at all.
@@ -93,12 +94,12 @@ def check(options: Options) -> Iterable[Finding]:
         card_gb=options.card_gb,
         batch_size=options.batch_size,
     )
-    for one in checks.CHECKS:
+    for one in CHECKS:
         yield from one(subject)
 
 
 def read_trained(config: PI0Config) -> Trained:
-    """What the weights to start from were trained on; no source for a policy from scratch.
+    """Read what the weights of `pretrained_path` were trained on; without one, the source is None.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is no π₀.
@@ -113,7 +114,7 @@ def read_trained(config: PI0Config) -> Trained:
     checkpoint = Checkpoint.open(source)
     before = checkpoint.config()
     if checkpoint.source.file(f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json") is None:
-        return Trained(str(source), before, {}, None, f"{source} has no preprocessor, which LeRobot will ask for")
+        return Trained(str(source), before, {}, None, f"{source} has no preprocessor, which LeRobot needs")
     try:
         preprocessor, _ = make_pre_post_processors(
             config, pretrained_path=str(source), preprocessor_overrides={"device_processor": {"device": "cpu"}}
@@ -136,7 +137,7 @@ def _tokenizer(preprocessor: PolicyProcessorPipeline) -> object:
 
 
 def make_robot(config: RobotConfig | None) -> Robot | None:
-    """The robot's object, which knows its joints and cameras without a connection.
+    """The robot, not connected: its joints and cameras are known without a connection.
 
     Raises:
         ToolError: its driver is not installed, or refuses the configuration.
@@ -145,12 +146,12 @@ def make_robot(config: RobotConfig | None) -> Robot | None:
         return None
     try:
         return make_robot_from_config(config)
-    except Exception as error:  # drivers raise what they like
+    except Exception as error:  # drivers raise errors of many kinds
         raise ToolError(f"--robot.type={config.type} cannot be set up: {error}") from error
 
 
 def as_text(findings: list[Finding]) -> str:
-    """Findings as a person reads them, the worst first."""
+    """The findings as text, errors first."""
     lines = []
     for grade in (ERROR, WARNING, FINE):
         for finding in findings:

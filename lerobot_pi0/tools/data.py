@@ -1,4 +1,4 @@
-"""A LeRobotDataset as the verbs read it.
+"""LeRobot datasets as the verbs read them.
 
 Axes: N frames, D dims of state or action.
 """
@@ -21,20 +21,20 @@ from . import ToolError
 
 @dataclass
 class DatasetOptions:
-    """Which dataset."""
+    """The dataset to read."""
 
-    # Hub id of the dataset; any name where `root` says where it is.
+    # Hub id of the dataset; with `root`, any name.
     repo_id: str
     # Folder of the dataset; by default where LeRobot keeps its datasets.
     root: str | None = None
     # A branch, tag or commit on the Hub.
     revision: str | None = None
-    # Numbers of the episodes to look at.
+    # Numbers of the episodes to read; by default all.
     episodes: list[int] | None = None
 
 
 class Columns(NamedTuple):
-    """What a dataset holds beside images, in the order of its frames."""
+    """State, actions and bookkeeping of a dataset, in the order of its frames."""
 
     state_ND: np.ndarray
     action_ND: np.ndarray
@@ -45,10 +45,10 @@ class Columns(NamedTuple):
 
 
 def open_meta(options: DatasetOptions) -> LeRobotDatasetMetadata:
-    """What is known about a dataset without its data.
+    """Read the metadata of a dataset, without its data.
 
     Raises:
-        ToolError: it cannot be had, or holds no state or no actions.
+        ToolError: it cannot be read, or has no state or no actions.
     """
     try:
         meta = LeRobotDatasetMetadata(options.repo_id, root=options.root, revision=options.revision)
@@ -60,10 +60,10 @@ def open_meta(options: DatasetOptions) -> LeRobotDatasetMetadata:
 
 
 def open_dataset(options: DatasetOptions, **kwargs: Any) -> LeRobotDataset:
-    """A dataset of a folder, of LeRobot's own place, or of the Hub.
+    """Open a dataset from a folder, from LeRobot's own folder of datasets, or from the Hub.
 
     Raises:
-        ToolError: it cannot be had, or holds no state or no actions.
+        ToolError: it cannot be read, or has no state or no actions.
     """
     open_meta(options)
     try:
@@ -102,16 +102,18 @@ def read_columns(dataset: LeRobotDataset) -> Columns:
 
 
 def need_pi0(policy: PreTrainedConfig | None) -> PI0Config:
-    """The policy's config, with what the plugin saved beside its checkpoint; one that is not at hand is a name.
+    """The policy's config, with the options that the plugin saved beside its checkpoint.
+
+    A checkpoint that is not found is taken as a name.
 
     Raises:
         CheckpointError: what is beside the checkpoint cannot be read.
-        ToolError: none was given, or another policy's.
+        ToolError: there is no policy, or it is not π₀.
     """
     if policy is None:
-        raise ToolError("no policy: give --policy.path=CHECKPOINT, or --policy.type=pi0 for one that is yet to be made")
+        raise ToolError("no policy: give --policy.path=CHECKPOINT, or --policy.type=pi0 for a new one")
     if not isinstance(policy, PI0Config):
-        raise ToolError(f"--policy.type={policy.type} is another policy; this command knows pi0 alone")
+        raise ToolError(f"--policy.type={policy.type} is another policy; this command is for pi0")
     if policy.pretrained_path:
         with contextlib.suppress(CheckpointNotFoundError):
             policy.take_saved(Checkpoint.open(policy.pretrained_path, revision=policy.pretrained_revision).saved())
@@ -124,6 +126,6 @@ def dim_names(dataset: LeRobotDataset, key: str) -> list[str]:
 
 
 def some(items: list[Any], most: int = 5) -> str:
-    """A few of many, for a message."""
+    """The first items of a list, for a message."""
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(map(str, items[:most])) + more

@@ -1,8 +1,8 @@
 """The memory of a training step: counted with the real network, on tensors that have shapes and no numbers.
 
-The step is LeRobot's (loss, backward pass, clipping, optimizer, average). What is counted is what torch is asked for.
-What lies below its operators is not: scratch space of kernels, what an allocator rounds up or leaves empty, the
-driver. The operators are those of CPUs; GPUs have some that keep less.
+The step is LeRobot's: loss, backward pass, gradient clipping, optimizer, average of the weights. Counted is the memory
+that torch's tensors ask for. Not counted is what lies below: scratch space of kernels, what the allocator rounds up or
+leaves empty, the driver. The operators are those of the CPU; some operators of GPUs keep less.
 
 Axes: B batch, L prompt tokens, K flow samples, T steps of a chunk, A action dim.
 """
@@ -25,12 +25,15 @@ from ..kernels import rounding
 from ..modeling_pi0 import PI0Policy
 
 POINTS = (1, 8, 64)
-"""Batch sizes that are counted. At any moment of a step memory is linear in the batch, so that the peak of a part of it
-is convex: between two of them it is at most what the straight line says."""
+"""Batch sizes that are counted. At each moment of a step memory is linear in the batch size, so the peak of a part of
+the step is convex: between two counted sizes it is at most the straight line between them."""
 
 
 class Live(TorchDispatchMode):
-    """Bytes of the tensors made under it that still exist, and the most since `restart`."""
+    """Counts the bytes of tensors that are created while it is active and still exist.
+
+    `most` is their maximum since `restart`.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,17 +58,17 @@ class Live(TorchDispatchMode):
         self.now -= size
 
     def restart(self) -> None:
-        """Forget the most."""
+        """Start a new maximum."""
         self.most = self.now
 
 
 class Count(NamedTuple):
-    """Bytes; the peaks are of the whole process's tensors in each part of the step."""
+    """Bytes. The peaks count all tensors of the process, for each part of the step."""
 
     weights: int
     gradients: int
-    optimizer: int  # its states, and the average of the weights
-    activations: int  # what the loss keeps for the backward pass, and the batch
+    optimizer: int  # its states and the average of the weights (EMA)
+    activations: int  # tensors kept for the backward pass, and the batch
     peaks: dict[str, int]
 
     @property
@@ -74,20 +77,20 @@ class Count(NamedTuple):
 
     @property
     def at(self) -> str:
-        """The part of the step in which the peak is."""
+        """The part of the step that has the peak."""
         return max(self.peaks, key=lambda part: self.peaks[part])
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a step has to carry; the cameras' images are (height, width) as recorded."""
+    """What one sample holds: images as (height, width) as recorded, and tokens of the prompt."""
 
     images: tuple[tuple[int, int], ...]
     prompt: int
 
 
 class Counter:
-    """Counts steps of one way to train."""
+    """Counts the memory of training steps for one configuration."""
 
     def __init__(
         self,
@@ -96,43 +99,37 @@ class Counter:
         optimizer: OptimizerConfig | None = None,
         foreach: bool = True,
     ) -> None:
-        """
+        """Build the policy and its optimizer without weights. Changes `config`.
+
         Args:
             adapter: what `--peft.*` hands to LeRobot.
             optimizer: in place of the policy's own.
-            foreach: the optimizer takes all weights at a time, as torch's do on GPUs and not on CPUs.
+            foreach: the optimizer updates all weights in one call, as torch's do on GPUs and not on CPUs.
 
         Raises:
             ValueError: nothing would be trained, or what is asked for does not go together.
         """
-        kind, config.vlm_quantization = config.vlm_quantization, None  # which this machine need not be able to do
-        if kind and not config.train_expert_only:
-            raise ValueError("vlm_quantization rounds a VLM that is frozen: leave it out, or train the expert alone")
-        config.device, config.compile_model = "cpu", False
-        config.max_action_step = config.action_range_margin = None  # they need statistics, and take nothing
-        self.policy = PI0Policy.empty(config, pretrained=bool(config.pretrained_path or config.vlm_path))
-        if kind:
-            config.vlm_quantization = kind
-            rounding.prepare(self.policy.model, kind)
-        if adapter is not None:
-            self.policy.wrap_with_peft(peft_cli_overrides=dict(adapter))
-        self.policy.train()  # gives the weights the dtypes of training
+        self.policy = _policy_without_weights(config, adapter)
         self._fake, self._live = FakeTensorMode(), Live()
         with self._fake, self._live:
-            rounded = rounding.layers(self.policy)
-            for name, p in list(self.policy.named_parameters()):
-                weight = torch.empty(p.shape, dtype=p.dtype)
-                if name in rounded:
-                    rounded[name].put(weight)
-                else:
-                    self.policy.load_state_dict({name: weight}, strict=False, assign=True)
-            self.policy.finish().train()
+            self._allocate_weights()
             self._weights = self._live.now
             self._make_optimizer(optimizer or config.get_optimizer_preset(), foreach)
             self._states = self._live.now - self._weights
 
+    def _allocate_weights(self) -> None:
+        """Give every parameter a tensor of its shape and dtype, which holds no numbers."""
+        rounded = rounding.layers(self.policy)
+        for name, p in list(self.policy.named_parameters()):
+            weight = torch.empty(p.shape, dtype=p.dtype)
+            if name in rounded:
+                rounded[name].put(weight)
+            else:
+                self.policy.load_state_dict({name: weight}, strict=False, assign=True)
+        self.policy.finish().train()
+
     def _make_optimizer(self, preset: OptimizerConfig, foreach: bool) -> None:
-        """Build it and let it make its states, which it does in its first step."""
+        """Build it and take one step, in which it creates its states."""
         trained = self.policy.get_optim_params()
         self._optimizer: Any = preset.build(trained)
         self._clip = preset.grad_clip_norm
@@ -182,20 +179,40 @@ class Counter:
         return policy.errors(obs, actions, noise, torch.empty(noise.shape[:2])).mean()
 
     def _update(self) -> None:
-        """What follows the backward pass in LeRobot's loop."""
+        """What LeRobot's loop does after the backward pass."""
         torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self._clip or float("inf"))
         self._optimizer.step()
         self._optimizer.zero_grad()
         self.policy.update()
 
 
+def _policy_without_weights(config: PI0Config, adapter: Mapping[str, Any] | None) -> PI0Policy:
+    """The policy on the `meta` device, quantized and with its adapter as `config` says. Changes `config`.
+
+    Raises:
+        ValueError: nothing would be trained, or what is asked for does not go together.
+    """
+    kind, config.vlm_quantization = config.vlm_quantization, None  # this machine may have no kernels for it
+    if kind and not config.train_expert_only:
+        raise ValueError("vlm_quantization rounds a VLM that is frozen: leave it out, or train the expert alone")
+    config.device, config.compile_model = "cpu", False
+    config.max_action_step = config.action_range_margin = None  # they need statistics, and no memory
+    policy = PI0Policy.empty(config, pretrained=bool(config.pretrained_path or config.vlm_path))
+    if kind:
+        config.vlm_quantization = kind
+        rounding.prepare(policy.model, kind)
+    if adapter is not None:
+        policy.wrap_with_peft(peft_cli_overrides=dict(adapter))
+    return policy.train()  # gives the weights the dtypes of training
+
+
 def count(counter: Counter, load: Load, batch: int, points: Sequence[int] = POINTS) -> dict[int, Count]:
-    """Steps of `batch` samples and of as many as tell what other batches take."""
+    """Count steps of `batch` samples, and of the batch sizes that `peak_at` needs."""
     return {size: counter.count(size, load) for size in sorted({batch, *points})}
 
 
 def peak_at(counts: Mapping[int, Count], batch: int) -> float:
-    """Peak of a batch size that was not counted: each part of the step on the line through its two neighbours."""
+    """Peak of a batch size that was not counted: linear between its two neighbours, for each part of the step."""
     sizes = sorted(counts)
     above = next((i for i, size in enumerate(sizes) if size >= batch), len(sizes) - 1)
     low, high = sizes[max(above, 1) - 1], sizes[max(above, 1)]

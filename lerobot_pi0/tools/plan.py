@@ -1,11 +1,12 @@
-"""`lerobot-pi0 plan`: what training takes of a GPU's memory, by mode and batch size, and which card it fits.
+"""`lerobot-pi0 plan`: how much GPU memory training needs, by mode and batch size, and which card is large enough.
 
     lerobot-pi0 plan --policy.type=pi0 --policy.dtype=bfloat16 --batch_size=8 --cameras=2
     lerobot-pi0 plan --policy.path=you/pi0_cubes --policy.gradient_checkpointing=true --modes='[everything]' --json
 
-The step of training is gone through with the real network on tensors that hold no numbers, so that neither weights nor
-a GPU are needed. The peak is the most that torch's tensors take at any time of a step. Not in it: scratch space of
-kernels, what the allocator rounds up or leaves empty, CUDA itself; `--reserve_gb` of each card is left for these.
+A training step runs through the real network on tensors that have shapes and no numbers, so it needs neither weights
+nor a GPU. The peak is the most memory that torch's tensors use at any moment of a step. It does not include scratch
+space of kernels, what the allocator rounds up or leaves empty, and CUDA itself: `--reserve_gb` of each card is left for
+these.
 """
 
 import copy
@@ -27,7 +28,7 @@ from .memory import Count, Counter, Load, count, largest_batch
 GIB = 2**30
 RESERVE_GB = 1.0
 DIMS = 6
-"""Of a robot that the policy does not know yet: both vectors are padded anyway."""
+"""Dims of state and actions, where the policy has no robot yet. They cost no memory: both are padded anyway."""
 
 MODES: dict[str, tuple[dict[str, Any], bool]] = {
     "frozen VLM": ({"train_expert_only": True}, False),
@@ -36,40 +37,40 @@ MODES: dict[str, tuple[dict[str, Any], bool]] = {
     "LoRA": ({"train_expert_only": None, "freeze_vision_encoder": False, "ema_decay": 0}, True),
     "LoRA, frozen VLM": ({"train_expert_only": True, "ema_decay": 0}, True),
 }
-"""Options of the policy, and whether there is an adapter (docs/training.md), with which weights are not averaged."""
+"""Options of the policy, and whether there is an adapter (docs/training.md): then weights are not averaged."""
 
 
 @dataclass
 class Options:
-    """Count what training takes."""
+    """Count the memory of a training step."""
 
     # The policy: --policy.path=CHECKPOINT, or --policy.type=pi0 and the options that training will get.
     policy: PreTrainedConfig | None = None
-    # Ways to train: frozen VLM, frozen vision tower, everything, LoRA, or "LoRA, frozen VLM"; by default all, of a VLM
-    # that is rounded those that leave it frozen.
+    # Modes of training: frozen VLM, frozen vision tower, everything, LoRA, or "LoRA, frozen VLM"; by default all, and
+    # with vlm_quantization those in which the VLM is frozen.
     modes: list[str] | None = None
     # Samples per step on one GPU.
     batch_size: int = 8
-    # How many cameras; by default the policy's own, or 2 where it has none yet.
+    # Number of cameras; by default the policy's own, or 2 if it has none yet.
     cameras: int | None = None
     # Height and width of their images, as recorded.
     image_size: tuple[int, int] = (480, 640)
-    # Tokens of the longest prompt; by default as many as the policy takes.
+    # Tokens of the longest prompt; by default the policy's tokenizer_max_length.
     prompt_tokens: int | None = None
     # Adapters, as lerobot-train takes them.
     peft: PeftConfig = field(default_factory=PeftConfig)
-    # An optimizer in place of the policy's own, as lerobot-train takes it.
+    # An optimizer that replaces the policy's own, as lerobot-train takes it.
     optimizer: OptimizerConfig | None = None
     # Memory of the cards, in GiB.
     cards_gb: list[float] = field(default_factory=lambda: [8, 12, 16, 24, 48, 80])
-    # What to leave of a card for all that is not a tensor: CUDA, kernels, gaps. A guess, not measured.
+    # Memory of a card to leave for CUDA, kernels and gaps between tensors, in GiB. A guess, not measured.
     reserve_gb: float = RESERVE_GB
     # Print JSON.
     json: bool = False
 
 
 def run(options: Options) -> None:
-    """Print what each mode takes.
+    """Print how much memory each mode needs.
 
     Raises:
         CheckpointError, ToolError: there is no such policy or mode, or nothing would be trained.
@@ -101,14 +102,14 @@ def run(options: Options) -> None:
 
 
 def make_load(config: PI0Config, cameras: int | None, size: tuple[int, int], prompt: int | None) -> Load:
-    """What a sample holds; of the policy's own cameras, the sizes that it knows."""
+    """The cameras and tokens of a sample; the policy's own cameras have the sizes of its config."""
     known = [(x.shape[-2], x.shape[-1]) for x in config.image_features.values()] if config.input_features else []
     images = known if cameras is None and known else [size] * (2 if cameras is None else cameras)
     return Load(tuple(images), prompt or config.tokenizer_max_length or 1)
 
 
 def plan(options: Options, config: PI0Config, mode: str, load: Load) -> dict[str, Any]:
-    """What one mode takes, in bytes, and the largest batch for each card.
+    """The memory of one mode, in bytes, and the largest batch for each card.
 
     Raises:
         ToolError: nothing would be trained, or what is asked for does not go together.
@@ -140,7 +141,7 @@ def counted(
     config.input_features = {**visual, OBS_STATE: PolicyFeature(FeatureType.STATE, (DIMS,))}
     config.output_features = config.output_features or {ACTION: PolicyFeature(FeatureType.ACTION, (DIMS,))}
     if peft is not None and config.pretrained_path is None:
-        config.pretrained_path = "a checkpoint"  # type: ignore[assignment]  # which LeRobot wants to be named
+        config.pretrained_path = "a checkpoint"  # type: ignore[assignment]  # LeRobot refuses an adapter without one
     try:
         counter = Counter(config, None if peft is None else asdict(peft), optimizer)
         return count(counter, load, batch), counter.trained()
@@ -149,7 +150,7 @@ def counted(
 
 
 def as_text(content: Mapping[str, Any]) -> str:
-    """A table for people; memory in GiB."""
+    """The counts as a table, memory in GiB."""
     modes = content["modes"]
     cameras = ", ".join(f"{height} x {width}" for height, width in content["cameras"])
     lines = [
@@ -173,5 +174,8 @@ def as_text(content: Mapping[str, Any]) -> str:
             cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
-    lines += ["", f"under each card: the largest batch, with {content['reserve_gb']:g} GiB left for what is no tensor"]
+    lines += [
+        "",
+        f"under each card: the largest batch, with {content['reserve_gb']:g} GiB of the card left for CUDA and kernels",
+    ]
     return "\n".join(lines)

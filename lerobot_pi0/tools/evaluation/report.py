@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from . import ToolError
+from .. import ToolError
 
 COLOURS = {"policy": "#0072b2", "hold still": "#999999", "mean action": "#d55e00"}
 """Of Okabe and Ito's palette, which colour-blind people can tell apart."""
@@ -64,8 +64,8 @@ def as_text(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def as_html(content: dict[str, Any], drawn: dict[str, Any]) -> str:
-    """The page; `drawn` holds the chunks to draw, as `measure` returns them."""
+def as_html(content: dict[str, Any], drawn: dict[str, Any], plots: int) -> str:
+    """The page; `drawn` holds the chunks to draw, as `measure` returns them, of which `plots` episodes are shown."""
     good = content["verdicts"][0].startswith("good")
     facts = (
         f"{content['observations']} observations of {content['dataset']}, episodes {content['episodes']}: "
@@ -80,7 +80,7 @@ def as_html(content: dict[str, Any], drawn: dict[str, Any]) -> str:
         horizon=_horizon(content),
         reactions=_reactions(content),
         joints=_joints(content),
-        episodes="\n".join(_episode(drawn, number) for number in _numbers(drawn)[: drawn["plots"]]),
+        episodes="\n".join(_episode(drawn, number) for number in _numbers(drawn)[:plots]),
     )
 
 

@@ -325,7 +325,7 @@ def test_what_cannot_be_checked(tmp_path, clean, caplog, capsys):
 
 def test_the_order_of_rows_is_found_only_where_it_is_clear():
     """Catches a swap that is called on data which merely differ, such as another light."""
-    from lerobot_pi0.tools.checks import permutation
+    from lerobot_pi0.tools.checks.subject import permutation
 
     draw = torch.Generator().manual_seed(0)
     rows = torch.rand(4, 9, generator=draw).numpy()

@@ -17,7 +17,7 @@ from lerobot_pi0.tools import main
 from lerobot_pi0.tools.memory import Count, Counter, Load, largest_batch, peak_at
 from lerobot_pi0.tools.plan import MODES
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 MICRO = {
     "paligemma_variant": "tiny", "action_expert_variant": "tiny", "max_state_dim": 8, "max_action_dim": 8,
     "chunk_size": 4, "n_action_steps": 2,

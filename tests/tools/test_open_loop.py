@@ -22,7 +22,10 @@ from lerobot_pi0 import PI0Config, PI0Policy, make_pi0_pre_post_processors
 from lerobot_pi0.network.sizes import GemmaSize, PaliGemmaSize, VisionSize
 from lerobot_pi0.tools import main
 from lerobot_pi0.tools.data import DatasetOptions
-from lerobot_pi0.tools.open_loop import by_step, held_out, ignored, partners, rms, spread_over, verdicts
+from lerobot_pi0.tools.evaluation.held_out import held_out
+from lerobot_pi0.tools.evaluation.measure import by_step, partners, rms
+from lerobot_pi0.tools.evaluation.predictions import spread_over
+from lerobot_pi0.tools.evaluation.verdicts import ignored, verdicts
 
 FRONT, LEFT = CAMERAS[:2]
 TASKS = ("go to left", "stop right")  # of equal length: a policy without words could still count tokens

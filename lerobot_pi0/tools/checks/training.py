@@ -1,0 +1,89 @@
+"""A training run: its first sample, its weights, and the memory of its steps."""
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from lerobot.policies.factory import make_pre_post_processors
+
+from ...checkpoints.checkpoint import Checkpoint
+from ...checkpoints.errors import CheckpointError
+from ...inputs.observation import ObservationMaker
+from .. import ToolError
+from ..show import network_parameters
+from .subject import ERROR, FINE, WARNING, Finding, Subject
+
+
+def one_batch(subject: Subject) -> Iterable[Finding]:
+    """One sample goes through the processors and is accepted by the policy, weights apart."""
+    if subject.trained.tokenizer is None:
+        return
+    config = subject.config
+    try:
+        overrides = {
+            "device_processor": {"device": "cpu"},
+            "rename_observations_processor": {"rename_map": subject.rename_map},
+            "normalizer_processor": {
+                "stats": subject.stats,
+                "features": {**config.input_features, **config.output_features},
+                "norm_map": config.normalization_mapping,
+            },
+        }
+        source = subject.trained.source
+        preprocessor, _ = make_pre_post_processors(
+            config, pretrained_path=source, dataset_stats=subject.stats,
+            preprocessor_overrides=overrides if source else None,
+        )  # fmt: skip
+        item = subject.dataset[0]
+        ObservationMaker(config)(preprocessor(item), torch.device("cpu"))
+    except (ValueError, KeyError, RuntimeError, OSError) as error:
+        yield Finding(ERROR, "sample", f"the policy would not take the first frame: {error}", "see the errors above")
+        return
+    yield Finding(FINE, "sample", "the first frame goes through the processors, and the policy takes it")
+
+
+def weights(subject: Subject) -> Iterable[Finding]:
+    """The checkpoint's tensors are those of the network that the options ask for."""
+    source, config = subject.trained.source, subject.config
+    if source is None or config.use_peft:
+        return
+    try:
+        Checkpoint.open(source).check(network_parameters(config), config=config)
+    except CheckpointError as error:
+        yield Finding(ERROR, "weights", str(error), "training would stop with the same message")
+        return
+    yield Finding(FINE, "weights", f"names and shapes of {source}'s tensors are the network's")
+
+
+def memory(subject: Subject) -> Iterable[Finding]:
+    """Whether a step of training fits the card."""
+    if subject.card_gb is None:
+        return
+    from ..plan import GIB, RESERVE_GB, Load, counted, largest_batch  # the network, which no other question needs
+
+    config, batch, tokenizer = copy.deepcopy(subject.config), subject.batch_size, subject.trained.tokenizer
+    shapes = [subject.dataset.meta.features[key]["shape"] for key in subject.cameras.values()]
+    images = tuple(tuple(sorted(shape)[-2:]) for shape in shapes)  # channels are 3, wherever they stand
+    longest = config.tokenizer_max_length or 1
+    if tokenizer is not None:
+        tasks = subject.dataset.meta.tasks.index
+        longest = min(longest, max(len(tokenizer(f"{task}\n")["input_ids"]) for task in tasks))
+    try:
+        counts, trained = counted(config, Load(images, longest), batch)
+    except ToolError as error:
+        yield Finding(WARNING, "memory", str(error), "try the batch size in a short run")
+        return
+    largest = largest_batch(counts, (subject.card_gb - RESERVE_GB) * GIB)
+    takes = (
+        f"a step of {batch} samples that trains {trained / 1e6:.1f} M weights takes {counts[batch].peak / GIB:.1f} GiB "
+        f"at its peak, of {subject.card_gb:g}; {RESERVE_GB:g} of them stay free for CUDA and kernels"
+    )
+    if batch <= largest:
+        yield Finding(FINE, "memory", f"{takes}; the largest batch is {largest}")
+        return
+    less = f"--batch_size={largest}, or " if largest else ""
+    remedy = (
+        f"{less}--policy.gradient_checkpointing=true, --policy.train_expert_only=true, --policy.dtype=bfloat16, "
+        "--policy.optimizer_8bit=true; `lerobot-pi0 plan` lists what fits, LoRA too"
+    )
+    yield Finding(ERROR, "memory", takes, remedy)

@@ -1,0 +1,37 @@
+"""Episodes that a training run held out."""
+
+import math
+
+from lerobot.configs.train import TRAIN_CONFIG_NAME
+from lerobot.datasets import LeRobotDatasetMetadata
+
+from ...checkpoints.source import Source
+from ...configuration_pi0 import PI0Config
+from ..data import DatasetOptions
+
+
+def held_out(config: PI0Config, options: DatasetOptions, meta: LeRobotDatasetMetadata) -> tuple[list[int], str]:
+    """Episodes that training did not see, and how that is known."""
+    everything = list(range(meta.total_episodes))
+    if options.episodes is not None:
+        return sorted(options.episodes), "those that were named"
+    train = Source(str(config.pretrained_path)).read_json(TRAIN_CONFIG_NAME) or {}
+    trained = train.get("dataset") or {}
+    if trained.get("repo_id") not in (None, options.repo_id):
+        return everything, f"of another dataset than that of training ({trained['repo_id']})"
+    seen = trained.get("episodes") or everything
+    if split := trained.get("eval_split"):
+        return _split(meta, seen, split), f"held out of training by eval_split={split}"
+    if rest := sorted({*everything} - {*seen}):
+        return rest, "those that training left out"
+    last = everything[-max(1, len(everything) // 10) :]
+    return last, "NOT held out: training may have seen them. Train with --dataset.eval_split=0.1, or name others"
+
+
+def _split(meta: LeRobotDatasetMetadata, seen: list[int], split: float) -> list[int]:
+    """The last episodes of each task, as LeRobot's `make_train_eval_datasets` holds them out."""
+    by_task: dict[str, list[int]] = {}
+    for episode in seen:
+        tasks = meta.episodes["tasks"][episode]
+        by_task.setdefault(tasks[0] if tasks else "", []).append(episode)
+    return sorted(e for group in by_task.values() for e in group[len(group) - math.ceil(len(group) * split) :])

@@ -1,0 +1,130 @@
+"""Errors of predicted chunks, and how far chunks move when an input is exchanged.
+
+Axes: N observations, T steps of a chunk, A joints.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from lerobot.utils.constants import ACTION, OBS_STATE
+from torch import Tensor
+from tqdm import tqdm
+
+from ...inputs.statistics import NEAR_CONSTANT
+from ..data import dim_names
+from .predictions import Change, Runner
+from .verdicts import ignored, verdicts
+
+
+def measure(runner: Runner, threshold: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All numbers of the report, and what its plots need beside them."""
+    items, rows = runner.items, runner.rows
+    recorded = np.stack([item[ACTION].double().numpy() for item in items])
+    valid = np.stack([~item[f"{ACTION}_is_pad"].numpy() for item in items])
+    actions, state = runner.columns.action_ND, runner.columns.state_ND[rows]
+    spread = actions.std(axis=0)
+    scale = np.maximum(spread, max(NEAR_CONSTANT * spread.max(), 1e-9))
+    still = state if state.shape[1] == actions.shape[1] else actions[np.maximum(rows - 1, 0)]
+    normalised, predicted = runner.chunks()
+    guesses = {
+        "policy": predicted,
+        "hold still": np.broadcast_to(still[:, None], recorded.shape),
+        "mean action": np.broadcast_to(actions.mean(axis=0), recorded.shape),
+    }
+    squares = {name: ((guess - recorded) / scale) ** 2 for name, guess in guesses.items()}
+    names = dim_names(runner.dataset, ACTION)
+    content: dict[str, Any] = {
+        "observations": len(rows),
+        "error": {name: rms(x, valid) for name, x in squares.items()},
+        "error by step": {name: by_step(x, valid) for name, x in squares.items()},
+        "error by joint": {
+            joint: {name: rms(x[..., i], valid) for name, x in squares.items()} for i, joint in enumerate(names)
+        },
+        "way": rms(((predicted - still[:, None]) / scale) ** 2, valid)
+        / max(rms(((recorded - still[:, None]) / scale) ** 2, valid), 1e-9),
+        "reactions": reactions(runner, normalised, recorded, scale, valid),
+        "threshold": threshold,
+    }
+    content["ignored"] = ignored(content)
+    content["verdicts"] = verdicts(content)
+    drawn = {"predicted": predicted, "valid": valid, "rows": rows, "columns": runner.columns, "joints": names}
+    return content, drawn
+
+
+def rms(squares: np.ndarray, valid_NT: np.ndarray) -> float:
+    """Root of the mean over what was recorded; `squares` is (N, T) or (N, T, A)."""
+    return float(np.sqrt(squares[valid_NT].mean()))
+
+
+def by_step(squares_NTA: np.ndarray, valid_NT: np.ndarray) -> list[float]:
+    """The same for each step of the chunk, as far as any observation has one."""
+    steps = [t for t in range(valid_NT.shape[1]) if valid_NT[:, t].any()]
+    return [rms(squares_NTA[:, t : t + 1], valid_NT[:, t : t + 1]) for t in steps]
+
+
+def reactions(
+    runner: Runner, normalised_NTA: np.ndarray, recorded_NTA: np.ndarray, scale_A: np.ndarray, valid_NT: np.ndarray
+) -> dict[str, dict[str, float]]:
+    """How far the normalised chunk moves when an input is exchanged, and how large its error is then.
+
+    `moves` is in deviations of the actions; `of everything` is its part of what a wholly different observation does.
+    """
+    others = partners(runner.columns.episode[runner.rows], runner.seed)
+    found: dict[str, dict[str, float]] = {}
+    changes = dict(changes_of(runner))
+    for name, change in tqdm(changes.items(), desc="exchanged inputs", leave=False):
+        moved, physical = runner.chunks(change, others)
+        found[name] = {
+            "moves": float(np.sqrt(((moved - normalised_NTA) ** 2).mean())),
+            "error": rms(((physical - recorded_NTA) / scale_A) ** 2, valid_NT),
+        }
+    everything = max(found["everything"]["moves"], 1e-9)
+    return {name: x | {"of everything": x["moves"] / everything} for name, x in found.items()}
+
+
+def partners(episode_N: np.ndarray, seed: int) -> np.ndarray:
+    """For each observation another one, of another episode where there is one."""
+    draw = np.random.default_rng(seed)
+    everyone = np.arange(len(episode_N))
+    found = []
+    for i in everyone:
+        candidates = everyone[episode_N != episode_N[i]]
+        found.append(draw.choice(candidates if len(candidates) else everyone[everyone != i]))
+    return np.array(found)
+
+
+def changes_of(runner: Runner) -> Iterator[tuple[str, Change]]:
+    """What is exchanged, by name; each takes a batch and one of partners."""
+    first = first_states(runner)
+    tasks = [str(task) for task in runner.dataset.meta.tasks.index]
+
+    def another_task(batch: dict[str, Any], _: dict[str, Any]) -> dict[str, Any]:
+        return batch | {"task": [tasks[(tasks.index(x) + 1) % len(tasks)] for x in batch["task"]]}
+
+    def frozen(batch: dict[str, Any], _: dict[str, Any]) -> dict[str, Any]:
+        return batch | {OBS_STATE: torch.stack([first[int(e)] for e in batch["episode_index"]])}
+
+    def taken(*keys: str) -> Change:
+        return lambda batch, other: batch | {key: other[key] for key in keys}
+
+    def black(key: str) -> Change:
+        return lambda batch, _: batch | {key: torch.zeros_like(batch[key])}
+
+    yield "everything", taken(OBS_STATE, "task", *runner.cameras)
+    if len(tasks) > 1:
+        yield "instruction", another_task
+    for key, name in runner.cameras.items():
+        camera = name.removeprefix("observation.images.")
+        yield f"camera {camera}", taken(key)
+        yield f"camera {camera}, black", black(key)
+    yield "state", taken(OBS_STATE)
+    yield "state, frozen", frozen
+
+
+def first_states(runner: Runner) -> dict[int, Tensor]:
+    """The state with which each episode begins."""
+    numbers, rows = np.unique(runner.columns.episode, return_index=True)
+    states = torch.from_numpy(runner.columns.state_ND[rows]).float()
+    return dict(zip(numbers.tolist(), states, strict=True))

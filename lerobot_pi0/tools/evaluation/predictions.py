@@ -1,0 +1,105 @@
+"""Chunks that a policy predicts from recorded observations, as they are and with one input exchanged.
+
+Axes: N observations, T steps of a chunk, A joints.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from lerobot.datasets import LeRobotDataset
+from lerobot.policies import make_pre_post_processors
+from torch import Tensor
+from torch.utils.data import default_collate
+from tqdm import tqdm
+
+from ...configuration_pi0 import PI0Config
+from ..data import read_columns
+
+Change = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
+"""From a batch of observations, and one of others, to a batch in which one input is exchanged."""
+
+
+class Runner:
+    """A policy with its processors, and the observations that it is asked about."""
+
+    def __init__(
+        self,
+        config: PI0Config,
+        dataset: LeRobotDataset,
+        rename_map: dict[str, str],
+        observations: int,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self.config, self.dataset, self.batch_size, self.seed = config, dataset, batch_size, seed
+        self.policy = load_policy(config)
+        self.preprocessor, self.postprocessor = make_pre_post_processors(
+            config,
+            pretrained_path=str(config.pretrained_path),
+            preprocessor_overrides={
+                "device_processor": {"device": str(config.device)},
+                "rename_observations_processor": {"rename_map": rename_map},
+            },
+        )
+        self.columns = read_columns(dataset)
+        self.rows = spread_over(self.columns.episode, observations)
+        self.items = [dataset[int(i)] for i in tqdm(self.rows, desc="frames", leave=False)]
+        keys = [key for key in dataset.meta.camera_keys if rename_map.get(key, key) in config.image_features]
+        self.cameras = {key: rename_map.get(key, key) for key in keys}
+
+    def chunks(self, change: Change | None = None, others: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Predicted chunks: normalised, and in the robot's units; float64 (N, T, A).
+
+        The noise depends on the seed and the frame alone.
+
+        Args:
+            change: what to exchange.
+            others: for each observation, which one to exchange it with.
+        """
+        normalised, physical = [], []
+        for start in range(0, len(self.items), self.batch_size):
+            chosen = range(start, min(start + self.batch_size, len(self.items)))
+            batch = self._collate([self.items[i] for i in chosen])
+            if change is not None and others is not None:
+                batch = change(batch, self._collate([self.items[others[i]] for i in chosen]))
+            noise = torch.stack([self._noise(int(self.rows[i])) for i in chosen])
+            with torch.inference_mode():
+                chunk = self.policy.predict_action_chunk(self.preprocessor(batch), noise=noise.to(self.config.device))
+                normalised.append(chunk.double().cpu().numpy())
+                physical.append(self.postprocessor(chunk).double().cpu().numpy())
+        return np.concatenate(normalised), np.concatenate(physical)
+
+    def _collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        return dict(default_collate(items))
+
+    def _noise(self, row: int) -> Tensor:
+        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + row)
+        return torch.randn(self.config.chunk_size, self.config.max_action_dim, generator=draw)
+
+
+def load_policy(config: PI0Config) -> Any:
+    """The policy of a checkpoint, with its adapter if it is one."""
+    from ...modeling_pi0 import PI0Policy
+
+    path = str(config.pretrained_path)
+    if not config.use_peft:
+        return PI0Policy.from_pretrained(path, config=config).eval()
+    from peft import PeftConfig, PeftModel
+
+    adapter = PeftConfig.from_pretrained(path)
+    base = PI0Policy.from_pretrained(adapter.base_model_name_or_path, config=config, revision=adapter.revision)
+    return PeftModel.from_pretrained(base, path, config=adapter).eval()
+
+
+def spread_over(episode: np.ndarray, most: int) -> np.ndarray:
+    """At most that many rows, equally many and evenly spaced in each episode (or in some, if there are too many)."""
+    numbers = np.unique(episode)
+    numbers = numbers[np.unique(np.linspace(0, len(numbers) - 1, min(len(numbers), most)).astype(int))]
+    each = max(1, most // len(numbers))
+    rows = []
+    for number in numbers:
+        mine = np.flatnonzero(episode == number)
+        rows.append(mine[np.unique(np.arange(each) * len(mine) // each)])
+    return np.concatenate(rows)
