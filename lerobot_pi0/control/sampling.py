@@ -43,10 +43,7 @@ class Sampler:
     """`context` and `velocity` of a network that each call is given, and `chunk`, which samples with them."""
 
     def __init__(self, compile_mode: str | None = None) -> None:
-        """
-        Args:
-            compile_mode: torch.compile's mode; None compiles nothing.
-        """
+        """Compile with torch.compile's mode `compile_mode`; None compiles nothing."""
         self.compiled = compile_mode is not None
         self.context, self.velocity = PI0.context, velocity
         if compile_mode is not None:
