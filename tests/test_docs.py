@@ -296,7 +296,7 @@ def test_named_files_and_tests_exist(page):
     """Catches a file or a test that a page names and that was moved, renamed or never written."""
     last = ""
     for span in re.findall(r"`([^`\n]+)`", prose(page.read_text())):
-        match = re.fullmatch(r"(?:tests/)?(test_\w+\.py)?(?:::(\w+))?", span)
+        match = re.fullmatch(r"(?:tests/)?((?:\w+/)?test_\w+\.py)?(?:::(\w+))?", span)
         if match and (match[1] or match[2]):
             last = match[1] or last
             assert named_test(f"tests/{last}", match[2]), f"{page.name} names {span}"
