@@ -6,7 +6,6 @@ run, `Player` samples and executes chunks. The network is handed to them with ea
 Axes: B batch, K flow samples, T steps of a chunk, A action dims.
 """
 
-import logging
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -20,25 +19,23 @@ from torch import Tensor, nn
 
 from . import kernels
 from .checkpoints.checkpoint import Checkpoint
-from .checkpoints.errors import CheckpointConfigError
+from .checkpoints.configs import resolve
 from .checkpoints.model_card import make_card
 from .checkpoints.names import VLM
 from .checkpoints.origin import Origin
-from .configuration_pi0 import PLUGIN_CONFIG_NAME, PLUGIN_FIELDS, PI0Config
+from .checkpoints.source import HUB_OPTIONS
+from .configuration_pi0 import PI0Config
 from .control import bounds
 from .control.player import Player
 from .control.sampling import Sampler
-from .inputs.joints import take_names
 from .inputs.observation import ObservationMaker
-from .inputs.statistics import check_relative_statistics, check_statistics
+from .inputs.statistics import check_dataset
 from .inputs.steps import PromptStep
 from .kernels import rounding
-from .network.pi0 import PI0, Observation
+from .network.pi0 import PI0
 from .training import lora
 from .training.objective import Objective
 from .training.run import Run
-
-logger = logging.getLogger(__name__)
 
 
 class PI0Policy(PreTrainedPolicy):
@@ -123,13 +120,11 @@ class PI0Policy(PreTrainedPolicy):
         if trains:
             PromptStep.asked = config.clean_prompts
         self._expert_only_asked = config.train_expert_only is True  # by the user, and not because the VLM is pretrained
-        _settle(config, saved, pretrained)
+        resolve(config, saved, pretrained)
         stats = dataset_stats if dataset_stats is not None else getattr(dataset_meta, "stats", None)
         if trains:
-            take_names(config, dataset_meta)
-            check_statistics(config, stats)
-            check_relative_statistics(config, stats or {}, dataset_meta)
-        limits = _make_bounds(config, statistics if stats is None else lambda: stats)
+            check_dataset(config, stats, dataset_meta)
+        limits = bounds.make_bounds(config, statistics if stats is None else lambda: stats)
         with torch.device("meta"):
             self.model = PI0(config.architecture(), config.image_size)
         kernels.install(self.model)
@@ -139,7 +134,7 @@ class PI0Policy(PreTrainedPolicy):
             names = list(rounding.layers(self))
             self._ddp_params_and_buffers_to_ignore = [*names, *(f"base_model.model.{name}" for name in names)]
         self.observe, sampler = ObservationMaker(config), Sampler(config.compile_mode if config.compile_model else None)
-        self._objective = Objective(config, self.observe, sampler, self._run.autocast)
+        self.objective = Objective(config, self.observe, sampler, self._run.autocast)
         self._player = Player(config, self.observe, sampler, self._run.autocast, limits)
         config.updates = saved.get("updates", 0)
         self.origin = Origin(saved.get("start"))
@@ -169,11 +164,6 @@ class PI0Policy(PreTrainedPolicy):
         strict: bool = True,
         dataset_stats: dict[str, dict[str, Any]] | None = None,
         dataset_meta: Any = None,
-        force_download: bool = False,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        revision: str | None = None,
         **kwargs: Any,
     ) -> "PI0Policy":
         """Load a checkpoint from a folder or the Hub.
@@ -181,20 +171,13 @@ class PI0Policy(PreTrainedPolicy):
         Args:
             config: options to use in place of the checkpoint's.
             strict: False takes a checkpoint with missing or surplus tensors, and says which are random.
+            kwargs: `revision`, `token` and the other `HUB_OPTIONS`; what else LeRobot passes is not read.
 
         Raises:
             CheckpointError: the checkpoint is not there, broken, or not π₀'s.
         """
-        checkpoint = Checkpoint.open(
-            pretrained_name_or_path,
-            force_download=force_download,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            revision=revision,
-        )
-        if config is None:
-            config = checkpoint.config()
+        checkpoint = Checkpoint.open(pretrained_name_or_path, **{k: kwargs[k] for k in HUB_OPTIONS if k in kwargs})
+        config = checkpoint.config() if config is None else config
         saved = checkpoint.settle(config)
         statistics = partial(checkpoint.statistics, config)  # read only if a bound needs them
         policy = cls.empty(config, dataset_stats, dataset_meta, saved, True, statistics)  # type: ignore[arg-type]
@@ -225,7 +208,7 @@ class PI0Policy(PreTrainedPolicy):
             self._run.deploy(not mode)
         if mode and not self.training:
             self._run.set_dtypes(self)
-            self._objective.report_chunk_errors()
+            self.objective.report_chunk_errors()
             self._run.log_trained(self.model)
         return super().train(mode)  # in every case, as adapters that were attached have a mode of their own
 
@@ -237,9 +220,7 @@ class PI0Policy(PreTrainedPolicy):
                 asked for could not be written.
         """
         trained = self._run.trained_parameters(self.model)
-        if self.config.save_expert_only:
-            self.origin.left_to_base(self)
-        self.origin.check_push(self.config)
+        self.origin.check_run(self.config, self)
         self._run.log_trained(self.model)
         return self._run.averaged(trained)
 
@@ -267,7 +248,7 @@ class PI0Policy(PreTrainedPolicy):
         time: Tensor | None = None,
         delay: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
-        """The flow-matching loss of a preprocessed batch.
+        """The flow-matching loss of a preprocessed batch, and numbers to log.
 
         Args:
             reduction: "mean" gives a scalar, "none" a loss per sample, (B,).
@@ -276,28 +257,17 @@ class PI0Policy(PreTrainedPolicy):
             time: t to use in place of random draws, (B, K).
             delay: how many actions are known, in place of random draws, (B, K); read if `rtc_training_max_delay`.
 
-        Returns:
-            The loss, and numbers to log.
-
         Raises:
             ObservationError: the batch is not what the policy was made for.
             ValueError: an unknown reduction, or draws of other shapes.
         """
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction={reduction!r} is not one of mean, none")
-        loss, per_sample, info = self._objective.summary(self.losses(batch, noise, time, delay))
+        loss, per_sample, info = self.objective.summary(self.losses(batch, noise, time, delay))
         self._run.check_loss(self, info["loss"], per_sample, batch)
         if not (self.training or torch.is_grad_enabled()):
-            info["chunk_error"] = self._chunk_error(batch)
+            info["chunk_error"] = self.objective.chunk_error(self.model, batch, self._player.sample)
         return (loss if reduction == "mean" else per_sample), info
-
-    def _chunk_error(self, batch: dict[str, Any]) -> float:
-        """Mean squared error of chunks sampled from fixed noise: the loss says little about what a robot would do."""
-        held_out = self._objective.held_out(self.model, batch)
-        with torch.inference_mode(False), torch.no_grad():
-            obs = self.observe(batch, held_out.noise_BTA.device)
-            chunk = self._player.sample(self.model, obs, held_out.noise_BTA)
-        return self._objective.chunk_errors.add(chunk, held_out.actions_BTA, held_out.valid_BT)
 
     def losses(
         self,
@@ -306,19 +276,9 @@ class PI0Policy(PreTrainedPolicy):
         time: Tensor | None = None,
         delay: Tensor | None = None,
     ) -> Tensor:
-        """Squared errors of the velocity, float32 (B, K, T, dims of the robot's actions).
-
-        With `rtc_training_max_delay` the first `delay` actions are known (arXiv 2512.05964): they enter as they are, at
-        t = 0, and their errors are zero; the others' are scaled so that the mean over T is theirs.
-        """
+        """Squared errors of the velocity, float32 (B, K, T, dims of the robot's actions); see `Objective.losses`."""
         self._run.catch_up()
-        return self._objective.losses(self.model, batch, noise, time, delay)
-
-    def errors(
-        self, obs: Observation, actions_B1TA: Tensor, noise: Tensor, time: Tensor, delay: Tensor | None = None
-    ) -> Tensor:
-        """`losses` of given draws, before padded actions are masked. No control flow depends on a tensor's values."""
-        return self._objective.errors(self.model, obs, actions_B1TA, noise, time, delay)
+        return self.objective.losses(self.model, batch, noise, time, delay)
 
     def update(self) -> None:
         """Count a step of the optimizer: to be called after each, as LeRobot does, for new draws and averages."""
@@ -384,23 +344,3 @@ class PI0Policy(PreTrainedPolicy):
 
     def _build_peft_config(self, cli_overrides: dict[str, Any]) -> Any:
         return super()._build_peft_config(lora.with_ranks(cli_overrides))
-
-
-def _settle(config: PI0Config, saved: dict[str, Any], pretrained: bool) -> None:
-    """`PI0Config.resolve`; says so if a conflict is between the run's options and the checkpoint's."""
-    try:
-        config.resolve(saved, vlm_is_pretrained=pretrained)
-    except ValueError as error:  # each was valid alone
-        if saved.keys().isdisjoint(PLUGIN_FIELDS):
-            raise
-        raise CheckpointConfigError(
-            f"options of the run and of the checkpoint ({PLUGIN_CONFIG_NAME}) do not go together: {error}"
-        ) from error
-
-
-def _make_bounds(config: PI0Config, statistics: Callable[[], bounds.Statistics | None]) -> bounds.ActionBounds | None:
-    """`bounds.make_bounds`; `control` knows nothing of checkpoints and their errors."""
-    try:
-        return bounds.make_bounds(config, statistics)
-    except bounds.BoundsError as error:
-        raise CheckpointConfigError(str(error)) from error

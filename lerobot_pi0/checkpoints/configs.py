@@ -1,5 +1,6 @@
 """Configuration files of a checkpoint: config.json, which LeRobot shares, and lerobot_pi0.json, this plugin's own."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import draccus
@@ -84,3 +85,20 @@ def _reason(error: BaseException) -> str:
 
 def _text(value: Any) -> str | None:
     return None if value is None else str(value)
+
+
+def resolve(config: PI0Config, saved: Mapping[str, Any], vlm_is_pretrained: bool) -> None:
+    """`PI0Config.resolve`, with the checkpoint's file named where its options and the run's do not go together.
+
+    Raises:
+        CheckpointConfigError: they do not; each was valid alone.
+        ValueError: options of the run do not go together, and the checkpoint has none.
+    """
+    try:
+        config.resolve(dict(saved), vlm_is_pretrained=vlm_is_pretrained)
+    except ValueError as error:
+        if saved.keys().isdisjoint(PLUGIN_FIELDS):
+            raise
+        raise CheckpointConfigError(
+            f"options of the run and of the checkpoint ({PLUGIN_CONFIG_NAME}) do not go together: {error}"
+        ) from error

@@ -109,12 +109,14 @@ class Origin:
             )
         return set(digests), self.base._replace(digest=digest_of_digests(digests))
 
-    def check_push(self, config: PI0Config) -> None:
-        """Refuse, before training, what could not be pushed after it.
+    def check_run(self, config: PI0Config, module: nn.Module) -> None:
+        """Refuse, before training, what could not be saved or pushed after it.
 
         Raises:
-            ValueError: the frozen weights are in a folder, and rounded here.
+            ValueError: as `left_to_base`; or the frozen weights are in a folder, and rounded here.
         """
+        if config.save_expert_only:
+            self.left_to_base(module)
         if config.push_to_hub and config.repo_id and config.vlm_quantization and self.folder is not None:
             raise ValueError(
                 f"the frozen weights are in the folder {self.folder}, which nobody else has, and a VLM that is "

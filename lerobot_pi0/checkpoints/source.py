@@ -18,14 +18,16 @@ from huggingface_hub.errors import (
 
 from .errors import CheckpointNotFoundError, CorruptCheckpointError
 
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+"""Options of `hf_hub_download` that a checkpoint can be opened with."""
+
 
 class Source:
     """A folder, or a Hub repository at one commit: all files come from the same one, whoever pushes meanwhile.
 
     Args:
         place: path of the folder, or Hub id.
-        hub: options of `hf_hub_download` (revision, token, cache_dir, local_files_only, force_download). A folder
-            ignores them.
+        hub: `HUB_OPTIONS`. A folder ignores them.
 
     Raises:
         CheckpointNotFoundError: there is no such repository or revision, or no way to it.

@@ -10,7 +10,7 @@ from lerobot.configs import FeatureType, NormalizationMode
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from ..configuration_pi0 import PI0Config
-from .joints import check_relative_names, names_in_config, relative_mask
+from .joints import check_relative_names, names_in_config, relative_mask, take_names
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +24,21 @@ STATISTICS = {
     NormalizationMode.QUANTILE10: ("q10", "q90"),
 }
 """Which statistics each mode of normalisation needs."""
+
+
+def check_dataset(config: PI0Config, stats: Mapping[str, Mapping[str, Any]] | None, meta: Any) -> None:
+    """Take the names of a dataset's joints over into the config, and refuse statistics that do not suit it.
+
+    Args:
+        stats: the statistics to train with.
+        meta: the dataset's LeRobotDatasetMetadata, or None.
+
+    Raises:
+        ValueError: as `check_statistics` and `check_relative_statistics`.
+    """
+    take_names(config, meta)
+    check_statistics(config, stats)
+    check_relative_statistics(config, stats or {}, meta)
 
 
 def check_statistics(config: PI0Config, stats: Mapping[str, Mapping[str, Any]] | None) -> None:

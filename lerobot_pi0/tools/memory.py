@@ -176,7 +176,7 @@ class Counter:
         policy = self.policy
         obs = policy.observe.assemble(images, tokens, torch.ones_like(tokens, dtype=torch.bool), state)
         noise = torch.empty(len(state), policy.config.flow_samples or 1, *actions.shape[2:])
-        return policy.errors(obs, actions, noise, torch.empty(noise.shape[:2])).mean()
+        return policy.objective.errors(policy.model, obs, actions, noise, torch.empty(noise.shape[:2])).mean()
 
     def _update(self) -> None:
         """What LeRobot's loop does after the backward pass."""

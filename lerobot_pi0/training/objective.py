@@ -6,7 +6,7 @@ Axes: B batch, N cameras, C channels, H height, W width, K flow samples, T steps
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from lerobot.utils.constants import ACTION
@@ -35,14 +35,6 @@ class NetworkCalls(Protocol):
         """Called before the first of the calls that belong together."""
 
 
-class HeldOutBatch(NamedTuple):
-    """What a sampled chunk begins with, and what it is compared with."""
-
-    noise_BTA: Tensor
-    actions_BTA: Tensor
-    valid_BT: Tensor
-
-
 class Objective:
     """Losses of batches. The network is an argument of each call; none is kept."""
 
@@ -62,7 +54,7 @@ class Objective:
         """
         self.config, self._observe, self._calls, self._autocast = config, observe, calls, autocast
         self._seed = torch.initial_seed()
-        self.chunk_errors = ChunkErrors()
+        self._chunk_errors = ChunkErrors()
 
     @property
     def _joints(self) -> list[str]:
@@ -80,8 +72,10 @@ class Objective:
         time: Tensor | None = None,
         delay: Tensor | None = None,
     ) -> Tensor:
-        """Squared errors of the velocity, float32 (B, K, T, dims of the robot's actions); see `PI0Policy.losses`.
+        """Squared errors of the velocity, float32 (B, K, T, dims of the robot's actions).
 
+        With `rtc_training_max_delay` the first `delay` actions are known (arXiv 2512.05964): they enter as they are, at
+        t = 0, and their errors are zero; the others' are scaled so that the mean over T is theirs.
         In training, steps after the end of an episode count or do not as `mask_padded_actions` says; in evaluation they
         never do.
         """
@@ -136,15 +130,21 @@ class Objective:
 
     def report_chunk_errors(self) -> None:
         """Log the errors of the chunks that were sampled since the last report."""
-        self.chunk_errors.report(self._joints)
+        self._chunk_errors.report(self._joints)
 
-    def held_out(self, model: PI0, batch: dict[str, Any]) -> HeldOutBatch:
-        """The noise that a held-out batch's chunks are sampled from, and the batch's own actions."""
+    def chunk_error(self, model: PI0, batch: dict[str, Any], sample: Callable[..., Tensor]) -> float:
+        """Mean squared error of chunks of a held-out batch, sampled from noise that is always the same.
+
+        Args:
+            sample: makes chunks (B, T, dims) from the network, an observation and noise.
+        """
         device = _device(model)
         actions = self._observe.actions(batch, device)
         noise, *_ = self._draw(batch, actions.shape[1:], device, model.training)
+        with torch.inference_mode(False), torch.no_grad():
+            chunk = sample(model, self._observe(batch, device), noise[:, 0])
         valid = self._observe.valid(batch, device) if IS_PAD in batch else actions.new_ones(actions.shape[:2])
-        return HeldOutBatch(noise[:, 0], actions[..., : self._dims], valid)
+        return self._chunk_errors.add(chunk, actions[..., : self._dims], valid)
 
     def _augment(self, batch: dict[str, Any], images_BNCHW: Tensor, cameras: list[str]) -> Tensor:
         """Images of these cameras, each changed at random: a function of seed, update, sample and camera."""

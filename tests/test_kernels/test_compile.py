@@ -207,7 +207,7 @@ def test_training_depends_on_no_value_either(small, delays):
         obs = fake_observation(policy.model.arch, batch_size=2)
         actions, noise, time = torch.randn(2, 1, 50, 32), torch.randn(2, 2, 50, 32), torch.rand(2, 2)
         delay = torch.randint(10, (2, 2)) if delays else None
-        errors = policy.errors(obs, actions, noise, time, delay)
+        errors = policy.objective.errors(policy.model, obs, actions, noise, time, delay)
     assert errors.shape == (2, 2, 50, DIMS)
 
 
