@@ -16,7 +16,7 @@ except ModuleNotFoundError as error:
         raise
     raise ModuleNotFoundError(
         "lerobot_policy_pi0 is a plugin of LeRobot, which is not installed in this environment, or too old: "
-        "pip install 'lerobot[pi,training]>=0.6.1,<0.7'",
+        "pip install 'lerobot[pi,training]>=0.6.1,<0.6.2'",
         name="lerobot",
     ) from error
 from lerobot.configs import PreTrainedConfig
