@@ -19,11 +19,12 @@ except ModuleNotFoundError as error:
         "pip install 'lerobot[pi,training]>=0.6.1,<0.6.2'",
         name="lerobot",
     ) from error
+import draccus
 from lerobot.configs import PreTrainedConfig
 from lerobot.optim import LRSchedulerConfig, OptimizerConfig
 from lerobot.processor import ProcessorStepRegistry
 
-from .configuration_pi0 import OPTIMIZERS, SCHEDULES, PI0Config
+from .configuration_pi0 import OPTIMIZERS, SCHEDULES, PI0Config, encode_set
 
 if TYPE_CHECKING:
     from .modeling_pi0 import PI0Policy
@@ -43,6 +44,7 @@ def take_over() -> None:
 
     - the policy type `pi0` of LeRobot's configs is `PI0Config`;
     - saved steps of `inputs.steps.STEPS` (tokenizer, prompt, relative actions) are rebuilt as ours, for every policy;
+    - draccus, which writes configs, leaves unset options of this plugin out (`configuration_pi0.encode_set`);
     - `OPTIMIZERS` and `SCHEDULES` of `configuration_pi0` are known, so that a train_config.json which names them
       can be parsed.
 
@@ -56,6 +58,7 @@ def take_over() -> None:
 
     took_over = PreTrainedConfig.get_known_choices()["pi0"] is PI0Config
     PreTrainedConfig.get_known_choices()["pi0"] = PI0Config
+    draccus.encode.register(PI0Config, encode_set)
     OptimizerConfig.get_known_choices().update(OPTIMIZERS)
     LRSchedulerConfig.get_known_choices().update(SCHEDULES)
     for name, step in STEPS.items():
