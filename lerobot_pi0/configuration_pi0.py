@@ -134,6 +134,8 @@ class PI0Config(BuiltinPI0Config):
 
     # No option: optimiser steps so far. It is here because of adapters, with which LeRobot saves a config alone.
     updates = 0
+    # No option: sizes and start of the policy, for a model card that LeRobot writes from the config alone.
+    card_facts = {}, None  # type: ignore[var-annotated]
 
     def __post_init__(self) -> None:
         try:

@@ -23,6 +23,7 @@ from .checkpoints.configs import resolve
 from .checkpoints.model_card import make_card
 from .checkpoints.names import VLM
 from .checkpoints.origin import Origin
+from .checkpoints.publishing import Publishing, remember_for_card, whole_state
 from .checkpoints.source import HUB_OPTIONS
 from .configuration_pi0 import PI0Config
 from .control import bounds
@@ -39,7 +40,7 @@ from .training.objective import Objective
 from .training.run import Run
 
 
-class PI0Policy(LeRobotNames, PreTrainedPolicy):
+class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
     """π₀ as LeRobot trains, evaluates and runs it.
 
     Built from a config it starts from random weights, or with the VLM of `vlm_path`; `from_pretrained` loads a
@@ -48,6 +49,7 @@ class PI0Policy(LeRobotNames, PreTrainedPolicy):
 
     config_class = PI0Config  # type: ignore[assignment]
     name = "pi0"  # type: ignore[assignment]
+    _fsdp_wrap_modules = ["Layer", "SiglipEncoderLayer"]  # what LeRobot after 0.6.1 shards by
 
     def __init__(
         self,
@@ -196,7 +198,9 @@ class PI0Policy(LeRobotNames, PreTrainedPolicy):
             ValueError: `save_expert_only`, but no weight comes from a checkpoint, none is frozen, or `save_directory`
                 is that checkpoint. Without it: the VLM is rounded, and its weights are not here to be written.
         """
-        self.origin.save(save_directory, self.config, self, self._run.deployed_state(self, state_dict))
+        state, writes = whole_state(self, state_dict)
+        if writes:
+            self.origin.save(save_directory, self.config, self, self._run.deployed_state(self, state))
 
     def push_model_to_hub(self, *args: Any, **kwargs: Any) -> None:
         """LeRobot's push; of `save_expert_only` over a folder, which nobody else has, it pushes all weights."""
@@ -224,6 +228,7 @@ class PI0Policy(LeRobotNames, PreTrainedPolicy):
         trained = self._run.trained_parameters(self.model)
         self.origin.check_run(self.config, self)
         self._run.log_trained(self.model)
+        remember_for_card(self.config, self._run.part_sizes(self.model), self.origin.start)
         return self._run.averaged(trained)
 
     def reset(self) -> None:
