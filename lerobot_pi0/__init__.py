@@ -7,6 +7,7 @@ Every LeRobot command imports installed plugins when it starts, so nothing here 
 import importlib
 import logging
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 try:
@@ -45,6 +46,8 @@ def take_over() -> None:
     - the policy type `pi0` of LeRobot's configs is `PI0Config`;
     - saved steps of `inputs.steps.STEPS` (tokenizer, prompt, relative actions) are rebuilt as ours, for every policy;
     - draccus, which writes configs, leaves unset options of this plugin out (`configuration_pi0.encode_set`);
+    - `lerobot-rollout --inference.rtc.mode=trained`, which LeRobot after 0.6.1 has for π₀.₅ alone, takes this policy: it
+      checks the mode itself once its options are loaded (`PI0Policy.init_rtc_processor`);
     - `OPTIMIZERS` and `SCHEDULES` of `configuration_pi0` are known, so that a train_config.json which names them
       can be parsed.
 
@@ -61,6 +64,7 @@ def take_over() -> None:
     draccus.encode.register(PI0Config, encode_set)
     OptimizerConfig.get_known_choices().update(OPTIMIZERS)
     LRSchedulerConfig.get_known_choices().update(SCHEDULES)
+    _accept_trained_mode(sys.modules.get("lerobot.rollout.context"))
     for name, step in STEPS.items():
         ProcessorStepRegistry.unregister(name)
         ProcessorStepRegistry.register(name)(step)
@@ -71,6 +75,21 @@ def take_over() -> None:
             __version__,
             TAKEOVER_VARIABLE,
         )
+
+
+def _accept_trained_mode(context: Any) -> None:
+    """Let other policies alone be refused by their type; the module is there if the command is `lerobot-rollout`."""
+    check = "_validate_trained_rtc_rollout_config"
+    theirs = getattr(context, check, None)
+    if theirs is None or hasattr(theirs, "without_pi0"):
+        return
+
+    def validate(policy_config: Any, inference_config: Any) -> None:
+        if not isinstance(policy_config, PI0Config):
+            theirs(policy_config, inference_config)
+
+    validate.without_pi0 = theirs  # type: ignore[attr-defined]
+    setattr(context, check, validate)
 
 
 def __getattr__(name: str) -> Any:

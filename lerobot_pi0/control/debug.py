@@ -1,14 +1,17 @@
-"""LeRobot's `RTCProcessor`: the options of real-time chunking, and debug data of a chunk (`rtc_config.debug`).
+"""LeRobot's `RTCProcessor`: options of real-time chunking, its mode, and debug data of a chunk (`rtc_config.debug`).
 
 `examples/rtc/eval_dataset.py` of LeRobot draws these data. The guidance itself is `guidance.py`'s.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.policies.rtc.modeling_rtc import RTCProcessor
 from torch import Tensor
+
+from ..configuration_pi0 import PI0Config
 
 Record = Callable[..., None]
 """Called with the time and, by name, with what was computed at that time."""
@@ -20,7 +23,24 @@ def make_processor(config: RTCConfig | None) -> RTCProcessor | None:
         return None
     # LeRobot after 0.6.1 has this mode, and takes it from policies alone that say that they can do it.
     trained = getattr(config, "mode", None) == "trained"
-    return RTCProcessor(config, **({"trained_mode_supported": True} if trained else {}))
+    known = "trained_mode_supported" in inspect.signature(RTCProcessor).parameters
+    return RTCProcessor(config, **({"trained_mode_supported": True} if trained and known else {}))
+
+
+def check_trained_mode(config: PI0Config, horizon: int) -> None:
+    """Refuse LeRobot's mode `trained` for a policy that is guided in another way, or whose prefixes do not fit."""
+    delay = config.rtc_training_max_delay or 0
+    if config.guidance != "trained" or not delay:
+        raise ValueError(
+            f"--inference.rtc.mode=trained, but rtc_guidance={config.guidance} and rtc_training_max_delay={delay}: the "
+            "mode takes a policy that was trained with rtc_training_max_delay. Leave it out, and chunks are guided by "
+            "rtc_guidance"
+        )
+    if not delay <= horizon <= config.chunk_size - delay:
+        raise ValueError(
+            f"--inference.rtc.execution_horizon={horizon} has to be from rtc_training_max_delay={delay} to "
+            f"chunk_size - rtc_training_max_delay = {config.chunk_size - delay} with --inference.rtc.mode=trained"
+        )
 
 
 def recorder(processor: RTCProcessor | None, steps: int, delay: int, horizon: int | None) -> Record | None:

@@ -156,11 +156,8 @@ class Player:
                 f"execution_horizon={rtc.execution_horizon} leaves no action to continue: set "
                 "--inference.rtc.execution_horizon to more than the delay, counted in actions"
             )
-        if getattr(rtc, "mode", None) == "trained" and self.config.guidance != "trained":
-            raise ValueError(
-                f"--inference.rtc.mode=trained and rtc_guidance={self.config.guidance}: it takes a policy that was "
-                "trained with rtc_training_max_delay, and no other rtc_guidance. Leave the mode out to be guided so"
-            )
+        if getattr(rtc, "mode", None) == "trained":
+            debug.check_trained_mode(self.config, rtc.execution_horizon)
         guidance.prefix_weights(rtc.prefix_attention_schedule.value, 0, torch.ones(1, 1), 1)
         logger.info("real-time chunking: rtc_guidance=%s", self.config.guidance)
 

@@ -5,10 +5,11 @@ import inspect
 import pytest
 import torch
 from conftest import copy_weights, draws, make_batch, make_small, micro_policy, relative, small_builtin, small_policy
+from lerobot.policies.factory import make_policy_config
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.policies.rtc.modeling_rtc import RTCProcessor
 
-from lerobot_pi0 import PI0Policy
+from lerobot_pi0 import PI0Policy, take_over
 from lerobot_pi0.control.lerobot_names import CHUNK_ARGUMENTS
 
 HOW = {"inference_delay": 3, "prev_chunk_left_over": torch.linspace(-1, 1, 12 * 6).reshape(12, 6)}
@@ -140,3 +141,47 @@ def test_dropped_actions_are_not_executed(micro):
     assert torch.equal(policy.select_action(batch, noise=noise[0]), first[:, 0])
     policy.drop_queued_actions()
     assert torch.equal(policy.select_action(batch, noise=noise[1]), second[:, 0])
+
+
+TRAINED = {"rtc_training_max_delay": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "horizon", "says"),
+    [
+        ({}, 2, "trained with rtc_training_max_delay"),
+        (TRAINED | {"rtc_guidance": "identity"}, 2, "rtc_guidance=identity"),
+        (TRAINED, 4, "from rtc_training_max_delay=1 to chunk_size - rtc_training_max_delay = 3"),
+        (TRAINED, 2, None),
+    ],
+)
+def test_the_mode_trained(micro, options, horizon, says):
+    """Catches LeRobot's mode `trained`, which it has after 0.6.1, for a policy that cannot do it, or refused for one
+    that can."""
+    policy = micro_policy(**options)
+    policy.config.rtc_config = RTCConfig(execution_horizon=horizon)
+    policy.config.rtc_config.mode = "trained"  # 0.6.1 has no such field
+    if says is None:
+        policy.init_rtc_processor()
+        assert policy.rtc_processor.rtc_config.mode == "trained"
+    else:
+        with pytest.raises(ValueError, match=says):
+            policy.init_rtc_processor()
+
+
+def test_the_mode_trained_is_not_refused_by_type(micro, monkeypatch):
+    """Catches `lerobot-rollout` after 0.6.1, which lets no type but pi05 through, and other types let through too."""
+    from lerobot.rollout import context
+
+    def refuse(policy_config, inference_config):
+        raise ValueError(f"requires a PI05 checkpoint; got {policy_config.type}")
+
+    name = "_validate_trained_rtc_rollout_config"
+    monkeypatch.setattr(context, name, refuse, raising=False)
+    for _ in range(2):
+        take_over()
+    check = getattr(context, name)
+    check(micro_policy().config, None)
+    assert check.without_pi0 is refuse
+    with pytest.raises(ValueError, match="got act"):
+        check(make_policy_config("act", device="cpu"), None)
