@@ -4,7 +4,7 @@ READY := .venv/.ready
 # A process for each core, each with whole files: what a file sets up is set up once.
 SPREAD := -n auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: help setup demo so100 test test-all bench lint format clean
+.PHONY: help setup demo so100 test test-all finish test-next test-lerobot bench lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## / - /' | sort
@@ -26,6 +26,16 @@ test: setup  ## fast tests, on CPU, without network
 
 test-all: setup  ## slow tests too
 	$(PYTHON) -m pytest -m '' $(ARGS)
+
+finish: setup  ## the package from its wheel, in a bare environment, through all that a user does
+	$(PYTHON) -m pytest -m '' -s tests/test_finish_line.py $(ARGS)
+
+test-next: setup  ## fast tests with another LeRobot (LEROBOT=a clone of its repository)
+	@test -d "$(LEROBOT)/src/lerobot" || { echo "LEROBOT=$(LEROBOT) is no clone of LeRobot's repository"; exit 2; }
+	PYTHONPATH="$(abspath $(LEROBOT))/src" $(PYTHON) -m pytest $(SPREAD) $(ARGS)
+
+test-lerobot: setup  ## LeRobot's own tests with this plugin in charge (LEROBOT=a clone of its repository)
+	$(PYTHON) scripts/lerobot_tests.py "$(LEROBOT)" $(ARGS)
 
 bench: setup  ## this policy beside LeRobot's built-in (ARGS='--size full')
 	$(PYTHON) benchmarks/bench.py $(ARGS)

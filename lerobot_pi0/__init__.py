@@ -7,6 +7,7 @@ Every LeRobot command imports installed plugins when it starts, so nothing here 
 import importlib
 import logging
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 try:
@@ -16,14 +17,15 @@ except ModuleNotFoundError as error:
         raise
     raise ModuleNotFoundError(
         "lerobot_policy_pi0 is a plugin of LeRobot, which is not installed in this environment, or too old: "
-        "pip install 'lerobot[pi,training]>=0.6.1,<0.7'",
+        "pip install 'lerobot[pi,training]>=0.6.1,<0.6.2'",
         name="lerobot",
     ) from error
+import draccus
 from lerobot.configs import PreTrainedConfig
 from lerobot.optim import LRSchedulerConfig, OptimizerConfig
 from lerobot.processor import ProcessorStepRegistry
 
-from .configuration_pi0 import OPTIMIZERS, SCHEDULES, PI0Config
+from .configuration_pi0 import OPTIMIZERS, SCHEDULES, PI0Config, encode_set
 
 if TYPE_CHECKING:
     from .modeling_pi0 import PI0Policy
@@ -43,6 +45,9 @@ def take_over() -> None:
 
     - the policy type `pi0` of LeRobot's configs is `PI0Config`;
     - saved steps of `inputs.steps.STEPS` (tokenizer, prompt, relative actions) are rebuilt as ours, for every policy;
+    - draccus, which writes configs, leaves unset options of this plugin out (`configuration_pi0.encode_set`);
+    - `lerobot-rollout --inference.rtc.mode=trained`, which LeRobot after 0.6.1 has for π₀.₅ alone, takes this policy: it
+      checks the mode itself once its options are loaded (`PI0Policy.init_rtc_processor`);
     - `OPTIMIZERS` and `SCHEDULES` of `configuration_pi0` are known, so that a train_config.json which names them
       can be parsed.
 
@@ -56,8 +61,10 @@ def take_over() -> None:
 
     took_over = PreTrainedConfig.get_known_choices()["pi0"] is PI0Config
     PreTrainedConfig.get_known_choices()["pi0"] = PI0Config
+    draccus.encode.register(PI0Config, encode_set)
     OptimizerConfig.get_known_choices().update(OPTIMIZERS)
     LRSchedulerConfig.get_known_choices().update(SCHEDULES)
+    _accept_trained_mode(sys.modules.get("lerobot.rollout.context"))
     for name, step in STEPS.items():
         ProcessorStepRegistry.unregister(name)
         ProcessorStepRegistry.register(name)(step)
@@ -68,6 +75,21 @@ def take_over() -> None:
             __version__,
             TAKEOVER_VARIABLE,
         )
+
+
+def _accept_trained_mode(context: Any) -> None:
+    """Let other policies alone be refused by their type; the module is there if the command is `lerobot-rollout`."""
+    check = "_validate_trained_rtc_rollout_config"
+    theirs = getattr(context, check, None)
+    if theirs is None or hasattr(theirs, "without_pi0"):
+        return
+
+    def validate(policy_config: Any, inference_config: Any) -> None:
+        if not isinstance(policy_config, PI0Config):
+            theirs(policy_config, inference_config)
+
+    validate.without_pi0 = theirs  # type: ignore[attr-defined]
+    setattr(context, check, validate)
 
 
 def __getattr__(name: str) -> Any:

@@ -134,6 +134,8 @@ class PI0Config(BuiltinPI0Config):
 
     # No option: optimiser steps so far. It is here because of adapters, with which LeRobot saves a config alone.
     updates = 0
+    # No option: sizes and start of the policy, for a model card that LeRobot writes from the config alone.
+    card_facts = {}, None  # type: ignore[var-annotated]
 
     def __post_init__(self) -> None:
         try:
@@ -280,7 +282,7 @@ class PI0Config(BuiltinPI0Config):
     def to_files(self) -> dict[str, dict[str, Any]]:
         """Content of a checkpoint's config.json, LeRobot's keys alone, and of this plugin's file."""
         options = draccus.encode(self, PreTrainedConfig)
-        ours = {name: options.pop(name) for name in PLUGIN_FIELDS}
+        ours = {name: options.pop(name, None) for name in PLUGIN_FIELDS}
         return {CONFIG_NAME: options, PLUGIN_CONFIG_NAME: ours | {"updates": self.updates}}
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -292,6 +294,19 @@ OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in fields(PI0Co
 """The options that only this plugin has, in the order of their declaration."""
 
 PLUGIN_FIELDS = tuple(sorted(OPTIONS))
+
+UNKNOWN_TO_LEROBOT = (*PLUGIN_FIELDS, "train_expert_only")
+"""Fields that LeRobot's own π₀ cannot read: those that it does not have, and one that is True or False there."""
+
+
+def encode_set(config: PI0Config, declared_type: type | None = None) -> dict[str, Any]:
+    """The config as draccus writes it, without the options that nobody has set and LeRobot's own π₀ cannot read.
+
+    So a train_config.json without options of this plugin is LeRobot's, as `lerobot-train --job.target` sends it.
+    """
+    options = draccus.parsers.encoding.encode_choice(config, PreTrainedConfig)
+    return {k: v for k, v in options.items() if not (k in UNKNOWN_TO_LEROBOT and v is None)}
+
 
 RULES = {name: x.rule for name, x in OPTIONS.items() if x.rule is not None} | {
     "dtype": one_of("bfloat16", "float32"),

@@ -23,9 +23,11 @@ from .checkpoints.configs import resolve
 from .checkpoints.model_card import make_card
 from .checkpoints.names import VLM
 from .checkpoints.origin import Origin
+from .checkpoints.publishing import Publishing, remember_for_card, whole_state
 from .checkpoints.source import HUB_OPTIONS
 from .configuration_pi0 import PI0Config
 from .control import bounds
+from .control.lerobot_names import CHUNK_ARGUMENTS, LeRobotNames, refuse_unknown
 from .control.player import Player
 from .control.sampling import Sampler
 from .inputs.observation import ObservationMaker
@@ -38,7 +40,7 @@ from .training.objective import Objective
 from .training.run import Run
 
 
-class PI0Policy(PreTrainedPolicy):
+class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
     """π₀ as LeRobot trains, evaluates and runs it.
 
     Built from a config it starts from random weights, or with the VLM of `vlm_path`; `from_pretrained` loads a
@@ -47,6 +49,7 @@ class PI0Policy(PreTrainedPolicy):
 
     config_class = PI0Config  # type: ignore[assignment]
     name = "pi0"  # type: ignore[assignment]
+    _fsdp_wrap_modules = ["Layer", "SiglipEncoderLayer"]  # what LeRobot after 0.6.1 shards by
 
     def __init__(
         self,
@@ -136,6 +139,7 @@ class PI0Policy(PreTrainedPolicy):
         self.observe, sampler = ObservationMaker(config), Sampler(config.compile_mode if config.compile_model else None)
         self.objective = Objective(config, self.observe, sampler, self._run.autocast)
         self._player = Player(config, self.observe, sampler, self._run.autocast, limits)
+        self.init_rtc_processor()
         config.updates = saved.get("updates", 0)
         self.origin = Origin(saved.get("start"))
 
@@ -194,7 +198,9 @@ class PI0Policy(PreTrainedPolicy):
             ValueError: `save_expert_only`, but no weight comes from a checkpoint, none is frozen, or `save_directory`
                 is that checkpoint. Without it: the VLM is rounded, and its weights are not here to be written.
         """
-        self.origin.save(save_directory, self.config, self, self._run.deployed_state(self, state_dict))
+        state, writes = whole_state(self, state_dict)
+        if writes:
+            self.origin.save(save_directory, self.config, self, self._run.deployed_state(self, state))
 
     def push_model_to_hub(self, *args: Any, **kwargs: Any) -> None:
         """LeRobot's push; of `save_expert_only` over a folder, which nobody else has, it pushes all weights."""
@@ -222,19 +228,8 @@ class PI0Policy(PreTrainedPolicy):
         trained = self._run.trained_parameters(self.model)
         self.origin.check_run(self.config, self)
         self._run.log_trained(self.model)
+        remember_for_card(self.config, self._run.part_sizes(self.model), self.origin.start)
         return self._run.averaged(trained)
-
-    def supports_rtc(self) -> bool:
-        """Chunks that continue the one being executed: `predict_action_chunk` with `prev_chunk_left_over`."""
-        return True
-
-    def init_rtc_processor(self) -> None:
-        """Check `config.rtc_config`, which LeRobot has just set, before a robot moves.
-
-        Raises:
-            ValueError: a horizon that leaves nothing to guide, or an unknown schedule.
-        """
-        self._player.check_guidance()
 
     def reset(self) -> None:
         """Forget the chunk that is being executed; to be called between episodes."""
@@ -295,7 +290,8 @@ class PI0Policy(PreTrainedPolicy):
         inference_delay: int | None = None,
         prev_chunk_left_over: Tensor | None = None,
         execution_horizon: int | None = None,
-        **kwargs: Any,
+        num_steps: int | None = None,
+        **unknown: Any,
     ) -> Tensor:
         """A chunk of (normalised) actions, float32 (B, T, dims of the robot's actions).
 
@@ -305,13 +301,17 @@ class PI0Policy(PreTrainedPolicy):
             prev_chunk_left_over: what the robot has still to execute, as this method returned it: (steps, dims) or
                 (B, steps, dims). Read while `config.rtc_config` is enabled.
             execution_horizon: in place of `config.rtc_config`'s.
+            num_steps: of the solver, in place of `config.num_inference_steps`.
 
         Raises:
             ObservationError: the batch is not what the policy was made for.
+            TypeError: an argument that there is not; names the nearest.
             ValueError: noise or left-over actions of another shape.
             FloatingPointError: the network's output is not finite.
         """
-        return self._player.chunk(self.model, batch, noise, inference_delay, prev_chunk_left_over, execution_horizon)
+        refuse_unknown(unknown)
+        how = noise, inference_delay, prev_chunk_left_over, execution_horizon, num_steps
+        return self._player.chunk(self.model, batch, *how)
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
@@ -320,6 +320,7 @@ class PI0Policy(PreTrainedPolicy):
         Raises:
             RuntimeError: the number of environments changed in the middle of a chunk.
         """
+        refuse_unknown(kwargs.keys() - CHUNK_ARGUMENTS)
         if self._player.needs_chunk():
             self._player.start(self.predict_action_chunk(batch, **kwargs), batch)
         return self._player.next_action(batch)

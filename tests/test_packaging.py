@@ -50,7 +50,7 @@ def test_wheel(wheel):
     assert fields["Version"] == lerobot_pi0.__version__
     assert fields["License-Expression"] == "Apache-2.0"
     requirements = [line.replace(" ", "") for line in fields.get_all("Requires-Dist")]
-    assert any(line.startswith("lerobot[") and "<0.7" in line and ">=0.6.1" in line for line in requirements)
+    assert any(line.startswith("lerobot[") and "<0.6.2" in line and ">=0.6.1" in line for line in requirements)
     modules = {name for name in files if name.endswith(".py")}
     list_tracked = ["git", "ls-files", "lerobot_pi0", NAME]
     tracked = subprocess.run(list_tracked, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -135,11 +135,18 @@ def token_times(time: Tensor, guide: Guide | None) -> Tensor:
     return torch.where(guide.weights_BKTA[..., 0] > 0, 0.0, time)
 
 
-def guided(velocity: Callable[[Tensor], Tensor], x_BKTA: Tensor, time: Tensor, guide: Guide) -> Tensor:
+def guided(
+    velocity: Callable[[Tensor], Tensor],
+    x_BKTA: Tensor,
+    time: Tensor,
+    guide: Guide,
+    record: Callable[..., None] | None = None,
+) -> Tensor:
     """The guided velocity at x; autograd need not be enabled.
 
     Args:
         velocity: of x alone, at `time`, which broadcasts against (B, K, T).
+        record: takes x̂, the error and the correction of the modes that correct, by LeRobot's names.
     """
     mode, actions, weights, most = guide
     if mode == "trained":
@@ -147,7 +154,19 @@ def guided(velocity: Callable[[Tensor], Tensor], x_BKTA: Tensor, time: Tensor, g
     t = time[..., None]
     if mode == "identity":
         v = velocity(x_BKTA)
+        if record is not None:
+            error = weights * (actions - (x_BKTA - t * v))
+            record(time, **_debug(x_BKTA - t * v, error, error, guide, t))
         return v - strength(t, most) * weights * (actions - (x_BKTA - t * v))
     v, pull_back = torch.func.vjp(velocity, x_BKTA)[:2]
     error = weights * (actions - (x_BKTA - t * v))
-    return v - strength(t, most) * (error - t * pull_back(error)[0])
+    correction = error - t * pull_back(error)[0]
+    if record is not None:
+        record(time, **_debug(x_BKTA - t * v, error, correction, guide, t))
+    return v - strength(t, most) * correction
+
+
+def _debug(final: Tensor, error: Tensor, correction: Tensor, guide: Guide, t: Tensor) -> dict[str, Tensor]:
+    weight = strength(t, guide.most).flatten()[0]
+    found = {"x1_t": final, "err": error, "correction": correction, "weights": guide.weights_BKTA}
+    return found | {"guidance_weight": weight}

@@ -18,7 +18,7 @@ from ..inputs.observation import ObservationMaker
 from ..inputs.steps import Anchor
 from ..network import flow
 from ..network.pi0 import PI0, Observation
-from . import guidance
+from . import debug, guidance
 from .bounds import ActionBounds
 from .sampling import Sampler
 
@@ -47,6 +47,7 @@ class Player:
         self.config, self._observe, self._sampler, self._autocast = config, observe, sampler, autocast
         self._bounds = bounds
         self._warned_of_delay = False
+        self.rtc_processor = debug.make_processor(None)
         self.reset()
 
     def reset(self) -> None:
@@ -66,6 +67,7 @@ class Player:
         inference_delay: int | None,
         prev_chunk_left_over: Tensor | None,
         execution_horizon: int | None,
+        num_steps: int | None = None,
     ) -> Tensor:
         """A chunk within the bounds; arguments and errors are those of `PI0Policy.predict_action_chunk`."""
         cfg, device = self.config, model.action_in_proj.weight.device
@@ -75,19 +77,35 @@ class Player:
         if noise.shape != shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {shape}")
         guide = self._guide(prev_chunk_left_over, inference_delay or 0, execution_horizon, noise[:, None])
-        actions = self.sample(model, obs, noise, guide)
+        steps = cfg.num_inference_steps if num_steps is None else num_steps
+        record = debug.recorder(self.rtc_processor, steps, inference_delay or 0, execution_horizon)
+        actions = self.sample(model, obs, noise, guide, steps, record)
         return actions if self._bounds is None else self._bounds.chunk(actions, batch[OBS_STATE].to(device))
 
-    def sample(self, model: PI0, obs: Observation, noise_BTA: Tensor, guide: guidance.Guide | None = None) -> Tensor:
+    def sample(
+        self,
+        model: PI0,
+        obs: Observation,
+        noise_BTA: Tensor,
+        guide: guidance.Guide | None = None,
+        steps: int | None = None,
+        record: debug.Record | None = None,
+    ) -> Tensor:
         """The network's chunk before the bounds, float32 (B, T, dims of the robot's actions).
+
+        Args:
+            steps: of the solver, in place of `config.num_inference_steps`.
+            record: takes debug data, without `compile_model`.
 
         Raises:
             FloatingPointError: the network's output is not finite.
         """
         cfg = self.config
-        solver = {"solver": cfg.solver, "steps": cfg.num_inference_steps, "tolerance": cfg.solver_tolerance}
+        steps = cfg.num_inference_steps if steps is None else steps
+        solver = {"solver": cfg.solver, "steps": steps, "tolerance": cfg.solver_tolerance, "dims": self._dims}
+        sampler = self._sampler if record is None else Sampler()
         with self._autocast():
-            chunk = self._sampler.chunk(model, obs, noise_BTA[:, None], guide, dims=self._dims, **solver)
+            chunk = sampler.chunk(model, obs, noise_BTA[:, None], guide, record, **solver)
         actions = chunk[:, 0, :, : self._dims]
         if not actions.isfinite().all():
             raise FloatingPointError(
@@ -122,12 +140,14 @@ class Player:
             return action
         return self._bounds.step(action, batch[OBS_STATE].to(action.device), origin.to(action.device))
 
-    def check_guidance(self) -> None:
-        """Check `config.rtc_config` before a robot moves; log how chunks are guided.
+    def prepare_guidance(self) -> None:
+        """Check `config.rtc_config` before a robot moves, and make its processor; log how chunks are guided.
 
         Raises:
-            ValueError: a horizon that leaves nothing to guide, or an unknown schedule.
+            ValueError: a horizon that leaves nothing to guide, an unknown schedule, or LeRobot's mode `trained` for a
+                policy that is guided in another way.
         """
+        self.rtc_processor = debug.make_processor(self.config.rtc_config)
         rtc = self.config.rtc_config
         if rtc is None or not rtc.enabled:
             return
@@ -136,6 +156,8 @@ class Player:
                 f"execution_horizon={rtc.execution_horizon} leaves no action to continue: set "
                 "--inference.rtc.execution_horizon to more than the delay, counted in actions"
             )
+        if getattr(rtc, "mode", None) == "trained":
+            debug.check_trained_mode(self.config, rtc.execution_horizon)
         guidance.prefix_weights(rtc.prefix_attention_schedule.value, 0, torch.ones(1, 1), 1)
         logger.info("real-time chunking: rtc_guidance=%s", self.config.guidance)
 

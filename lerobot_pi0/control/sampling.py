@@ -18,6 +18,7 @@ from ..kernels.kv_cache import preallocate
 from ..network import flow
 from ..network.pi0 import PI0, Context, Observation
 from . import guidance
+from .debug import Record
 
 
 def velocity(
@@ -27,16 +28,22 @@ def velocity(
     time_embedding: Tensor,
     context: Context,
     guide: guidance.Guide | None = None,
+    record: Record | None = None,
 ) -> Tensor:
     """`PI0.velocity`, guided if there is a guide.
 
     Args:
         time: broadcasts against (B, K, T).
         time_embedding: `embed_time` of the tokens' times.
+        record: takes debug data.
     """
     if guide is None:
-        return model.velocity(x_BKTA, time_embedding, context)
-    return guidance.guided(lambda x: model.velocity(x, time_embedding, context), x_BKTA, time, guide)
+        v = model.velocity(x_BKTA, time_embedding, context)
+    else:
+        v = guidance.guided(lambda x: model.velocity(x, time_embedding, context), x_BKTA, time, guide, record)
+    if record is not None:
+        record(time, x_t=x_BKTA, v_t=v)
+    return v
 
 
 class Sampler:
@@ -55,11 +62,18 @@ class Sampler:
             begin_step()
 
     def chunk(
-        self, model: PI0, obs: Observation, noise_BKTA: Tensor, guide: guidance.Guide | None = None, **solver: Any
+        self,
+        model: PI0,
+        obs: Observation,
+        noise_BKTA: Tensor,
+        guide: guidance.Guide | None = None,
+        record: Record | None = None,
+        **solver: Any,
     ) -> Tensor:
         """From noise to actions, float32 (B, K, T, A).
 
         Args:
+            record: takes debug data; a compiled sampler has none to give.
             solver: arguments of `flow.integrate`.
         """
         self.begin()
@@ -71,7 +85,8 @@ class Sampler:
             return model.embed_time(guidance.token_times(time, guide))
 
         def field(x: Tensor, time: Tensor, time_embedding: Tensor) -> Tensor:
-            return self.velocity(model, x, time, time_embedding, context, guide)
+            recorded = () if record is None else (record,)
+            return self.velocity(model, x, time, time_embedding, context, guide, *recorded)
 
         with contextlib.nullcontext() if self.compiled else packed(model.expert):
             return flow.integrate(field, embed, guidance.begin(noise_BKTA, guide), **solver)

@@ -111,6 +111,10 @@ class PI0TokenizerStep(TokenizerProcessorStep):
                     self._files[file.name] = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
         return dict(self._files)
 
+    def save_artifacts(self, save_directory: Path) -> dict[str, str]:
+        """No files beside the state, which holds the tokenizer: LeRobot after 0.6.1 would write it twice."""
+        return {}
+
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take the tokenizer from its files, or leave it to its name if they were not to travel."""
         from transformers import AutoTokenizer

@@ -18,7 +18,7 @@ import torch.nn.functional as F  # noqa: N812
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from . import init
+from . import flow, init
 from .attention import KVCache, Mask, additive_mask
 from .gemma import Gemma, Rope
 from .siglip import VisionTower
@@ -78,6 +78,7 @@ class PI0(nn.Module):
     names of its parts."""
 
     paligemma_with_expert: Any
+    sample_noise = staticmethod(flow.sample_noise)
 
     def __init__(self, arch: Architecture, image_size: int) -> None:
         super().__init__()

@@ -32,8 +32,8 @@ from conftest import (
 )
 from full_size import OnMeta, theirs  # noqa: F401  a fixture
 from inputs.test_processor import sample, word_tokenizer
-from lerobot.common.train_utils import load_training_state, save_training_state
 from lerobot.configs import PreTrainedConfig
+from lerobot.optim.optimizers import load_optimizer_state, save_optimizer_state
 from lerobot.policies import make_policy, make_pre_post_processors
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -420,7 +420,9 @@ def began(policy, folder: Path) -> None:
     policy.train()
     policy.forward(make_batch())[0].backward()
     optimizer.step()
-    save_training_state(folder, 1, optimizer)
+    (folder / "training_state").mkdir()
+    save_optimizer_state(optimizer, folder / "training_state")
+    (folder / "training_state" / "training_step.json").write_text('{"step": 1}')
     policy.save_pretrained(folder / "pretrained_model")
 
 
@@ -435,7 +437,7 @@ def test_a_run_of_the_built_in_is_not_resumed(small, tmp_path, caplog, frozen):
     assert "--policy.path=" in caplog.text
     optimizer = torch.optim.AdamW(policy.get_optim_params(), 1e-3)
     with pytest.raises(ValueError, match="List length mismatch"):
-        load_training_state(tmp_path, optimizer, None)
+        load_optimizer_state(optimizer, tmp_path / "training_state")
     assert optimizer.state_dict()["state"] == {}
 
 
@@ -447,7 +449,7 @@ def test_a_run_of_ours_is_resumed(small, tmp_path, caplog):
         again = PI0Policy.from_pretrained(tmp_path / "pretrained_model", dataset_meta=dataset())
     assert "resumed" not in caplog.text
     optimizer = torch.optim.AdamW(again.get_optim_params(), 1e-3)
-    assert load_training_state(tmp_path, optimizer, None)[0] == 1
+    load_optimizer_state(optimizer, tmp_path / "training_state")
     moments = load_file(tmp_path / "training_state" / "optimizer_state.safetensors")
     for i, p in enumerate(again.get_optim_params()):
         assert optimizer.state[p]["exp_avg"].shape == p.shape

@@ -35,7 +35,7 @@ def lerobots_step(policy, optimizer, batch, clip: float = 1.0) -> MetricsTracker
     """One training step, by LeRobot's own code."""
     accelerator = Accelerator(cpu=True)
     meters = {name: AverageMeter(name) for name in ("loss", "grad_norm", "lr", "update_s")}
-    tracker = MetricsTracker(3, 30, 3, meters, accelerator=accelerator)
+    tracker = MetricsTracker(3, 30, 3, meters)
     return update_policy(tracker, policy, batch, optimizer, clip, accelerator)[0]
 
 

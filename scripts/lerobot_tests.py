@@ -1,0 +1,85 @@
+"""LeRobot's own tests with this plugin in charge of `pi0`, at sizes that a laptop holds.
+
+    git clone --branch v0.6.1 --depth 1 https://github.com/huggingface/lerobot
+    make test-lerobot LEROBOT=lerobot [ARGS='tests/processor']
+
+LeRobot's tests are in its repository, not in its package. Four things are changed for them, in their process alone:
+`lerobot.policies.pi0` has this plugin's names, its two size presets are small, the tests of π₀ run without CUDA and
+without a token of the Hub, and PaliGemma's gated tokenizer is one of bytes. With LEROBOT_PI0_TAKEOVER=0 the same tests
+run on LeRobot's own π₀, at the same sizes: what fails there too is not this plugin's.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+TESTS = (
+    "tests/policies/pi0_pi05/test_pi0.py", "tests/policies/pi0_pi05/test_pi0_rtc.py", "tests/policies/rtc",
+    "tests/policies/test_relative_actions.py", "tests/processor", "tests/configs", "tests/jobs", "tests/optim",
+    "tests/training", "tests/async_inference", "tests/test_rollout.py",
+)  # fmt: skip
+"""What is run by default: what touches policies; robots, cameras and datasets are not this plugin's."""
+
+
+def without_hardware(require: Callable) -> Callable:
+    """LeRobot's decorator, but for tests of π₀, which are small here."""
+    return lambda test: test if test.__module__.rsplit(".", 1)[-1] in ("test_pi0", "test_pi0_rtc") else require(test)
+
+
+class Small:
+    """A plugin of pytest: the changes, before the first test module is imported."""
+
+    def pytest_configure(self) -> None:
+        import lerobot.policies.pi0 as package
+        import pytest
+        import transformers
+        from presets import Size, set_presets
+
+        import lerobot_pi0
+        from lerobot_pi0.configuration_pi0 import PALIGEMMA_TOKENIZER
+        from lerobot_pi0.network.sizes import GemmaSize, PaliGemmaSize, VisionSize
+        from tests import utils
+
+        vision = VisionSize(width=32, depth=2, mlp_dim=48, heads=4, patch_size=56, image_size=224)
+        vlm = PaliGemmaSize(vision, GemmaSize(width=48, depth=3, mlp_dim=64, heads=8, head_dim=16), vocab_size=512)
+        self.patch = pytest.MonkeyPatch()
+        set_presets(self.patch, Size(vlm, GemmaSize(width=32, depth=3, mlp_dim=40, heads=8, head_dim=16)))
+        if os.environ.get(lerobot_pi0.TAKEOVER_VARIABLE, "1") != "0":
+            for name in ("PI0Config", "PI0Policy", "make_pi0_pre_post_processors"):
+                self.patch.setattr(package, name, getattr(lerobot_pi0, name))
+        for name in ("require_cuda", "require_hf_token"):
+            if hasattr(utils, name):
+                self.patch.setattr(utils, name, without_hardware(getattr(utils, name)))
+        fetch = transformers.AutoTokenizer.from_pretrained
+
+        def from_pretrained(name: str, *args, **kwargs):
+            return transformers.ByT5Tokenizer() if name == PALIGEMMA_TOKENIZER else fetch(name, *args, **kwargs)
+
+        self.patch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
+
+    def pytest_unconfigure(self) -> None:
+        self.patch.undo()
+
+
+def main(lerobot: Path, arguments: list[str]) -> int:
+    """Run them; pytest's exit status."""
+    if not (lerobot / "tests" / "processor").is_dir():
+        raise SystemExit(f"{lerobot} has no tests: LEROBOT has to be a clone of LeRobot's repository")
+    here = Path(__file__).absolute().parents[1]
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+    sys.path[:0] = [str(lerobot.absolute() / "src"), str(lerobot.absolute()), str(here / "benchmarks")]
+    sys.dont_write_bytecode = True
+    os.chdir(lerobot)
+    import pytest
+
+    chosen = any(not argument.startswith("-") for argument in arguments)
+    found = [] if chosen else [test for test in TESTS if Path(test).exists()]
+    return pytest.main(
+        [*found, "-q", "-p", "no:cacheprovider", "-W", "ignore::DeprecationWarning", *arguments], plugins=[Small()]
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(Path(sys.argv[1]), sys.argv[2:]))
