@@ -21,7 +21,6 @@ except ModuleNotFoundError as error:
     ) from error
 from lerobot.configs import PreTrainedConfig
 from lerobot.optim import LRSchedulerConfig, OptimizerConfig
-from lerobot.processor import ProcessorStepRegistry
 
 from .configuration_pi0 import OPTIMIZERS, SCHEDULES, PI0Config
 
@@ -42,25 +41,21 @@ def take_over() -> None:
     All that this package does to the whole process is here:
 
     - the policy type `pi0` of LeRobot's configs is `PI0Config`;
-    - saved steps of `inputs.steps.STEPS` (tokenizer, prompt, relative actions) are rebuilt as ours, for every policy;
+    - saved pipelines of π₀ are rebuilt with the steps of `inputs.steps.STEPS` (tokenizer, prompt, relative actions) and
+      with what the run asks for (`inputs.pipelines`); those of other policies are left alone;
     - `OPTIMIZERS` and `SCHEDULES` of `configuration_pi0` are known, so that a train_config.json which names them
       can be parsed.
-
-    Beside it, `inputs.steps.PromptStep.asked` is a note from a policy that is built for training to the prompt step
-    that is built next in this process.
 
     `register_subclass` would raise for `pi0`, since LeRobot has registered its own by then, and plugin discovery only
     logs what raises: the built-in would run in silence.
     """
-    from .inputs.steps import STEPS
+    from .inputs.pipelines import take_over_pipelines
 
     took_over = PreTrainedConfig.get_known_choices()["pi0"] is PI0Config
     PreTrainedConfig.get_known_choices()["pi0"] = PI0Config
     OptimizerConfig.get_known_choices().update(OPTIMIZERS)
     LRSchedulerConfig.get_known_choices().update(SCHEDULES)
-    for name, step in STEPS.items():
-        ProcessorStepRegistry.unregister(name)
-        ProcessorStepRegistry.register(name)(step)
+    take_over_pipelines()
     if not took_over:
         # A warning, because LeRobot sets logging up after it has imported the plugins: an info line is lost.
         logging.getLogger(__name__).warning(

@@ -203,9 +203,6 @@ def test_take_over_registers_everything(registries):
         ("optimizers", "pi0_adamw_8bit"): "AdamW8bitConfig",
         ("optimizers", "pi0_averaged_adamw_8bit"): "AveragedAdamW8bitConfig",
         ("schedules", "pi0_warmup_cosine"): "WarmupCosineConfig",
-        ("steps", "tokenizer_processor"): "PI0TokenizerStep",
-        ("steps", "pi0_new_line_processor"): "PromptStep",
-        ("steps", "relative_actions_processor"): "AnchoredRelativeStep",
     }
     assert registries["again"] == []
     assert registries["log"].count(TOOK_OVER) == 1

@@ -10,6 +10,7 @@ from lerobot.configs import FeatureType, NormalizationMode
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from ..configuration_pi0 import PI0Config
+from .features import log_cameras, name_unread
 from .joints import check_relative_names, names_in_config, relative_mask, take_names
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,9 @@ def check_dataset(config: PI0Config, stats: Mapping[str, Mapping[str, Any]] | No
         ValueError: as `check_statistics` and `check_relative_statistics`.
     """
     take_names(config, meta)
+    name_unread(config, getattr(meta, "features", None) or {})
+    if meta is not None and not config.pretrained_path:
+        log_cameras(config, getattr(meta, "camera_keys", []), {})
     check_statistics(config, stats)
     check_relative_statistics(config, stats or {}, meta)
 
