@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..configuration_pi0 import PI0Config
 from ..inputs.features import padded, set_cameras
-from ..inputs.pipelines import PROMPT, Run, Steps, follow
+from ..inputs.pipelines import PROMPT, RENAME, Run, Steps, follow
 from ..inputs.steps import TOKENIZER
 from .errors import CheckpointConfigError
 from .source import Source
@@ -60,6 +60,15 @@ def saved_steps(source: Source) -> Steps:
         for step in (source.read_json(f"{name}.json") or {}).get("steps", []):
             steps[str(step.get("registry_name"))] = step.get("config") or {}
     return steps
+
+
+def saved_rename_map(source: Source) -> dict[str, str]:
+    """The `--rename_map` that a checkpoint was trained with: the policy's name of a camera by the dataset's.
+
+    Raises:
+        CheckpointError: a file is broken.
+    """
+    return dict(saved_steps(source).get(RENAME, {}).get("rename_map") or {})
 
 
 def saved_statistics(source: Source) -> dict[str, dict[str, Tensor]]:

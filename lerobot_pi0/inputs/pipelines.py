@@ -119,16 +119,28 @@ def _step(step: dict[str, Any], overrides: Steps, changes: Steps, ours: bool) ->
 
 def _with_cameras(run: Run, overrides: Steps) -> Steps:
     """Give the policy its cameras, now that `--rename_map` is known; the normalisation names them too."""
+    config = rename_cameras(run, overrides.get(RENAME, {}).get("rename_map") or {})
+    if config is None or "features" not in (given := overrides.get("normalizer_processor", {})):
+        return overrides
+    features = {**(config.input_features or {}), **(config.output_features or {})}
+    return overrides | {"normalizer_processor": given | {"features": features}}
+
+
+def rename_cameras(run: Run, names: Mapping[str, str]) -> PI0Config | None:
+    """Give the policy the cameras that a batch of its dataset will have, and log their slots.
+
+    Args:
+        names: LeRobot's `--rename_map`: the policy's name of a camera by the dataset's.
+
+    Returns:
+        The config, changed; None of a policy that is not trained.
+    """
     config = run.config()
     if config is None or run.dataset is None:
-        return overrides
-    names = overrides.get(RENAME, {}).get("rename_map") or {}
+        return None
     if names and run.instead_of is not None:
         config.input_features = dict(run.instead_of)
     elif names and run.of_dataset:
         set_cameras(config, {names.get(key, key): x for key, x in run.dataset.items()}, run.slots)
     log_cameras(config, run.dataset, names, run.slots)
-    if "features" in (given := overrides.get("normalizer_processor", {})):
-        features = {**(config.input_features or {}), **(config.output_features or {})}
-        overrides = overrides | {"normalizer_processor": given | {"features": features}}
-    return overrides
+    return config

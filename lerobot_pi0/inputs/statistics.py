@@ -11,7 +11,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 
 from ..configuration_pi0 import PI0Config
 from .features import log_cameras, name_unread
-from .joints import check_relative_names, names_in_config, relative_mask, take_names
+from .joints import check_pairing, check_relative_names, names_in_config, relative_mask, take_names
 
 logger = logging.getLogger(__name__)
 
@@ -109,9 +109,10 @@ def check_relative_statistics(config: PI0Config, stats: Mapping[str, Mapping[str
         meta: its LeRobotDatasetMetadata, if there is one: without it the first mark alone is looked at.
 
     Raises:
-        ValueError: they are not those that this config needs; says which command makes them. Or the names of the joints
-            are such that this command would make wrong ones (`check_relative_names`).
+        ValueError: they are not those that this config needs; says which command makes them. Or the joints are such
+            that this command would make wrong ones (`check_pairing`, `check_relative_names`).
     """
+    check_pairing(config, meta)
     check_relative_names(config, meta)
     if ACTION not in stats or (problem := _problem(config, stats, meta)) is None:
         return
