@@ -23,7 +23,6 @@ except ModuleNotFoundError as error:
 import draccus
 from lerobot.configs import PreTrainedConfig
 from lerobot.optim import LRSchedulerConfig, OptimizerConfig
-from lerobot.processor import ProcessorStepRegistry
 
 from .configuration_pi0 import OPTIMIZERS, SCHEDULES, PI0Config, encode_set
 
@@ -44,20 +43,18 @@ def take_over() -> None:
     All that this package does to the whole process is here:
 
     - the policy type `pi0` of LeRobot's configs is `PI0Config`;
-    - saved steps of `inputs.steps.STEPS` (tokenizer, prompt, relative actions) are rebuilt as ours, for every policy;
+    - saved pipelines of π₀ are rebuilt with the steps of `inputs.steps.STEPS` (tokenizer, prompt, relative actions) and
+      with what the run asks for (`inputs.pipelines`); those of other policies are left alone;
     - draccus, which writes configs, leaves unset options of this plugin out (`configuration_pi0.encode_set`);
     - `lerobot-rollout --inference.rtc.mode=trained`, which LeRobot after 0.6.1 has for π₀.₅ alone, takes this policy: it
       checks the mode itself once its options are loaded (`PI0Policy.init_rtc_processor`);
     - `OPTIMIZERS` and `SCHEDULES` of `configuration_pi0` are known, so that a train_config.json which names them
       can be parsed.
 
-    Beside it, `inputs.steps.PromptStep.asked` is a note from a policy that is built for training to the prompt step
-    that is built next in this process.
-
     `register_subclass` would raise for `pi0`, since LeRobot has registered its own by then, and plugin discovery only
     logs what raises: the built-in would run in silence.
     """
-    from .inputs.steps import STEPS
+    from .inputs.pipelines import take_over_pipelines
 
     took_over = PreTrainedConfig.get_known_choices()["pi0"] is PI0Config
     PreTrainedConfig.get_known_choices()["pi0"] = PI0Config
@@ -65,9 +62,7 @@ def take_over() -> None:
     OptimizerConfig.get_known_choices().update(OPTIMIZERS)
     LRSchedulerConfig.get_known_choices().update(SCHEDULES)
     _accept_trained_mode(sys.modules.get("lerobot.rollout.context"))
-    for name, step in STEPS.items():
-        ProcessorStepRegistry.unregister(name)
-        ProcessorStepRegistry.register(name)(step)
+    take_over_pipelines()
     if not took_over:
         # A warning, because LeRobot sets logging up after it has imported the plugins: an info line is lost.
         logging.getLogger(__name__).warning(

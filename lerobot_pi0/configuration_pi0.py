@@ -132,6 +132,8 @@ class PI0Config(BuiltinPI0Config):
     # Safety on hardware: within the range of the data, widened by this part of it. None or inf bounds nothing.
     action_range_margin: float | None = option(None, at_least(0, "has to be 0 or more, or inf for no bound"))
 
+    # No option: whether `tokenizer_max_length` is a default, so that a checkpoint's own length takes its place.
+    takes_length = False
     # No option: optimiser steps so far. It is here because of adapters, with which LeRobot saves a config alone.
     updates = 0
     # No option: sizes and start of the policy, for a model card that LeRobot writes from the config alone.
@@ -156,6 +158,7 @@ class PI0Config(BuiltinPI0Config):
         if self.image_resolution is None:
             self.image_resolution = (PALIGEMMA_PRESETS[self.paligemma_variant].vision.image_size,) * 2
         if self.tokenizer_max_length is None:
+            self.takes_length = True
             self.tokenizer_max_length = 128 if self.tokenizer == BYTE_TOKENIZER else 48
         if self.recipe == "openpi":
             self._set_unset({name: x.openpi for name, x in OPTIONS.items()})

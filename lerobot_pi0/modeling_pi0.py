@@ -30,9 +30,9 @@ from .control import bounds
 from .control.lerobot_names import CHUNK_ARGUMENTS, LeRobotNames, refuse_unknown
 from .control.player import Player
 from .control.sampling import Sampler
+from .inputs.features import narrow_padded
 from .inputs.observation import ObservationMaker
 from .inputs.statistics import check_dataset
-from .inputs.steps import PromptStep
 from .kernels import rounding
 from .network.pi0 import PI0
 from .training import lora
@@ -120,14 +120,14 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         super().__init__(config)
         config.validate_features()
         trains = dataset_stats is not None or dataset_meta is not None
-        if trains:
-            PromptStep.asked = config.clean_prompts
         self._expert_only_asked = config.train_expert_only is True  # by the user, and not because the VLM is pretrained
         resolve(config, saved, pretrained)
         stats = dataset_stats if dataset_stats is not None else getattr(dataset_meta, "stats", None)
+        known = statistics if stats is None else lambda: stats
+        narrow_padded(config, known)
         if trains:
             check_dataset(config, stats, dataset_meta)
-        limits = bounds.make_bounds(config, statistics if stats is None else lambda: stats)
+        limits = bounds.make_bounds(config, known)
         with torch.device("meta"):
             self.model = PI0(config.architecture(), config.image_size)
         kernels.install(self.model)
@@ -183,6 +183,8 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         checkpoint = Checkpoint.open(pretrained_name_or_path, **{k: kwargs[k] for k in HUB_OPTIONS if k in kwargs})
         config = checkpoint.config() if config is None else config
         saved = checkpoint.settle(config)
+        trains = dataset_stats is not None or dataset_meta is not None
+        checkpoint.settle_processors(config, dataset_meta, trains)
         statistics = partial(checkpoint.statistics, config)  # read only if a bound needs them
         policy = cls.empty(config, dataset_stats, dataset_meta, saved, True, statistics)  # type: ignore[arg-type]
         parameters = dict(policy.named_parameters())

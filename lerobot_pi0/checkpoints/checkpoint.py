@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_INDEX_FILE, SAFETENSORS_SINGLE_FILE
 from lerobot.configs import PreTrainedConfig
-from lerobot.utils.constants import POLICY_PREPROCESSOR_DEFAULT_NAME, TRAINING_STATE_DIR
-from safetensors.torch import load_file
+from lerobot.utils.constants import TRAINING_STATE_DIR
 from torch import Tensor, nn
 
 from ..configuration_pi0 import PLUGIN_CONFIG_NAME, PI0Config
@@ -30,6 +29,7 @@ from .errors import (
 from .matching import SHAPING, check_tensors, describe_differences, general_advice
 from .names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, EMBEDDING, VLM
 from .origin import Base
+from .processors import saved_statistics, settle_processors
 from .reading import Stored, fill, index_tensors, opened_safetensors
 from .source import Source
 from .tensor_bytes import digest_of_digests
@@ -134,6 +134,21 @@ class Checkpoint:
             self._overrule(config, saved)
         return saved
 
+    def settle_processors(self, config: PreTrainedConfig, meta: Any, trains: bool) -> None:
+        """Bring the options of a run together with the processors that LeRobot will rebuild from this checkpoint.
+
+        Args:
+            config: options of the run, as for `settle`.
+            meta: the LeRobotDatasetMetadata of the dataset to train on, or None.
+            trains: whether the policy is built for training.
+
+        Raises:
+            CheckpointError: a file is broken, or an option cannot be changed without training.
+        """
+        run = self.of_run(config)
+        if isinstance(config, PI0Config):  # the policy refuses another by name
+            settle_processors(run.source, self.raw_config() or {}, run.raw_config() or {}, config, meta, trains)
+
     def of_run(self, config: PreTrainedConfig) -> "Checkpoint":
         """The checkpoint with the run's own options and processors: an adapter's, if one is loaded over this one."""
         if config.use_peft and config.pretrained_path:
@@ -167,15 +182,7 @@ class Checkpoint:
         Raises:
             CheckpointError: a file is broken.
         """
-        source = self.of_run(config).source
-        steps = (source.read_json(f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json") or {}).get("steps", [])
-        names = [step.get("state_file") for step in steps if step.get("registry_name") == "normalizer_processor"]
-        file = source.file(names[0]) if names and names[0] else None
-        found: dict[str, dict[str, Tensor]] = {}
-        for name, value in (load_file(file) if file is not None else {}).items():
-            key, _, statistic = name.rpartition(".")
-            found.setdefault(key, {})[statistic] = value
-        return found
+        return saved_statistics(self.of_run(config).source)
 
     # --- weights ---
 

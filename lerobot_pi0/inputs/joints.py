@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from lerobot.processor import RelativeActionsProcessorStep
-from lerobot.utils.constants import ACTION
+from lerobot.utils.constants import ACTION, OBS_STATE
 
 from ..configuration_pi0 import PI0Config
 
@@ -97,6 +97,41 @@ def check_relative_names(config: PI0Config, meta: Any = None) -> None:
         )
     else:
         logger.warning("the dataset names no joints: relative_exclude_joints is without effect, all are relative")
+
+
+def check_pairing(config: PI0Config, meta: Any) -> None:
+    """Refuse relative actions whose joints are not those of the state: LeRobot subtracts dim i of the state from dim i.
+
+    Args:
+        meta: the dataset's LeRobotDatasetMetadata, or None.
+
+    Raises:
+        ValueError: a relative dim has no state, or that of another joint; says which.
+    """
+    features = getattr(meta, "features", None) or {}
+    if not config.use_relative_actions or not {ACTION, OBS_STATE} <= features.keys():
+        return
+    actions, states = (names_in_dataset(features, key) for key in (ACTION, OBS_STATE))
+    otherwise = "or train with --policy.use_relative_actions=false"
+    if beyond := actions[len(states) :]:
+        raise ValueError(
+            f"these actions cannot be relative to the state: it has {len(states)} dims and no {', '.join(beyond)}. "
+            f"Leave these dims out of the actions, record them in the state too, {otherwise}"
+        )
+    mask = relative_mask(config, len(actions))
+    pairs = [(a, states[i]) for i, a in enumerate(actions) if mask[i] and a != states[i]]
+    if any(a in states or s in actions for a, s in pairs):
+        wrong = ", ".join(f"{a} from {s}" for a, s in pairs)
+        raise ValueError(
+            "state and actions do not have the same joints in the same order, and LeRobot pairs them by place: it "
+            f"would count {wrong}. Record both in one order, leave these joints absolute "
+            f"(--policy.relative_exclude_joints), {otherwise}"
+        )
+    if pairs and not all(a.startswith(f"{ACTION}[") or s.startswith(f"{OBS_STATE}[") for a, s in pairs):
+        logger.warning(
+            "state and actions name their joints otherwise; relative actions pair them by place: %s",
+            ", ".join(f"{a} from {s}" for a, s in pairs),
+        )
 
 
 def _lerobots_mask(names: Any, excluded: list[str], dims: int) -> np.ndarray:

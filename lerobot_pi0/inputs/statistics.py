@@ -10,7 +10,8 @@ from lerobot.configs import FeatureType, NormalizationMode
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from ..configuration_pi0 import PI0Config
-from .joints import check_relative_names, names_in_config, relative_mask, take_names
+from .features import log_cameras, name_unread
+from .joints import check_pairing, check_relative_names, names_in_config, relative_mask, take_names
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,9 @@ def check_dataset(config: PI0Config, stats: Mapping[str, Mapping[str, Any]] | No
         ValueError: as `check_statistics` and `check_relative_statistics`.
     """
     take_names(config, meta)
+    name_unread(config, getattr(meta, "features", None) or {})
+    if meta is not None and not config.pretrained_path:
+        log_cameras(config, getattr(meta, "camera_keys", []), {})
     check_statistics(config, stats)
     check_relative_statistics(config, stats or {}, meta)
 
@@ -105,9 +109,10 @@ def check_relative_statistics(config: PI0Config, stats: Mapping[str, Mapping[str
         meta: its LeRobotDatasetMetadata, if there is one: without it the first mark alone is looked at.
 
     Raises:
-        ValueError: they are not those that this config needs; says which command makes them. Or the names of the joints
-            are such that this command would make wrong ones (`check_relative_names`).
+        ValueError: they are not those that this config needs; says which command makes them. Or the joints are such
+            that this command would make wrong ones (`check_pairing`, `check_relative_names`).
     """
+    check_pairing(config, meta)
     check_relative_names(config, meta)
     if ACTION not in stats or (problem := _problem(config, stats, meta)) is None:
         return

@@ -1,14 +1,14 @@
 """Processor steps: LeRobot's tokenizer, prompt and relative actions, under LeRobot's names, which can do more.
 
 A saved pipeline is rebuilt from the registered names of its steps and their states, so what has to travel with a
-checkpoint is state, and `take_over` puts `STEPS` into LeRobot's registry.
+checkpoint is state. In pipelines of π₀, `pipelines` puts `STEPS` where their files name LeRobot's steps.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from lerobot.lerobot_types import EnvTransition, TransitionKey
@@ -18,6 +18,9 @@ from lerobot.utils.constants import OBS_STATE
 from torch import Tensor
 
 from ..configuration_pi0 import BYTE_TOKENIZER, PALIGEMMA_TOKENIZER
+
+TOKENIZER = "tokenizer_processor"
+"""LeRobot's name of the tokenizer step."""
 
 NOT_CARRIED = "not_carried"
 """Name of the one tensor in the state of a tokenizer step whose checkpoint must not hold the tokenizer."""
@@ -65,16 +68,18 @@ def load_tokenizer(name: str) -> Any:
 class PI0TokenizerStep(TokenizerProcessorStep):
     """LeRobot's tokenizer step, which also travels with its tokenizer and knows the byte tokenizer.
 
-    It takes LeRobot's name in the registry, because a saved pipeline is rebuilt from names alone. The files of the
-    tokenizer are its state, which LeRobot's own step ignores when it meets it; that they are not to travel is state
-    too, since a checkpoint without any (LeRobot's) carries its tokenizer once this plugin saves it. A tokenizer is
-    looked up when it is first needed, since its files may be about to come from the checkpoint.
+    It is saved under LeRobot's name, so that LeRobot can load it. The files of the tokenizer are its state, which
+    LeRobot's own step ignores when it meets it; that they are not to travel is state too, since a checkpoint without
+    any (LeRobot's) carries its tokenizer once this plugin saves it. A tokenizer is looked up when it is first needed,
+    since its files may be about to come from the checkpoint.
     """
 
     carry: bool = True
+    takes_files: bool = True
+    """Whether the checkpoint's files are those of the tokenizer that is meant; not where another one is given."""
 
     def __post_init__(self) -> None:
-        if self.tokenizer is None and self.tokenizer_name is None:
+        if self.tokenizer is None and self.tokenizer_name is None and not self.takes_files:
             raise ValueError("tokenizer_processor needs a tokenizer_name")
         self._loaded = self.tokenizer
         self._files: dict[str, Tensor] = {}
@@ -120,7 +125,7 @@ class PI0TokenizerStep(TokenizerProcessorStep):
         from transformers import AutoTokenizer
 
         self.carry = NOT_CARRIED not in state
-        if not self.carry:
+        if not self.carry or not self.takes_files or self.tokenizer is not None:
             return
         self._known.clear()
         self._files = dict(state)
@@ -138,17 +143,15 @@ def clean(prompt: str) -> str:
 class PromptStep(Pi0NewLineProcessor):
     """LeRobot's step, under LeRobot's name, that ends a prompt with a line break; where asked to, it cleans it first.
 
-    A saved pipeline is rebuilt from names and states, so whether to clean is state. A run that starts from a checkpoint
-    gets the checkpoint's pipeline, and LeRobot shows it nothing of the config: what a policy that is built for
-    training asks for is left in `asked`, for the step that is built next.
+    A saved pipeline is rebuilt from names and states, so whether to clean is state.
+
+    Args:
+        cleans: whether to clean; None leaves it to the state.
     """
 
-    asked: ClassVar[bool | None] = None
-
     def __init__(self, cleans: bool | None = None) -> None:
-        self._decided = PromptStep.asked if cleans is None else cleans
-        PromptStep.asked = None
-        self.cleans = bool(self._decided)
+        self._decided = cleans
+        self.cleans = bool(cleans)
 
     def complementary_data(self, complementary_data: dict[str, Any]) -> dict[str, Any]:
         task = complementary_data.get("task")
@@ -202,8 +205,8 @@ class Anchor:
 
 
 STEPS: dict[str, type[ProcessorStep]] = {
-    "tokenizer_processor": PI0TokenizerStep,
+    TOKENIZER: PI0TokenizerStep,
     "pi0_new_line_processor": PromptStep,
     "relative_actions_processor": AnchoredRelativeStep,
 }
-"""The steps by the names under which LeRobot rebuilds saved pipelines."""
+"""The steps of this plugin by the names of LeRobot's, in whose place they stand in pipelines of π₀."""

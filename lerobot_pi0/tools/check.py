@@ -11,6 +11,7 @@ what to do. The robot is not connected. The exit status is 1 if there are errors
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from lerobot.configs import FeatureType, PreTrainedConfig
 from lerobot.policies import make_pre_post_processors
@@ -21,7 +22,10 @@ from lerobot.utils.constants import ACTION, POLICY_PREPROCESSOR_DEFAULT_NAME
 from lerobot.utils.feature_utils import dataset_to_policy_features
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.processors import saved_rename_map
 from ..configuration_pi0 import PI0Config
+from ..inputs.features import narrow_padded
+from ..inputs.pipelines import rename_cameras, run_of
 from ..inputs.steps import PI0TokenizerStep, TokenizerError, load_tokenizer
 from . import ToolError
 from .checks import CHECKS
@@ -74,13 +78,14 @@ def check(options: Options) -> Iterable[Finding]:
     config = need_pi0(options.policy)
     config.device = "cpu"
     dataset = open_dataset(options.dataset)
-    trained = read_trained(config)
     features = dataset_to_policy_features(dataset.meta.features)
     keeps_features = bool(config.input_features)
     if not keeps_features:  # as LeRobot's make_policy does
         config.input_features = {key: x for key, x in features.items() if x.type is not FeatureType.ACTION}
     config.output_features = {key: x for key, x in features.items() if x.type is FeatureType.ACTION}
     config.action_feature_names = dim_names(dataset, ACTION)
+    take_checkpoint(config, dataset, options.rename_map)
+    trained = read_trained(config)
     subject = Subject(
         config=config,
         keeps_features=keeps_features,
@@ -96,6 +101,20 @@ def check(options: Options) -> Iterable[Finding]:
     )
     for one in CHECKS:
         yield from one(subject)
+
+
+def take_checkpoint(config: PI0Config, dataset: Any, rename_map: dict[str, str]) -> None:
+    """Settle what a run that begins from `pretrained_path` settles: options, cameras, dims of padded features.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is no π₀.
+    """
+    if config.pretrained_path:
+        place = str(config.pretrained_path)
+        Checkpoint.open(place).settle_processors(config, dataset.meta, trains=True)
+        if (run := run_of(place)) is not None:
+            rename_cameras(run, rename_map)
+    narrow_padded(config, lambda: dataset.meta.stats)
 
 
 def read_trained(config: PI0Config) -> Trained:
@@ -119,9 +138,9 @@ def read_trained(config: PI0Config) -> Trained:
         preprocessor, _ = make_pre_post_processors(
             config, pretrained_path=str(source), preprocessor_overrides={"device_processor": {"device": "cpu"}}
         )
-        return Trained(str(source), before, _stats(preprocessor), _tokenizer(preprocessor), None)
-    except TokenizerError as error:
-        return Trained(str(source), before, _stats(preprocessor), None, str(error))
+        names = saved_rename_map(checkpoint.source)
+        stats = {names.get(key, key): x for key, x in _stats(preprocessor).items()}  # they have the dataset's names
+        return Trained(str(source), before, stats, *tokenizer_of(preprocessor), names)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ToolError(f"the processors of {source} cannot be rebuilt: {error}") from error
 
@@ -131,9 +150,12 @@ def _stats(preprocessor: PolicyProcessorPipeline) -> dict:
     return dict(steps[0].stats or {}) if steps else {}
 
 
-def _tokenizer(preprocessor: PolicyProcessorPipeline) -> object:
-    steps = [step for step in preprocessor.steps if isinstance(step, PI0TokenizerStep)]
-    return steps[0].input_tokenizer if steps else None
+def tokenizer_of(preprocessor: PolicyProcessorPipeline) -> tuple[Any, str | None]:
+    """The tokenizer, or why it cannot be had."""
+    try:
+        return next((x.input_tokenizer for x in preprocessor.steps if isinstance(x, PI0TokenizerStep)), None), None
+    except TokenizerError as error:
+        return None, str(error)
 
 
 def make_robot(config: RobotConfig | None) -> Robot | None:

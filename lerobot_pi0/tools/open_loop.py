@@ -22,6 +22,8 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.datasets.factory import resolve_delta_timestamps
 
 from .. import __version__
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.processors import saved_rename_map
 from . import ToolError
 from .data import DatasetOptions, need_pi0, open_dataset, open_meta
 from .evaluation import report
@@ -52,7 +54,7 @@ class Options:
     threshold: float = 0.05
     # Seed of the noise and of which observations are exchanged: equal seeds, equal reports.
     seed: int = 0
-    # Renamed cameras, as in training: {dataset's key: policy's key}.
+    # Renamed cameras: {dataset's key: policy's key}; by default as in training.
     rename_map: dict[str, str] = field(default_factory=dict)
     # Print the content of report.json too.
     json: bool = False
@@ -69,6 +71,7 @@ def run(options: Options) -> None:
     config = need_pi0(options.policy)
     if config.pretrained_path is None:
         raise ToolError("a policy without weights has nothing to show: give --policy.path=CHECKPOINT")
+    options.rename_map = options.rename_map or saved_rename_map(Checkpoint.open(config.pretrained_path).source)
     meta = open_meta(options.dataset)
     episodes, origin = held_out(config, options.dataset, meta)
     options.dataset.episodes = episodes

@@ -32,7 +32,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from lerobot_pi0 import PI0Policy, make_pi0_pre_post_processors
 from lerobot_pi0.inputs.statistics import check_statistics
-from lerobot_pi0.inputs.steps import NOT_CARRIED, PI0TokenizerStep, PromptStep
+from lerobot_pi0.inputs.steps import NOT_CARRIED, STEPS, PI0TokenizerStep
 
 # The preprocessor of lerobot/pi0_base, as published.
 PUBLISHED = json.loads("""
@@ -142,10 +142,11 @@ def test_a_published_preprocessor(tokenizer_from_the_hub, tmp_path):
     assert pipeline(sample())[OBS_LANGUAGE_TOKENS].shape == (1, 48)
 
 
-def test_registry_has_one_tokenizer_step():
-    """Catches a second registration, or a step that other policies' pipelines no longer find."""
-    assert ProcessorStepRegistry.get("tokenizer_processor") is PI0TokenizerStep
-    assert PI0TokenizerStep._registry_name == "tokenizer_processor"
+def test_the_registry_is_lerobots():
+    """Catches a step of this plugin in the pipelines of other policies, which LeRobot rebuilds from the registry."""
+    for name, step in STEPS.items():
+        assert ProcessorStepRegistry.get(name) in step.__mro__[1:]
+        assert step._registry_name == name  # under which it is saved, so that LeRobot can load it
 
 
 # --- the tokenizer ------------------------------------------------------------------------------------------
@@ -398,7 +399,6 @@ def test_clean_prompts_of_a_fine_tuned_checkpoint(tmp_path, before, asked, after
     assert policy.config.clean_prompts is after
     pipelines = make_pre_post_processors(policy.config, pretrained_path=str(tmp_path))
     assert prompts_of(pipelines[0]) == ([CLEAN] if after else [DIRTY])
-    assert PromptStep.asked is None  # the next pipeline of this process is another one
     for pipeline in pipelines:
         pipeline.save_pretrained(tmp_path / "saved")
     pipeline, _ = make_pre_post_processors(policy.config, pretrained_path=str(tmp_path / "saved"))

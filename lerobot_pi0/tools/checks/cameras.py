@@ -3,6 +3,7 @@
 Axes: C cameras or colour channels.
 """
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -31,6 +32,11 @@ def cameras(subject: Subject) -> Iterable[Finding]:
         )
     elif surplus:
         yield Finding(WARNING, "cameras", f"{some(surplus)} of the dataset are not seen by the policy", rename)
+    if (map_ := subject.trained.rename_map) and map_ != subject.rename_map and {*map_} & {*subject.cameras.values()}:
+        yield Finding(
+            WARNING, "cameras", f"the weights were trained with --rename_map='{json.dumps(dict(map_))}', which is not "
+            "the one given", "give the same for the same cameras, here, to lerobot-train and to lerobot-rollout",
+        )  # fmt: skip
     trained = list(subject.trained.config.image_features) if subject.trained.config else []
     slots = [key for key in expected if key in subject.cameras]
     for i, key in enumerate(slots):

@@ -3,9 +3,10 @@
 Axes: N frames, D dims of state or action.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +39,8 @@ class Trained(NamedTuple):
     stats: dict[str, dict[str, Any]]
     tokenizer: Any
     problem: str | None
+    rename_map: Mapping[str, str] = MappingProxyType({})
+    """The `--rename_map` that they were trained with."""
 
 
 @dataclass

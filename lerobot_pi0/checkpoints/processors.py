@@ -1,0 +1,177 @@
+"""Options of a run that live in a checkpoint's saved processors: compared, handed to them, or refused.
+
+LeRobot rebuilds processors from their files and shows them nothing of the run's config. Here the two are brought
+together when a policy is loaded: an option that nobody set takes the processors' value; in training, the processors
+take what the run says; of a policy that only acts, they stay as they were in training, but for the tokenizer's name and
+length.
+"""
+
+import logging
+import weakref
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from lerobot.configs import FeatureType
+from lerobot.utils.constants import POLICY_POSTPROCESSOR_DEFAULT_NAME, POLICY_PREPROCESSOR_DEFAULT_NAME
+from lerobot.utils.feature_utils import dataset_to_policy_features
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..configuration_pi0 import PI0Config
+from ..inputs.features import padded, set_cameras
+from ..inputs.pipelines import PROMPT, RENAME, Run, Steps, follow
+from ..inputs.steps import TOKENIZER
+from .errors import CheckpointConfigError
+from .source import Source
+
+logger = logging.getLogger(__name__)
+
+RELATIVE, ABSOLUTE = "relative_actions_processor", "absolute_actions_processor"
+NORMALIZER, UNNORMALIZER = "normalizer_processor", "unnormalizer_processor"
+
+
+class Link(NamedTuple):
+    """An option of the config that is an argument of a saved step."""
+
+    option: str
+    step: str
+    argument: str
+    trained: bool = True
+    """Whether the weights depend on it, so that it cannot be changed without training."""
+
+
+LINKS = (
+    Link("tokenizer_max_length", TOKENIZER, "max_length", trained=False),
+    Link("text_tokenizer_name", TOKENIZER, "tokenizer_name", trained=False),
+    Link("use_relative_actions", RELATIVE, "enabled"),
+    Link("relative_exclude_joints", RELATIVE, "exclude_joints"),
+    Link("normalization_mapping", NORMALIZER, "norm_map"),
+)
+
+
+def saved_steps(source: Source) -> Steps:
+    """Arguments of the steps in a checkpoint's pipelines, by registered name; empty where it has none.
+
+    Raises:
+        CheckpointError: a file is broken.
+    """
+    steps: Steps = {}
+    for name in (POLICY_POSTPROCESSOR_DEFAULT_NAME, POLICY_PREPROCESSOR_DEFAULT_NAME):
+        for step in (source.read_json(f"{name}.json") or {}).get("steps", []):
+            steps[str(step.get("registry_name"))] = step.get("config") or {}
+    return steps
+
+
+def saved_rename_map(source: Source) -> dict[str, str]:
+    """The `--rename_map` that a checkpoint was trained with: the policy's name of a camera by the dataset's.
+
+    Raises:
+        CheckpointError: a file is broken.
+    """
+    return dict(saved_steps(source).get(RENAME, {}).get("rename_map") or {})
+
+
+def saved_statistics(source: Source) -> dict[str, dict[str, Tensor]]:
+    """Statistics that a checkpoint's preprocessor normalises with, by feature and kind; empty if it has none.
+
+    Raises:
+        CheckpointError: a file is broken.
+    """
+    steps = (source.read_json(f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json") or {}).get("steps", [])
+    names = [step.get("state_file") for step in steps if step.get("registry_name") == NORMALIZER]
+    file = source.file(names[0]) if names and names[0] else None
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, value in (load_file(file) if file is not None else {}).items():
+        key, _, statistic = name.rpartition(".")
+        found.setdefault(key, {})[statistic] = value
+    return found
+
+
+def settle_processors(
+    source: Source,
+    slots: Mapping[str, Any],
+    own: Mapping[str, Any],
+    config: PI0Config,
+    meta: Any,
+    trains: bool,
+) -> None:
+    """Bring a run's options together with the processors of its checkpoint, which are rebuilt later.
+
+    Args:
+        source: the checkpoint whose processors the run has.
+        slots: the content of the checkpoint's config.json, whose `input_features` name the slots of the cameras.
+        own: the content of the config.json beside the processors.
+        config: options of the run; those that nobody set take the processors' values.
+        meta: the LeRobotDatasetMetadata of the dataset to train on, or None.
+        trains: whether the policy is built for training.
+
+    Raises:
+        CheckpointConfigError: an option cannot be changed without training.
+    """
+    steps = saved_steps(source)
+    run = Run(weakref.ref(config), slots=tuple(_cameras(slots)))
+    for link in LINKS:
+        if link.argument in steps.get(link.step, {}):
+            _settle(link, steps[link.step][link.argument], source, own, config, run.changes, trains)
+    for step, other in ((RELATIVE, ABSOLUTE), (NORMALIZER, UNNORMALIZER)):
+        shared = {name: x for name, x in run.changes.get(step, {}).items() if name in ("enabled", "norm_map")}
+        if shared and other in steps:
+            run.changes[other] = shared
+    if config.clean_prompts is not None and PROMPT in steps:
+        run.changes[PROMPT] = {"cleans": config.clean_prompts}
+    features = getattr(meta, "features", None)
+    if features is not None:
+        _take_cameras(run, config, dataset_to_policy_features(features))
+    follow(source.place, run)
+
+
+def _settle(
+    link: Link, saved: Any, source: Source, own: Mapping[str, Any], config: PI0Config, changes: Steps, trains: bool
+) -> None:
+    """One option against the argument of the step that was saved."""
+    value = getattr(config, link.option)
+    if value is None or (link.option == "tokenizer_max_length" and config.takes_length):
+        setattr(config, link.option, saved)
+        return
+    if (plain := _plain(value)) == saved or (link.argument == "exclude_joints" and not config.use_relative_actions):
+        return
+    if trains or (not link.trained and own.get(link.option) != plain):
+        changes.setdefault(link.step, {})[link.argument] = value
+        logger.info("%s=%s: the processors of %s had %s, and follow the run", link.option, plain, source, saved)
+    elif own.get(link.option, plain) == plain:  # the files of the checkpoint disagree; its weights met the processors
+        logger.warning(
+            "%s: config.json says %s=%s, the processors say %s, which is what the weights were trained with",
+            source, link.option, plain, saved,
+        )  # fmt: skip
+        setattr(config, link.option, saved)
+    else:
+        raise CheckpointConfigError(
+            f"{link.option}={plain}, but the weights of {source} were trained with {saved}: leave --policy."
+            f"{link.option} out, or train with it (lerobot-train --policy.path={source})"
+        )
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(x) for key, x in value.items()}
+    return list(value) if isinstance(value, tuple) else getattr(value, "value", value)
+
+
+def _cameras(config: Mapping[str, Any]) -> list[str]:
+    features = config.get("input_features") or {}
+    return [key for key, x in features.items() if x.get("type") == FeatureType.VISUAL.value]
+
+
+def _take_cameras(run: Run, config: PI0Config, dataset: Mapping[str, Any]) -> None:
+    """Note the dataset's cameras; where the policy has them for its own, put them into the checkpoint's order."""
+    run.dataset = {key: x for key, x in dataset.items() if x.type is FeatureType.VISUAL}
+    mine, slots = set(config.image_features), set(run.slots)
+    if mine == slots and not slots & set(run.dataset) and run.dataset and padded(config):
+        # A base for any robot, whose cameras nobody has. LeRobot refuses other names unless there is a --rename_map,
+        # which is known when the processors are rebuilt.
+        run.instead_of = dict(config.input_features)
+        set_cameras(config, run.dataset, run.slots)
+    elif mine == set(run.dataset):
+        run.of_dataset = mine != slots
+        set_cameras(config, run.dataset, run.slots)

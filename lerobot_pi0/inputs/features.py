@@ -1,0 +1,104 @@
+"""Features of a policy that depend on where it begins: padded states and actions, and the slots of the cameras.
+
+A network has no names: its cameras are slots in the order of the config's `input_features`, and its states and actions
+are the first dims of `max_state_dim` and `max_action_dim`.
+"""
+
+import difflib
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.utils.constants import ACTION, OBS_STATE
+
+from ..configuration_pi0 import PI0Config
+
+logger = logging.getLogger(__name__)
+
+Statistics = Mapping[str, Mapping[str, Any]]
+
+NOT_READ = ("observation.environment_state", "observation.effort", "observation.velocity")
+"""Observations that datasets hold and π₀ has no input for."""
+
+
+def padded(config: PI0Config) -> list[str]:
+    """Keys of the state and the actions whose feature says no more than how wide the network is.
+
+    `lerobot/pi0_base` has such features, and LeRobot's own π₀ leaves them in the checkpoints that it makes from it: the
+    robot's dims come first, and zeros follow.
+    """
+    return [key for key, features, most in _vectors(config) if key in features and features[key].shape == (most,)]
+
+
+def narrow_padded(config: PI0Config, statistics: Callable[[], Statistics | None]) -> None:
+    """Give padded features the robot's dims, which the statistics have; without statistics they stay as they are.
+
+    Args:
+        statistics: reads the statistics by feature and kind; called if there is a padded feature.
+    """
+    if not (keys := padded(config)):
+        return
+    stats = statistics() or {}
+    for key, features, most in _vectors(config):
+        sizes = {np.size(stats[key][kind]) for kind in ("mean", "min", "q01") if kind in stats.get(key, {})}
+        if key in keys and len(sizes) == 1 and 0 < (dims := sizes.pop()) < most:
+            features[key] = PolicyFeature(features[key].type, (dims,))
+            logger.info("%r: the first %d of %d dims are the robot's, and the rest is padding", key, dims, most)
+
+
+def _vectors(config: PI0Config) -> list[tuple[str, dict[str, PolicyFeature], int]]:
+    return [
+        (OBS_STATE, config.input_features or {}, config.max_state_dim),
+        (ACTION, config.output_features or {}, config.max_action_dim),
+    ]
+
+
+def set_cameras(config: PI0Config, cameras: Mapping[str, PolicyFeature], slots: Sequence[str]) -> None:
+    """Give the policy these cameras: those that the checkpoint knows in its order, then the others in their own.
+
+    Args:
+        cameras: features by the keys that a batch will have.
+        slots: the checkpoint's cameras, in the order of its slots.
+    """
+    order = sorted(cameras, key=lambda key: slots.index(key) if key in slots else len(slots))
+    rest = {key: x for key, x in (config.input_features or {}).items() if x.type is not FeatureType.VISUAL}
+    config.input_features = {key: cameras[key] for key in order} | rest
+
+
+def log_cameras(
+    config: PI0Config, dataset: Iterable[str], rename_map: Mapping[str, str], slots: Sequence[str] = ()
+) -> None:
+    """Log which camera of the dataset goes into which slot, which slots stay empty, and which cameras are not seen.
+
+    Args:
+        dataset: the dataset's cameras.
+        rename_map: LeRobot's `--rename_map`.
+        slots: the cameras that the weights were trained with, in the order of their slots, where that is known.
+    """
+    names = {rename_map.get(key, key): key for key in dataset}
+    policy = list(config.image_features)
+    filled = [(key, names[key]) for key in policy if key in names]
+    parts = [f"slot {i} ← {own}" + (f" as {key}" if own != key else "") for i, (key, own) in enumerate(filled, 1)]
+    empty = [key for key in dict.fromkeys([*policy, *slots]) if key not in names]
+    if empty:
+        parts.append(f"empty, and left out of the network: {', '.join(empty)}")
+    logger.info("cameras of the dataset: %s", "; ".join(parts) or "none")
+    lost = {own: key for key, own in names.items() if key not in policy}
+    for own, key in lost.items():
+        near = difflib.get_close_matches(key, policy, 1)
+        renamed = f", which --rename_map calls {key}," if own != key else ""
+        hint = f" Is {near[0]} meant?" if near else ""
+        logger.warning(
+            "camera %s of the dataset%s is not seen: the policy has %s.%s", own, renamed, ", ".join(policy), hint
+        )
+
+
+def name_unread(config: PI0Config, features: Iterable[str]) -> None:
+    """Say what a run has and π₀ does not read."""
+    unread = [key for key in features if key in NOT_READ]
+    if unread:
+        logger.warning("%s of the dataset are not read: π₀ sees cameras, state and instruction", ", ".join(unread))
+    if config.n_obs_steps != 1:
+        logger.warning("n_obs_steps=%d is not read: π₀ sees one observation at a time", config.n_obs_steps)

@@ -1,0 +1,146 @@
+"""Saved processor pipelines of π₀, rebuilt with this plugin's steps and with what the run asks for.
+
+LeRobot rebuilds a checkpoint's pipelines from their files alone, and shows them nothing of the run's config. When a
+policy is loaded, what its processors have to do otherwise is noted here by the place of the checkpoint
+(`follow`); when LeRobot then rebuilds the pipelines of that place, it is put into their steps.
+
+Only pipelines of π₀ are touched. Those of other policies, and LeRobot's registry of steps, are as LeRobot has them.
+"""
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lerobot.configs import PolicyFeature
+from lerobot.processor import DataProcessorPipeline
+
+from ..configuration_pi0 import PI0Config
+from .features import log_cameras, set_cameras
+from .steps import STEPS, TOKENIZER
+
+RENAME = "rename_observations_processor"
+PROMPT = "pi0_new_line_processor"
+
+Steps = dict[str, dict[str, Any]]
+"""Arguments of processor steps, by the step's name in LeRobot's registry."""
+
+
+@dataclass
+class Run:
+    """What the pipelines of a checkpoint have to know of the policy that was loaded from it."""
+
+    config: "weakref.ref[PI0Config]"
+    changes: Steps = field(default_factory=dict)
+    """What the steps have to do otherwise than their files say."""
+    slots: tuple[str, ...] = ()
+    """The checkpoint's cameras, in the order of its slots."""
+    dataset: Mapping[str, PolicyFeature] | None = None
+    """The cameras of the dataset that the policy is trained on; None where it is not trained."""
+    of_dataset: bool = False
+    """Whether the config's cameras were taken from the dataset, so that `--rename_map` renames them too."""
+    instead_of: dict[str, PolicyFeature] | None = None
+    """The checkpoint's own `input_features`, where the dataset's took their place for want of a `--rename_map`."""
+
+
+_runs: dict[str, Run] = {}
+
+
+def follow(place: str, run: Run) -> None:
+    """From now on, as long as the config lives, pipelines of the checkpoint at `place` are those of this run."""
+    for other in [key for key, old in _runs.items() if old.config() is None]:
+        del _runs[other]
+    _runs[_key(place)] = run
+
+
+def run_of(place: str) -> Run | None:
+    """The run that was noted last for this place, while its config lives."""
+    run = _runs.get(_key(place))
+    return run if run is not None and run.config() is not None else None
+
+
+def _key(place: str) -> str:
+    return str(Path(place).resolve()) if Path(place).is_dir() else place
+
+
+def take_over_pipelines() -> None:
+    """Let LeRobot rebuild saved pipelines through this module. Calling it again changes nothing."""
+    build: Any = DataProcessorPipeline.__dict__["_build_steps_with_overrides"].__func__
+    if getattr(build, "of_pi0", False):
+        return
+
+    def rebuild(cls: Any, loaded_config: dict, overrides: dict | None, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        return build(cls, *rewritten(loaded_config, overrides or {}, str(model_id)), model_id, *args, **kwargs)
+
+    rebuild.of_pi0 = True  # type: ignore[attr-defined]
+    DataProcessorPipeline._build_steps_with_overrides = classmethod(rebuild)  # type: ignore[assignment, method-assign]
+
+
+def rewritten(pipeline: dict[str, Any], overrides: Steps, place: str) -> tuple[dict[str, Any], Steps]:
+    """A saved pipeline and the overrides of its steps, as they have to be rebuilt.
+
+    What a caller overrides wins over what the run asks for, and that over what was saved.
+
+    Args:
+        pipeline: the content of the pipeline's file.
+        overrides: arguments that the caller gives, by step.
+        place: folder or Hub id of the checkpoint.
+    """
+    run = run_of(place)
+    steps = pipeline.get("steps", [])
+    ours = any(
+        step.get("registry_name") == PROMPT or (step.get("registry_name") == TOKENIZER and "state_file" in step)
+        for step in steps
+    )
+    if not ours and run is None:
+        return pipeline, overrides
+    if run is not None and any(step.get("registry_name") == RENAME for step in steps):
+        overrides = _with_cameras(run, overrides)
+    made = [_step(step, overrides, run.changes if run else {}, ours) for step in steps]
+    taken = {name for step in steps if (name := step.get("registry_name")) in STEPS and ours}
+    return pipeline | {"steps": made}, {key: x for key, x in overrides.items() if key not in taken}
+
+
+def _step(step: dict[str, Any], overrides: Steps, changes: Steps, ours: bool) -> dict[str, Any]:
+    """The entry of one step, with the class of this plugin where it has one."""
+    name = step.get("registry_name", "")
+    saved = step.get("config", {})
+    if name not in STEPS or not ours:
+        return step | {"config": saved | changes.get(name, {})} if name in changes else step
+    config = saved | changes.get(name, {}) | overrides.get(name, {})
+    if name == TOKENIZER:
+        same = config.get("tokenizer") is None and config.get("tokenizer_name") == saved.get("tokenizer_name")
+        config["takes_files"] = same and "state_file" in step
+    cls = STEPS[name]
+    rest = {key: x for key, x in step.items() if key != "registry_name"}
+    return rest | {"class": f"{cls.__module__}.{cls.__qualname__}", "config": config}
+
+
+def _with_cameras(run: Run, overrides: Steps) -> Steps:
+    """Give the policy its cameras, now that `--rename_map` is known; the normalisation names them too."""
+    config = rename_cameras(run, overrides.get(RENAME, {}).get("rename_map") or {})
+    if config is None or "features" not in (given := overrides.get("normalizer_processor", {})):
+        return overrides
+    features = {**(config.input_features or {}), **(config.output_features or {})}
+    return overrides | {"normalizer_processor": given | {"features": features}}
+
+
+def rename_cameras(run: Run, names: Mapping[str, str]) -> PI0Config | None:
+    """Give the policy the cameras that a batch of its dataset will have, and log their slots.
+
+    Args:
+        names: LeRobot's `--rename_map`: the policy's name of a camera by the dataset's.
+
+    Returns:
+        The config, changed; None of a policy that is not trained.
+    """
+    config = run.config()
+    if config is None or run.dataset is None:
+        return None
+    if names and run.instead_of is not None:
+        config.input_features = dict(run.instead_of)
+    elif names and run.of_dataset:
+        set_cameras(config, {names.get(key, key): x for key, x in run.dataset.items()}, run.slots)
+    log_cameras(config, run.dataset, names, run.slots)
+    return config
