@@ -42,7 +42,8 @@ def take_over() -> None:
     All that this package does to the whole process is here:
 
     - the policy type `pi0` of LeRobot's configs is `PI0Config`;
-    - saved steps of `inputs.steps.STEPS` (tokenizer, prompt, relative actions) are rebuilt as ours, for every policy;
+    - saved steps of `inputs.steps.STEPS` (tokenizer, prompt, relative and absolute actions) are rebuilt as ours, for
+      every policy;
     - `OPTIMIZERS` and `SCHEDULES` of `configuration_pi0` are known, so that a train_config.json which names them
       can be parsed.
 

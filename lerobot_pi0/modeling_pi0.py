@@ -178,8 +178,8 @@ class PI0Policy(PreTrainedPolicy):
         """
         checkpoint = Checkpoint.open(pretrained_name_or_path, **{k: kwargs[k] for k in HUB_OPTIONS if k in kwargs})
         config = checkpoint.config() if config is None else config
-        saved = checkpoint.settle(config)
-        statistics = partial(checkpoint.statistics, config)  # read only if a bound needs them
+        saved = checkpoint.settle(config, replaced=dataset_stats is not None or dataset_meta is not None)
+        statistics = partial(checkpoint.normalisation, config)  # read only if a bound needs them
         policy = cls.empty(config, dataset_stats, dataset_meta, saved, True, statistics)  # type: ignore[arg-type]
         parameters = dict(policy.named_parameters())
         policy._initialise(checkpoint.check(parameters, strict, policy.config, rounding.layers(policy)))
