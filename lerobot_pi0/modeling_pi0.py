@@ -182,10 +182,10 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         """
         checkpoint = Checkpoint.open(pretrained_name_or_path, **{k: kwargs[k] for k in HUB_OPTIONS if k in kwargs})
         config = checkpoint.config() if config is None else config
-        saved = checkpoint.settle(config)
         trains = dataset_stats is not None or dataset_meta is not None
+        saved = checkpoint.settle(config, replaced=trains)
         checkpoint.settle_processors(config, dataset_meta, trains)
-        statistics = partial(checkpoint.statistics, config)  # read only if a bound needs them
+        statistics = partial(checkpoint.normalisation, config)  # read only if a bound needs them
         policy = cls.empty(config, dataset_stats, dataset_meta, saved, True, statistics)  # type: ignore[arg-type]
         parameters = dict(policy.named_parameters())
         policy._initialise(checkpoint.check(parameters, strict, policy.config, rounding.layers(policy)))

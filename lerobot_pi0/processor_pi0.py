@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from lerobot.processor import (
-    AbsoluteActionsProcessorStep,
     PolicyAction,
     PolicyProcessorPipeline,
     make_default_policy_processor_steps,
@@ -12,6 +11,7 @@ from lerobot.processor import (
 )
 
 from .configuration_pi0 import PI0Config
+from .inputs.finite import FiniteAbsoluteStep
 from .inputs.joints import check_relative_names
 from .inputs.statistics import check_statistics
 from .inputs.steps import AnchoredRelativeStep, PI0TokenizerStep, PromptStep
@@ -51,7 +51,7 @@ def make_pi0_pre_post_processors(
         ],
         output_steps=[
             steps.unnormalize,
-            AbsoluteActionsProcessorStep(enabled=config.use_relative_actions, relative_step=relative),
+            FiniteAbsoluteStep(enabled=config.use_relative_actions, relative_step=relative),
             steps.to_cpu,
         ],
     )

@@ -18,6 +18,8 @@ from lerobot.utils.constants import TRAINING_STATE_DIR
 from torch import Tensor, nn
 
 from ..configuration_pi0 import PLUGIN_CONFIG_NAME, PI0Config
+from ..inputs.normalisation import Normalisation
+from . import pipelines
 from .configs import check_type, decode_config, decode_saved
 from .errors import (
     CheckpointConfigError,
@@ -29,7 +31,7 @@ from .errors import (
 from .matching import SHAPING, check_tensors, describe_differences, general_advice
 from .names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, EMBEDDING, VLM
 from .origin import Base
-from .processors import saved_statistics, settle_processors
+from .processors import settle_processors
 from .reading import Stored, fill, index_tensors, opened_safetensors
 from .source import Source
 from .tensor_bytes import digest_of_digests
@@ -99,12 +101,13 @@ class Checkpoint:
         content = self.source.read_json(PLUGIN_CONFIG_NAME)
         return {} if content is None else decode_saved(content, self.source.place)
 
-    def settle(self, config: PreTrainedConfig) -> dict[str, Any]:
+    def settle(self, config: PreTrainedConfig, replaced: bool = False) -> dict[str, Any]:
         """Bring the options of a run together with the checkpoint: what it has decided for good overrules `config`.
 
         Args:
             config: options of the run, which LeRobot may have parsed. With `use_peft` and a `pretrained_path`, this
                 checkpoint is the base of the adapter there, and the run's own options lie beside the adapter.
+            replaced: as for `check_processors`, which is called here: LeRobot builds its pipelines after the policy.
 
         Returns:
             What this plugin saved, as `saved`, with the options of the run's own folder.
@@ -114,6 +117,8 @@ class Checkpoint:
         """
         self.raw_config()
         saved = self.saved()
+        run = self.of_run(config)
+        run.check_processors(config, replaced)
         if not saved and (Path(self.source.place).resolve().parent / TRAINING_STATE_DIR).is_dir():
             logger.warning(
                 "%s was trained by LeRobot's built-in π₀: its weights are loaded, but the run cannot be resumed, as "
@@ -122,7 +127,6 @@ class Checkpoint:
                 self,
                 self,
             )
-        run = self.of_run(config)
         if run is not self:
             saved |= {name: value for name, value in run.saved().items() if name not in ("start", "base")}
         if isinstance(config, PI0Config):  # the policy refuses another by name
@@ -173,8 +177,23 @@ class Checkpoint:
 
     # --- processors ---
 
-    def statistics(self, config: PreTrainedConfig) -> dict[str, dict[str, Tensor]]:
-        """Statistics that the run's preprocessor normalises with, by feature and kind; empty if it has none.
+    def check_processors(self, config: PreTrainedConfig, replaced: bool = False) -> None:
+        """Refuse processors that would run a program, or that are not π₀'s; to be called before LeRobot builds them.
+
+        Args:
+            config: the options that statistics and steps have to suit.
+            replaced: whether the run puts statistics of its own in the place of the checkpoint's.
+
+        Raises:
+            UnsafeCheckpointError: a step names a class, or loads code.
+            CheckpointError: a file is broken, or the steps and statistics are not π₀'s.
+        """
+        found = pipelines.read(self.source)
+        if isinstance(config, PI0Config):
+            pipelines.check(self.source, found, config, replaced)
+
+    def normalisation(self, config: PreTrainedConfig) -> Normalisation:
+        """What the run's preprocessor does to state and actions; without statistics if there is none.
 
         Args:
             config: says whose processors the run has, as in `settle`.
@@ -182,7 +201,8 @@ class Checkpoint:
         Raises:
             CheckpointError: a file is broken.
         """
-        return saved_statistics(self.of_run(config).source)
+        found = pipelines.read(self.of_run(config).source).normalisation
+        return Normalisation({}, {}) if found is None else found
 
     # --- weights ---
 

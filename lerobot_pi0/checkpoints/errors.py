@@ -13,6 +13,10 @@ class CorruptCheckpointError(CheckpointError):
     """A file that is cut, unreadable, changed since it was written, or holds numbers that are not finite."""
 
 
+class UnsafeCheckpointError(CheckpointError):
+    """A file that would run a program, load code or read what is not the checkpoint's."""
+
+
 class WrongPolicyError(CheckpointError):
     """A checkpoint of something else: another policy, π₀.₅, π₀-FAST, an adapter, a LeRobot before 0.4."""
 

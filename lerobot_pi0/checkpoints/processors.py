@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 from lerobot.configs import FeatureType
 from lerobot.utils.constants import POLICY_POSTPROCESSOR_DEFAULT_NAME, POLICY_PREPROCESSOR_DEFAULT_NAME
 from lerobot.utils.feature_utils import dataset_to_policy_features
-from safetensors.torch import load_file
-from torch import Tensor
 
 from ..configuration_pi0 import PI0Config
 from ..inputs.features import padded, set_cameras
@@ -69,22 +67,6 @@ def saved_rename_map(source: Source) -> dict[str, str]:
         CheckpointError: a file is broken.
     """
     return dict(saved_steps(source).get(RENAME, {}).get("rename_map") or {})
-
-
-def saved_statistics(source: Source) -> dict[str, dict[str, Tensor]]:
-    """Statistics that a checkpoint's preprocessor normalises with, by feature and kind; empty if it has none.
-
-    Raises:
-        CheckpointError: a file is broken.
-    """
-    steps = (source.read_json(f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json") or {}).get("steps", [])
-    names = [step.get("state_file") for step in steps if step.get("registry_name") == NORMALIZER]
-    file = source.file(names[0]) if names and names[0] else None
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, value in (load_file(file) if file is not None else {}).items():
-        key, _, statistic = name.rpartition(".")
-        found.setdefault(key, {})[statistic] = value
-    return found
 
 
 def settle_processors(

@@ -11,7 +11,7 @@ Axes: B batch, T steps of a chunk, A action dims.
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,10 +24,9 @@ from torch import Tensor
 
 from ..configuration_pi0 import PI0Config
 from ..inputs.joints import names_in_config, relative_mask
+from ..inputs.normalisation import Normalisation, Statistics, name_of_bad, problem_of
 
 logger = logging.getLogger(__name__)
-
-Statistics = Mapping[str, Mapping[str, Any]]
 
 SECONDS_BETWEEN_WARNINGS = 1.0
 """Bounds that act at every tick of a control loop are logged once a second."""
@@ -37,32 +36,38 @@ class BoundsError(ValueError):
     """Bounds that the features or the statistics do not allow."""
 
 
-def make_bounds(config: PI0Config, statistics: Callable[[], Statistics | None]) -> "ActionBounds | None":
+def make_bounds(
+    config: PI0Config, statistics: Callable[[], Statistics | Normalisation | None]
+) -> "ActionBounds | None":
     """The bounds that the options ask for; None if they ask for none.
 
     Args:
-        statistics: reads the statistics; not called if no bound is asked for.
+        statistics: reads the statistics, or all that the checkpoint's processors do with them; not called if no bound
+            is asked for.
 
     Raises:
         BoundsError: statistics are missing, or the bounds make no sense with these features.
     """
     if all(x in (None, math.inf) for x in (config.max_action_step, config.action_range_margin)):
         return None
-    return ActionBounds(config, statistics() or {})
+    found = statistics() or {}
+    return ActionBounds(config, found if isinstance(found, Normalisation) else Normalisation.of(config, found))
 
 
 class ActionBounds:
     """Keeps normalised actions within bounds in the robot's units, and logs each change."""
 
-    def __init__(self, config: PI0Config, stats: Statistics) -> None:
-        self.config = config
+    def __init__(self, config: PI0Config, normalisation: Normalisation) -> None:
+        self.config, stats = config, normalisation.statistics
         features = {**config.input_features, **config.output_features}
         features = {key: x for key, x in features.items() if key in (OBS_STATE, ACTION)}
-        modes = {features[key].type: config.normalization_mapping[features[key].type.value] for key in features}
+        modes = {feature.type: normalisation.mode(feature) for feature in features.values()}
         wanted = {key: {k: torch.as_tensor(v) for k, v in stats[key].items()} for key in features if key in stats}
         self._check(features, modes, wanted)
-        self._to_units = UnnormalizerProcessorStep(features, modes, wanted)
-        self._normalise = NormalizerProcessorStep(features, modes, wanted)
+        if problem := problem_of(config, normalisation):
+            raise BoundsError(f"max_action_step and action_range_margin cannot be kept: {problem}; recompute it")
+        self._to_units = UnnormalizerProcessorStep(features, modes, wanted, eps=normalisation.epsilon)
+        self._normalise = NormalizerProcessorStep(features, modes, wanted, eps=normalisation.epsilon)
         dims = features[ACTION].shape[0]
         self.names = names_in_config(config, ACTION)
         self._relative = torch.tensor(relative_mask(config, dims)) & config.use_relative_actions
@@ -122,7 +127,13 @@ class ActionBounds:
 
         The range of the data is applied first, then the distance to the measured joints: an arm that stands outside of
         the data's range moves into it slowly.
+
+        Raises:
+            FloatingPointError: a joint of the actions or of the state is not finite: what is nowhere has no bound.
         """
+        self._refuse_bad("the policy's action for", actions_BTA, self.names)
+        if self.config.max_action_step is not None:
+            self._refuse_bad("the measured joint", state_BA, self.names)
         wanted = self._units(self._to_units, actions_BTA)
         bounded = wanted
         if self.config.action_range_margin is not None:
@@ -142,7 +153,16 @@ class ActionBounds:
             self._note("max_action_step", in_range - bounded)
         self._warn()
         changed = (bounded - wanted).abs() > 1e-6
-        return torch.where(changed, self._units(self._normalise, bounded).to(actions_BTA.dtype), actions_BTA)
+        made = torch.where(changed, self._units(self._normalise, bounded).to(actions_BTA.dtype), actions_BTA)
+        self._refuse_bad("the bounded action for", made, self.names)
+        return made
+
+    def _refuse_bad(self, what: str, x: Tensor, names: list[str]) -> None:
+        if bad := name_of_bad(x, names):
+            raise FloatingPointError(
+                f"{what} {bad}, while actions are bounded, so nothing is sent: check the robot's readings and its bus, "
+                "and the statistics of the checkpoint's processors"
+            )
 
     def _units(self, step: Any, x: Tensor, observed: bool = False) -> Tensor:
         """Through LeRobot's (un)normalisation, in float64, which adds nothing to what is compared."""

@@ -4,9 +4,12 @@ Axes: B batch, K = 1 flow sample, T steps of a chunk, A action dims.
 """
 
 import logging
+import threading
+import weakref
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,8 +28,21 @@ from .sampling import Sampler
 logger = logging.getLogger(__name__)
 
 
+@dataclass
+class Episode:
+    """The chunk that one thread executes."""
+
+    queue: deque[Tensor] = field(default_factory=deque)
+    anchor: Anchor = field(default_factory=Anchor)
+    is_over: bool = False
+
+
 class Player:
-    """What control keeps between calls. The network is an argument of each call; none is kept."""
+    """What control keeps between calls. The network is an argument of each call; none is kept.
+
+    LeRobot runs several episodes through one policy, each in a thread of its own (`--eval.max_parallel_tasks`), so
+    each thread has its own queue.
+    """
 
     def __init__(
         self,
@@ -48,12 +64,31 @@ class Player:
         self._bounds = bounds
         self._warned_of_delay = False
         self.rtc_processor = debug.make_processor(None)
-        self.reset()
+        self._episodes: weakref.WeakKeyDictionary[threading.Thread, Episode] = weakref.WeakKeyDictionary()
 
     def reset(self) -> None:
-        """Forget the chunk that is being executed: nothing else goes from one call to the next."""
-        self._queue: deque[Tensor] = deque()
-        self._anchor = Anchor()
+        """Forget the chunk that this thread executes: nothing else goes from one call to the next.
+
+        A thread that executes none, such as one that watches a robot, makes all others forget theirs at their next
+        action.
+        """
+        if self._episodes.pop(threading.current_thread(), None) is None:
+            for episode in list(self._episodes.values()):
+                episode.is_over = True
+
+    @property
+    def _episode(self) -> Episode:
+        return self._episodes.setdefault(threading.current_thread(), Episode())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, which go on with the chunk of the thread that makes them; threads cannot be copied."""
+        return self.__dict__ | {"_episodes": self._episodes.get(threading.current_thread())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._episodes = weakref.WeakKeyDictionary()
+        if state["_episodes"] is not None:
+            self._episodes[threading.current_thread()] = state["_episodes"]
 
     @property
     def _dims(self) -> int:
@@ -116,26 +151,30 @@ class Player:
 
     def needs_chunk(self) -> bool:
         """Whether all actions of the last chunk are executed."""
-        return not self._queue
+        if self._episode.is_over:
+            del self._episodes[threading.current_thread()]
+        return not self._episode.queue
 
     def start(self, chunk_BTA: Tensor, batch: dict[str, Any]) -> None:
         """Execute a chunk that was predicted for this batch, up to `n_action_steps`."""
-        self._queue.extend(chunk_BTA[:, : self.config.n_action_steps].unbind(dim=1))
-        self._anchor.set(batch)
+        self._episode.queue.extend(chunk_BTA[:, : self.config.n_action_steps].unbind(dim=1))
+        self._episode.anchor.set(batch)
 
     def next_action(self, batch: dict[str, Any]) -> Tensor:
         """The next action (B, dims), bounded by where the joints are in this batch.
 
         Raises:
             RuntimeError: the number of environments changed in the middle of a chunk.
+            FloatingPointError: actions are bounded, and the state or an action is not finite.
         """
-        origin = self._anchor.restore(batch)
-        if OBS_STATE in batch and len(batch[OBS_STATE]) != len(self._queue[0]):
+        queue, anchor = self._episode.queue, self._episode.anchor
+        origin = anchor.restore(batch)
+        if OBS_STATE in batch and len(batch[OBS_STATE]) != len(queue[0]):
             raise RuntimeError(
-                f"{len(batch[OBS_STATE])} observations for a chunk that was made for {len(self._queue[0])}: call "
+                f"{len(batch[OBS_STATE])} observations for a chunk that was made for {len(queue[0])}: call "
                 "reset() between episodes"
             )
-        action = self._queue.popleft()
+        action = queue.popleft()
         if self._bounds is None:
             return action
         return self._bounds.step(action, batch[OBS_STATE].to(action.device), origin.to(action.device))

@@ -18,12 +18,19 @@ from lerobot.utils.constants import OBS_STATE
 from torch import Tensor
 
 from ..configuration_pi0 import BYTE_TOKENIZER, PALIGEMMA_TOKENIZER
+from .finite import FiniteAbsoluteStep
 
 TOKENIZER = "tokenizer_processor"
 """LeRobot's name of the tokenizer step."""
 
 NOT_CARRIED = "not_carried"
 """Name of the one tensor in the state of a tokenizer step whose checkpoint must not hold the tokenizer."""
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "spiece.model", "sentencepiece.bpe.model", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja",
+)  # fmt: skip
+"""Files of a tokenizer that a checkpoint may carry: vocabularies and settings, no program and no pickle."""
 
 MANY_PROMPTS = 1000
 """After so many different ones, what is remembered of prompts is forgotten."""
@@ -50,7 +57,7 @@ def load_tokenizer(name: str) -> Any:
     if name == BYTE_TOKENIZER:
         return ByT5Tokenizer()
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         gated = (
             f"PaliGemma's is gated: accept the terms at huggingface.co/{name}, then `hf auth login`. "
@@ -121,7 +128,11 @@ class PI0TokenizerStep(TokenizerProcessorStep):
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take the tokenizer from its files, or leave it to its name if they were not to travel."""
+        """Take the tokenizer from its files, or leave it to its name if they were not to travel.
+
+        Raises:
+            TokenizerError: they are not those of a tokenizer.
+        """
         from transformers import AutoTokenizer
 
         self.carry = NOT_CARRIED not in state
@@ -131,8 +142,19 @@ class PI0TokenizerStep(TokenizerProcessorStep):
         self._files = dict(state)
         with TemporaryDirectory() as folder:
             for name, content in state.items():
-                (Path(folder) / Path(name).name).write_bytes(content.cpu().numpy().tobytes())
-            self._loaded = AutoTokenizer.from_pretrained(folder)
+                if name not in TOKENIZER_FILES:
+                    raise TokenizerError(
+                        f"the checkpoint's tokenizer has a file {name!r}, which no tokenizer of its kind has: download "
+                        "the checkpoint again, or do not load it"
+                    )
+                (Path(folder) / name).write_bytes(content.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            try:
+                self._loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            except Exception as error:  # libraries of tokenizers raise many kinds
+                raise TokenizerError(
+                    f"the tokenizer that the checkpoint carries cannot be loaded ({type(error).__name__}: {error}): "
+                    "download or copy the checkpoint again"
+                ) from error
 
 
 def clean(prompt: str) -> str:
@@ -208,5 +230,6 @@ STEPS: dict[str, type[ProcessorStep]] = {
     TOKENIZER: PI0TokenizerStep,
     "pi0_new_line_processor": PromptStep,
     "relative_actions_processor": AnchoredRelativeStep,
+    "absolute_actions_processor": FiniteAbsoluteStep,
 }
 """The steps of this plugin by the names of LeRobot's, in whose place they stand in pipelines of π₀."""

@@ -121,7 +121,7 @@ def read_trained(config: PI0Config) -> Trained:
     """Read what the weights of `pretrained_path` were trained on; without one, the source is None.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or it is no π₀.
+        CheckpointError: there is no such checkpoint, it is no π₀, or its processors would run a program.
         ToolError: its processors cannot be rebuilt.
     """
     source = config.pretrained_path
@@ -134,6 +134,7 @@ def read_trained(config: PI0Config) -> Trained:
     before = checkpoint.config()
     if checkpoint.source.file(f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json") is None:
         return Trained(str(source), before, {}, None, f"{source} has no preprocessor, which LeRobot needs")
+    checkpoint.check_processors(before, replaced=not config.input_features)
     try:
         preprocessor, _ = make_pre_post_processors(
             config, pretrained_path=str(source), preprocessor_overrides={"device_processor": {"device": "cpu"}}

@@ -85,7 +85,7 @@ def describe(source: str, **hub: Any) -> dict[str, Any]:
         "options": _options(config, saved),
         "processors": _processors(checkpoint),
         "parts": _parts(found),
-        "this plugin": _verdict(_our_reasons(checkpoint, wanted) if adapter is None else ()),
+        "this plugin": _verdict(_our_reasons(checkpoint, config, wanted if adapter is None else None)),
         "built-in": _verdict(_builtin_reasons(checkpoint, wanted, is_adapter=adapter is not None)),
     }
 
@@ -214,12 +214,13 @@ def _verdict(reasons: Iterable[str]) -> dict[str, Any]:
     return {"loads": not listed, "why not": listed}
 
 
-def _our_reasons(checkpoint: Checkpoint, wanted: dict[str, nn.Parameter]) -> Iterable[str]:
-    """Why this plugin would refuse the checkpoint."""
-    try:
-        checkpoint.check(wanted)
-    except CheckpointError as error:
-        yield str(error)
+def _our_reasons(checkpoint: Checkpoint, config: PI0Config, wanted: dict[str, nn.Parameter] | None) -> Iterable[str]:
+    """Why this plugin would not load it; `wanted` is None for an adapter."""
+    for look in (lambda: wanted and checkpoint.check(wanted), lambda: checkpoint.check_processors(config)):
+        try:
+            look()
+        except CheckpointError as error:
+            yield str(error)
 
 
 def _builtin_reasons(checkpoint: Checkpoint, wanted: dict[str, nn.Parameter], is_adapter: bool) -> Iterable[str]:

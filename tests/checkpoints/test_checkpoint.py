@@ -796,5 +796,5 @@ def test_two_processes_finish_the_same_save(tmp_path, monkeypatch):
 def test_every_error_is_a_checkpoint_error():
     """Catches an error kind that a caller who catches CheckpointError does not get."""
     kinds = [x for x in vars(errors).values() if isinstance(x, type) and issubclass(x, Exception)]
-    assert len(kinds) == 6
+    assert len(kinds) == 7
     assert all(issubclass(kind, CheckpointError) for kind in kinds)
