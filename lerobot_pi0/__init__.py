@@ -46,8 +46,8 @@ def take_over() -> None:
     - saved pipelines of π₀ are rebuilt with the steps of `inputs.steps.STEPS` (tokenizer, prompt, relative and absolute
       actions) and with what the run asks for (`inputs.pipelines`); those of other policies are left alone;
     - draccus, which writes configs, leaves unset options of this plugin out (`configuration_pi0.encode_set`);
-    - `lerobot-rollout --inference.rtc.mode=trained`, which LeRobot after 0.6.1 has for π₀.₅ alone, takes this policy,
-      which checks the mode itself once its options are loaded (`PI0Policy.init_rtc_processor`);
+    - `lerobot-rollout --inference.rtc.mode=trained`, which LeRobot after 0.6.1 has for π₀.₅ only, takes π₀: it
+      checks the mode once its options are loaded (`PI0Policy.init_rtc_processor`);
     - `OPTIMIZERS` and `SCHEDULES` of `configuration_pi0` are known, so that a train_config.json which names them
       can be parsed.
 

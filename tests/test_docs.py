@@ -38,6 +38,7 @@ ELSEWHERE = {
     "make setup": ".ci/run",
     "make lint": ".ci/run",
     "make test": ".ci/run",
+    "make finish": "tests/test_finish_line.py::test_the_finish_line",
     "make bench": "tests/test_bench.py::test_accounting",
     "make demo": "tests/test_examples.py::test_the_demo",
     "make so100": "tests/virtual_so100/test_so100.py::test_the_whole_way",
@@ -181,7 +182,7 @@ def argparse_options(file: Path) -> set[str]:
 def parse_make(args: list[str]) -> None:
     targets = re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for arg in args:
-        assert arg.startswith("ARGS=") or arg in targets, f"make has no target {arg}"
+        assert arg.startswith(("ARGS=", "LEROBOT=")) or arg in targets, f"make has no target {arg}"
     options = [word for arg in args if arg.startswith("ARGS=") for word in shlex.split(arg.removeprefix("ARGS="))]
     if "bench" in args:
         assert {x for x in options if x.startswith("--")} <= argparse_options(ROOT / "benchmarks/bench.py")
