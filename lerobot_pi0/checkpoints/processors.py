@@ -152,7 +152,7 @@ def _take_cameras(run: Run, config: PI0Config, dataset: Mapping[str, Any]) -> No
     if mine == slots and not slots & set(run.dataset) and run.dataset and padded(config):
         # A base for any robot, whose cameras nobody has. LeRobot refuses other names unless there is a --rename_map,
         # which is known when the processors are rebuilt.
-        run.instead_of = dict(config.input_features)
+        run.instead_of = dict(config.image_features)
         set_cameras(config, run.dataset, run.slots)
     elif mine == set(run.dataset):
         run.of_dataset = mine != slots

@@ -42,7 +42,7 @@ def narrow_padded(config: PI0Config, statistics: Callable[[], Statistics | None]
         return
     stats = statistics() or {}
     for key, features, most in _vectors(config):
-        sizes = {np.size(stats[key][kind]) for kind in ("mean", "min", "q01") if kind in stats.get(key, {})}
+        sizes = {np.asarray(stats[key][kind]).size for kind in ("mean", "min", "q01") if kind in stats.get(key, {})}
         if key in keys and len(sizes) == 1 and 0 < (dims := sizes.pop()) < most:
             features[key] = PolicyFeature(features[key].type, (dims,))
             logger.info("%r: the first %d of %d dims are the robot's, and the rest is padding", key, dims, most)

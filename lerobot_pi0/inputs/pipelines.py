@@ -41,7 +41,7 @@ class Run:
     of_dataset: bool = False
     """Whether the config's cameras were taken from the dataset, so that `--rename_map` renames them too."""
     instead_of: dict[str, PolicyFeature] | None = None
-    """The checkpoint's own `input_features`, where the dataset's took their place for want of a `--rename_map`."""
+    """The checkpoint's own cameras, where the dataset's took their place for want of a `--rename_map`."""
 
 
 _runs: dict[str, Run] = {}
@@ -139,7 +139,7 @@ def rename_cameras(run: Run, names: Mapping[str, str]) -> PI0Config | None:
     if config is None or run.dataset is None:
         return None
     if names and run.instead_of is not None:
-        config.input_features = dict(run.instead_of)
+        set_cameras(config, run.instead_of, run.slots)
     elif names and run.of_dataset:
         set_cameras(config, {names.get(key, key): x for key, x in run.dataset.items()}, run.slots)
     log_cameras(config, run.dataset, names, run.slots)

@@ -32,6 +32,8 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 """Files of a tokenizer that a checkpoint may carry: vocabularies and settings, no program and no pickle."""
 
+NO_TOKENIZER = "tokenizer_processor has no tokenizer: give it a tokenizer or a tokenizer_name (preprocessor_overrides)"
+
 MANY_PROMPTS = 1000
 """After so many different ones, what is remembered of prompts is forgotten."""
 
@@ -87,7 +89,7 @@ class PI0TokenizerStep(TokenizerProcessorStep):
 
     def __post_init__(self) -> None:
         if self.tokenizer is None and self.tokenizer_name is None and not self.takes_files:
-            raise ValueError("tokenizer_processor needs a tokenizer_name")
+            raise ValueError(NO_TOKENIZER)
         self._loaded = self.tokenizer
         self._files: dict[str, Tensor] = {}
         self._known: dict[str, dict[str, Tensor]] = {}  # tokens of prompts that came before
@@ -136,6 +138,8 @@ class PI0TokenizerStep(TokenizerProcessorStep):
         from transformers import AutoTokenizer
 
         self.carry = NOT_CARRIED not in state
+        if not self.carry and self.tokenizer is None and self.tokenizer_name is None:
+            raise ValueError(NO_TOKENIZER)
         if not self.carry or not self.takes_files or self.tokenizer is not None:
             return
         self._known.clear()
