@@ -8,12 +8,17 @@ Axes: B batch, K flow samples, T steps of a chunk, A action dim.
 """
 
 import contextlib
+from collections.abc import Iterator
+from itertools import chain, repeat
 from typing import Any
 
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from ..kernels.compilation import begin_step, compiled
 from ..kernels.cpu_linear import packed
+from ..kernels.cuda_attention import attention_order
+from ..kernels.cuda_layers import ON
 from ..kernels.kv_cache import preallocate
 from ..network import flow
 from ..network.pi0 import PI0, Context, Observation
@@ -63,18 +68,40 @@ class Sampler:
             solver: arguments of `flow.integrate`.
         """
         self.begin()
-        context = self.context(model, obs)
-        if not self.compiled:  # compiled graphs make these cheaply, and may not write into their inputs
-            context = self._shared_by_steps(model, context, noise_BKTA, guide)
+        with attention_order(noise_BKTA.device):
+            return self._chunk(model, obs, noise_BKTA, guide, **solver)
+
+    def _chunk(
+        self, model: PI0, obs: Observation, noise_BKTA: Tensor, guide: guidance.Guide | None, **solver: Any
+    ) -> Tensor:
+        contexts = self._contexts(model, obs, noise_BKTA, guide)
 
         def embed(time: Tensor) -> Tensor:
             return model.embed_time(guidance.token_times(time, guide))
 
         def field(x: Tensor, time: Tensor, time_embedding: Tensor) -> Tensor:
-            return self.velocity(model, x, time, time_embedding, context, guide)
+            return self.velocity(model, x, time, time_embedding, next(contexts), guide)
 
         with contextlib.nullcontext() if self.compiled else packed(model.expert):
             return flow.integrate(field, embed, guidance.begin(noise_BKTA, guide), **solver)
+
+    def _contexts(
+        self, model: PI0, obs: Observation, noise_BKTA: Tensor, guide: guidance.Guide | None
+    ) -> Iterator[Context]:
+        """The context of each velocity. On CUDA the first has the state's token beside the actions: it is a pass of its
+        own otherwise, with all launches of one. Its keys and values stay in the cache."""
+        if self.compiled:  # compiled graphs make what steps share cheaply, and may not write into their inputs
+            return repeat(self.context(model, obs))
+        differentiates = guide is not None and guide.mode == "vjp"
+        if differentiates or noise_BKTA.device.type not in ON:
+            return repeat(self._shared_by_steps(model, self.context(model, obs), noise_BKTA, guide))
+        first = self.context(model, obs, with_state=False)
+        samples, steps = noise_BKTA.shape[1:3]
+        cache = preallocate(first.cache, 1 + samples * steps)
+        mask = F.pad(first.mask_BS, (0, 1), value=True)
+        rest = Context(cache, mask, padded=first.padded)
+        shared = model.rope_and_mask(rest, samples, steps, cache[0].keys_BSD.dtype)
+        return chain([first._replace(cache=cache)], repeat(rest._replace(rope_and_mask=shared)))
 
     @staticmethod
     def _shared_by_steps(model: PI0, context: Context, noise_BKTA: Tensor, guide: guidance.Guide | None) -> Context:

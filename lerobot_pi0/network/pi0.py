@@ -32,6 +32,7 @@ class Observation(NamedTuple):
     tokens_BL: Tensor
     token_mask_BL: Tensor  # False on padding
     state_BA: Tensor
+    padded: bool = True  # False: it is known that no token is padding, so no mask is made
 
 
 class Context(NamedTuple):
@@ -40,7 +41,8 @@ class Context(NamedTuple):
     cache: Sequence[KVCache]  # per layer, S tokens each
     mask_BS: Tensor  # False on padding
     state_B1W: Tensor | None = None  # the state's token, if it is not in the cache but runs with the actions
-    rope_and_mask: tuple[Rope, Mask] | None = None  # of the actions, if several velocities share them
+    rope_and_mask: tuple[Rope, Mask | None] | None = None  # of the actions, if several velocities share them
+    padded: bool = True
 
     @property
     def length_B(self) -> Tensor:
@@ -157,25 +159,29 @@ class PI0(nn.Module):
         trains_vlm = torch.is_grad_enabled() and any(p.requires_grad for p in self.paligemma.parameters())
         with torch.set_grad_enabled(trains_vlm):
             x, mask = self.prefix(obs)
-            cache = self.vlm.cache(x, self.vlm.rope(mask.cumsum(dim=1) - 1), additive_mask(mask[:, None], x.dtype))
+            hidden = additive_mask(mask[:, None], x.dtype) if obs.padded else None
+            cache = self.vlm.cache(x, self.vlm.rope(mask.cumsum(dim=1) - 1), hidden)
 
         state = self.state_proj(obs.state_BA.to(self.state_proj.weight.dtype))[:, None]
         if not with_state:
-            return Context(cache, mask, state)
+            return Context(cache, mask, state, padded=obs.padded)
         position = mask.sum(dim=1, keepdim=True)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         rope = self.expert.rope(position)
-        cache = self.expert.cache(state, rope, additive_mask(mask[:, None], state.dtype), past=cache)
-        return Context(cache, mask)
+        hidden = additive_mask(mask[:, None], state.dtype) if obs.padded else None
+        cache = self.expert.cache(state, rope, hidden, past=cache)
+        return Context(cache, mask, padded=obs.padded)
 
-    def rope_and_mask(self, context: Context, samples: int, steps: int, dtype: torch.dtype) -> tuple[Rope, Mask]:
-        """The positions of the tokens of `velocity`, as RoPE's angles, and what these tokens see."""
+    def rope_and_mask(self, context: Context, samples: int, steps: int, dtype: torch.dtype) -> tuple[Rope, Mask | None]:
+        """The positions of the tokens of `velocity`, as RoPE's angles, and what these tokens see; None: everything."""
         with_state = context.state_B1W is not None
         own = torch.arange(steps, device=context.mask_BS.device).repeat(samples)
         own = F.pad(own + 1, (1, 0)) if with_state else own
+        rope = self.expert.rope(context.length_B[:, None] + own)
+        if samples == 1 and not with_state and not context.padded:
+            return rope, None
         visible = block_mask(context.mask_BS, samples, steps, self.expert.cfg.heads, with_state)
-        mask = additive_mask(visible, dtype, samples, shared=int(with_state))
-        return self.expert.rope(context.length_B[:, None] + own), mask
+        return rope, additive_mask(visible, dtype, samples, shared=int(with_state))
 
     def embed_time(self, time: Tensor) -> Tensor:
         """The part of the first action MLP layer's output that depends on time alone, with its bias: (*, W).

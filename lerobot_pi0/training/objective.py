@@ -15,6 +15,7 @@ from torch import Tensor
 from ..configuration_pi0 import PI0Config
 from ..inputs.joints import names_in_config
 from ..inputs.observation import IS_PAD, ObservationMaker
+from ..kernels.cuda_attention import attention_order
 from ..network import flow
 from ..network.pi0 import PI0, Context, Observation
 from . import augment, draws
@@ -114,7 +115,7 @@ class Objective:
             time = time * free
         x_t, target = flow.interpolate(actions_B1TA, noise, time[..., None])
         self._calls.begin()
-        with self._autocast():
+        with self._autocast(), attention_order(x_t.device):
             context = self._calls.context(model, obs, with_state=False)
             velocity = self._calls.velocity(model, x_t, time, model.embed_time(time), context)
         errors = (velocity - target)[..., : self._dims].square()
