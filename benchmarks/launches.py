@@ -31,8 +31,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lerobot_pi0 import PI0Policy
+from lerobot_pi0 import PI0Policy, kernels
 from lerobot_pi0.control.sampling import Sampler
+from lerobot_pi0.training.optimizers import use_fused_kernel
 
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_int_mm", "_scaled_mm"}
@@ -47,7 +48,7 @@ READS: dict[str, Callable[[list[Any]], Any]] = {
 """What the host makes of a tensor's numbers, by the name of the method that reads them."""
 
 MASK_ALIGNMENT = 8
-"""PyTorch copies a mask whose rows have another multiple of numbers before its fused kernel reads it."""
+"""PyTorch copies a mask whose rows do not begin at multiples of so many numbers, before its fused kernel reads it."""
 
 
 WHY_NOT_COMPILED = "Inductor asks the driver for the device's properties before it schedules a kernel"
@@ -148,7 +149,8 @@ class OnFakeGPU(TorchFunctionMode):
             half = q.dtype in (torch.bfloat16, torch.float16)
             if half:
                 return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, False, scale=scale)[0]
-        elif (missing := -attn_mask.shape[-1] % MASK_ALIGNMENT) > 0:
+        elif any(stride % MASK_ALIGNMENT for stride in attn_mask.stride()[:-1]):
+            missing = -attn_mask.shape[-1] % MASK_ALIGNMENT
             attn_mask = F.pad(attn_mask, (0, missing))[..., : attn_mask.shape[-1]]
         if attn_mask is not None:
             attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
@@ -192,6 +194,9 @@ class FakeGPU:
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else self.weight(name, buffer.shape, buffer.dtype)
         policy.config.device = self.device
+        if isinstance(policy, PI0Policy):
+            with self.mode:
+                kernels.join(policy.model)
         return policy
 
     def take(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -216,7 +221,7 @@ def chunk_of_ours(size: Size, cameras: int, steps: int) -> Launches:
     with gpu.mode:
         images = {key: x for key, x in batch.items() if "images" in key}
         prompt = batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK]
-        obs = policy.observe.assemble(images, *prompt, batch[OBS_STATE])
+        obs = policy.observe.assemble(images, *prompt, batch[OBS_STATE])._replace(padded=False)
         noise = torch.empty(1, 1, CHUNK, policy.config.max_action_dim, device="cuda")
     with gpu.count() as counter, torch.no_grad():
         Sampler().chunk(policy.model, obs, noise, steps=steps)
@@ -256,6 +261,8 @@ class Step:
             optimizer = self.policy.config.get_optimizer_preset().build(self.policy.get_optim_params())
             for p in self.policy.parameters():
                 p.grad = torch.empty_like(p) if p.requires_grad else None
+            if isinstance(self.policy, PI0Policy) and self.gpu.device == "cuda":
+                use_fused_kernel(optimizer)  # as the guards do before the first step of a run
             optimizer.step()
         return optimizer
 

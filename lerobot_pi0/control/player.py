@@ -16,6 +16,7 @@ from torch import Tensor
 from ..configuration_pi0 import PI0Config
 from ..inputs.observation import ObservationMaker
 from ..inputs.steps import Anchor
+from ..kernels.cuda_layers import on_gpu
 from ..network import flow
 from ..network.pi0 import PI0, Observation
 from . import guidance
@@ -46,13 +47,29 @@ class Player:
         """
         self.config, self._observe, self._sampler, self._autocast = config, observe, sampler, autocast
         self._bounds = bounds
-        self._warned_of_delay = False
+        self._warned_of_delay = self._is_warm = False
         self.reset()
 
     def reset(self) -> None:
         """Forget the chunk that is being executed: nothing else goes from one call to the next."""
         self._queue: deque[Tensor] = deque()
         self._anchor = Anchor()
+
+    def warm_up(self, model: PI0) -> None:
+        """Once, on CUDA: a chunk of black images, so that the robot's first one does not wait for CUDA to load kernels.
+
+        LeRobot's real-time chunking takes the slowest chunk of a rollout for the delay of all of them.
+        """
+        cfg, device = self.config, model.action_in_proj.weight.device
+        if self._is_warm or not on_gpu(device):
+            return
+        self._is_warm = True
+        tokens = torch.ones(1, 16, dtype=torch.long, device=device)
+        images = torch.zeros(1, max(1, len(cfg.image_features)), 3, cfg.image_size, cfg.image_size, device=device)
+        state = torch.zeros(1, cfg.max_state_dim, device=device)
+        obs = Observation(images, tokens, tokens > 0, state, padded=False)
+        with torch.inference_mode(False), torch.no_grad():
+            self.sample(model, obs, torch.zeros(1, cfg.chunk_size, cfg.max_action_dim, device=device))
 
     @property
     def _dims(self) -> int:

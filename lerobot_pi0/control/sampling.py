@@ -9,6 +9,7 @@ Axes: B batch, K flow samples, T steps of a chunk, A action dim.
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain, repeat
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch import Tensor
 from ..kernels.compilation import begin_step, compiled
 from ..kernels.cpu_linear import packed
 from ..kernels.cuda_attention import attention_order
-from ..kernels.cuda_layers import ON
+from ..kernels.cuda_graphs import LARGEST_BATCH, CudaGraphs
+from ..kernels.cuda_layers import on_gpu
 from ..kernels.kv_cache import preallocate
 from ..network import flow
 from ..network.pi0 import PI0, Context, Observation
@@ -47,8 +49,14 @@ def velocity(
 class Sampler:
     """`context` and `velocity` of a network that each call is given, and `chunk`, which samples with them."""
 
-    def __init__(self, compile_mode: str | None = None) -> None:
-        """Compile with torch.compile's mode `compile_mode`; None compiles nothing."""
+    def __init__(self, compile_mode: str | None = None, cuda_graphs: bool | None = False) -> None:
+        """Decide how the network is called.
+
+        Args:
+            compile_mode: torch.compile's; None compiles nothing.
+            cuda_graphs: on CUDA, make one graph of each chunk; of what is compiled, torch.compile makes its own.
+        """
+        self.graphs = CudaGraphs() if cuda_graphs and compile_mode is None else None
         self.compiled = compile_mode is not None
         self.context, self.velocity = PI0.context, velocity
         if compile_mode is not None:
@@ -69,7 +77,15 @@ class Sampler:
         """
         self.begin()
         with attention_order(noise_BKTA.device):
-            return self._chunk(model, obs, noise_BKTA, guide, **solver)
+            if self.graphs is None or not self._can_be_captured(noise_BKTA, **solver):
+                return self._chunk(model, obs, noise_BKTA, guide, **solver)
+            function = partial(self._chunk, model, **solver)
+            return self.graphs(model, function, (obs, noise_BKTA, guide), tuple(sorted(solver.items())))
+
+    @staticmethod
+    def _can_be_captured(noise_BKTA: Tensor, solver: str = "euler", **others: Any) -> bool:
+        """The adaptive solver looks at values."""
+        return on_gpu(noise_BKTA.device) and len(noise_BKTA) <= LARGEST_BATCH and solver != "adaptive"
 
     def _chunk(
         self, model: PI0, obs: Observation, noise_BKTA: Tensor, guide: guidance.Guide | None, **solver: Any
@@ -93,7 +109,7 @@ class Sampler:
         if self.compiled:  # compiled graphs make what steps share cheaply, and may not write into their inputs
             return repeat(self.context(model, obs))
         differentiates = guide is not None and guide.mode == "vjp"
-        if differentiates or noise_BKTA.device.type not in ON:
+        if differentiates or not on_gpu(noise_BKTA.device):
             return repeat(self._shared_by_steps(model, self.context(model, obs), noise_BKTA, guide))
         first = self.context(model, obs, with_state=False)
         samples, steps = noise_BKTA.shape[1:3]

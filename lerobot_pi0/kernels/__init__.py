@@ -14,7 +14,9 @@ from torch import nn
 from ..network import gemma, siglip
 from ..network.pi0 import PI0
 from .cpu_linear import Linear, SiglipMLP
-from .cuda_layers import CudaGemmaAttention, CudaGemmaMLP, CudaLayer, CudaRMSNorm, CudaSiglipAttention
+from .cuda_layers import CudaGemmaAttention, CudaGemmaMLP, CudaLayer, CudaRMSNorm, CudaSiglipAttention, join
+
+__all__ = ["FASTER", "install", "join"]
 
 FASTER: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: Linear,

@@ -27,10 +27,15 @@ ON = ("cuda",)
 """Devices on which launches are saved."""
 
 
+def on_gpu(device: torch.device) -> bool:
+    """Whether launches count on this device."""
+    return device.type in ON
+
+
 def saves_launches(x: Tensor, *weights: Tensor) -> bool:
     """Whether these are on CUDA, of one dtype, and neither differentiated nor traced."""
     plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return plain and x.device.type in ON and all(w.dtype == x.dtype for w in weights)
+    return plain and on_gpu(x.device) and all(w.dtype == x.dtype for w in weights)
 
 
 def joined(layers: list[nn.Module], name: str = "weight") -> Tensor | None:
@@ -53,7 +58,9 @@ def joined(layers: list[nn.Module], name: str = "weight") -> Tensor | None:
 
 @torch.no_grad()
 def join(model: PI0) -> None:
-    """Move weights that multiply the same input side by side. Parameters, their names and numbers stay."""
+    """On CUDA, move weights that multiply the same input side by side. Parameters, their names and numbers stay."""
+    if not on_gpu(model.action_in_proj.weight.device):
+        return
     for part in (model.vision, model.vlm, model.expert):
         for module in part.modules():
             if isinstance(module, GemmaAttention | SiglipAttention):

@@ -186,14 +186,14 @@ class PI0(nn.Module):
     def embed_time(self, time: Tensor) -> Tensor:
         """The part of the first action MLP layer's output that depends on time alone, with its bias: (*, W).
 
-        sin and cos of W/2 frequencies, computed in float64 (openpi: `create_sinusoidal_pos_embedding`), then
-        the time half of `action_time_mlp_in`. One call serves all steps of a solver. The layer is called with zeros
+        sin and cos of W/2 frequencies (openpi: `create_sinusoidal_pos_embedding`, which has float64), then the time half of `action_time_mlp_in`. One call serves all steps of a solver. The layer is called with zeros
         for the actions, and its weight is not cut in two, so that an adapter around the layer takes part.
         """
-        arch, width = self.arch, self.arch.expert.width
-        fraction = torch.linspace(0, 1, width // 2, dtype=torch.float64, device=time.device)
-        period = arch.min_period * (arch.max_period / arch.min_period) ** fraction
-        angle = time[..., None].double() * (2 * math.pi / period)
+        width = self.arch.expert.width
+        if time.device.type == "cpu":
+            angle = time[..., None].double() * (2 * math.pi * self._frequencies())
+        else:
+            angle = accurate_angle(time, self._frequency_parts(time.device))
         embedding = torch.cat([angle.sin(), angle.cos()], dim=-1).to(self.action_time_mlp_in.weight.dtype)
         return self.action_time_mlp_in(F.pad(embedding, (width, 0)))
 
