@@ -123,6 +123,10 @@ class ActionBounds:
         The range of the data is applied first, then the distance to the measured joints: an arm that stands outside of
         the data's range moves into it slowly.
         """
+        device = actions_BTA.device
+        if device.type != "cpu":  # some have no float64, and each of the many small steps would be a kernel's launch
+            origin_BA = None if origin_BA is None else origin_BA.cpu()
+            return self.chunk(actions_BTA.cpu(), state_BA.cpu(), origin_BA).to(device)
         wanted = self._units(self._to_units, actions_BTA)
         bounded = wanted
         if self.config.action_range_margin is not None:

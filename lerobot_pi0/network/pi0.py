@@ -18,7 +18,7 @@ import torch.nn.functional as F  # noqa: N812
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from . import init
+from . import init, time_embedding
 from .attention import KVCache, Mask, additive_mask
 from .gemma import Gemma, Rope
 from .siglip import VisionTower
@@ -84,6 +84,7 @@ class PI0(nn.Module):
     def __init__(self, arch: Architecture, image_size: int) -> None:
         super().__init__()
         self.arch = arch
+        self._frequencies: tuple[Any, Tensor] | None = None
         vlm, width = arch.vlm, arch.expert.width
         paligemma = nn.ModuleDict(
             {
@@ -186,16 +187,27 @@ class PI0(nn.Module):
     def embed_time(self, time: Tensor) -> Tensor:
         """The part of the first action MLP layer's output that depends on time alone, with its bias: (*, W).
 
-        sin and cos of W/2 frequencies (openpi: `create_sinusoidal_pos_embedding`, which has float64), then the time half of `action_time_mlp_in`. One call serves all steps of a solver. The layer is called with zeros
-        for the actions, and its weight is not cut in two, so that an adapter around the layer takes part.
+        sin and cos of W/2 frequencies (openpi: `create_sinusoidal_pos_embedding`), then the time half of
+        `action_time_mlp_in`. One call serves all steps of a solver. The layer is called with zeros for the actions, and
+        its weight is not cut in two, so that an adapter around the layer takes part.
         """
-        width = self.arch.expert.width
+        arch, width = self.arch, self.arch.expert.width
         if time.device.type == "cpu":
-            angle = time[..., None].double() * (2 * math.pi * self._frequencies())
+            period = time_embedding.periods(width, arch.min_period, arch.max_period, time.device)
+            angle = time[..., None].double() * (2 * math.pi / period)
         else:
-            angle = accurate_angle(time, self._frequency_parts(time.device))
+            angle = time_embedding.angles(time, self._frequency_parts(time))
         embedding = torch.cat([angle.sin(), angle.cos()], dim=-1).to(self.action_time_mlp_in.weight.dtype)
         return self.action_time_mlp_in(F.pad(embedding, (width, 0)))
+
+    def _frequency_parts(self, time: Tensor) -> Tensor:
+        """`frequency_parts` on the device of `time`: sent there once, as it would be waited for."""
+        wanted = time.device, type(time)
+        if self._frequencies is None or self._frequencies[0] != wanted:
+            arch = self.arch
+            parts = time_embedding.frequency_parts(arch.expert.width, arch.min_period, arch.max_period)
+            self._frequencies = wanted, parts.to(time.device)
+        return self._frequencies[1]
 
     def velocity(self, x_BKTA: Tensor, time_embedding: Tensor, context: Context) -> Tensor:
         """Velocity of noisy actions, float32, of their shape.

@@ -206,7 +206,7 @@ class ChunkErrors:
     def add(self, chunk_BTA: Tensor, actions_BTA: Tensor, valid_BT: Tensor) -> float:
         """Add a batch; returns its mean squared error."""
         errors_BTA = (chunk_BTA - actions_BTA).square() * valid_BT[..., None]
-        steps, sum_A = int(valid_BT.sum()), errors_BTA.sum(dim=(0, 1)).double()
+        steps, sum_A = int(valid_BT.sum()), errors_BTA.sum(dim=(0, 1)).cpu().double()
         self._sum_A = sum_A if self._sum_A is None else self._sum_A + sum_A
         self._steps, self._samples = self._steps + steps, self._samples + len(chunk_BTA)
         return sum_A.mean().item() / max(steps, 1)
