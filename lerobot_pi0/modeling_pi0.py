@@ -136,7 +136,8 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         if config.vlm_quantization:  # DDP cannot send rounded weights; peft puts a prefix before their names
             names = list(rounding.layers(self))
             self._ddp_params_and_buffers_to_ignore = [*names, *(f"base_model.model.{name}" for name in names)]
-        self.observe, sampler = ObservationMaker(config), Sampler(config.compile_mode if config.compile_model else None)
+        self.observe = ObservationMaker(config)
+        sampler = Sampler(config.compile_mode if config.compile_model else None, config.cuda_graphs)
         self.objective = Objective(config, self.observe, sampler, self._run.autocast)
         self._player = Player(config, self.observe, sampler, self._run.autocast, limits)
         self.init_rtc_processor()
@@ -156,7 +157,7 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         if self.config.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         self._run.choose_autocast(self)
-        self.reset()
+        kernels.join(self.model)
         return self.eval()
 
     @classmethod
@@ -236,6 +237,8 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
     def reset(self) -> None:
         """Forget the chunk that is being executed; to be called between episodes."""
         self._player.reset()
+        if not self.training:
+            self._player.warm_up(self.model)
 
     def forward(
         self,

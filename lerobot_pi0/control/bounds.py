@@ -134,6 +134,10 @@ class ActionBounds:
         self._refuse_bad("the policy's action for", actions_BTA, self.names)
         if self.config.max_action_step is not None:
             self._refuse_bad("the measured joint", state_BA, self.names)
+        device = actions_BTA.device
+        if device.type != "cpu":  # some have no float64, and each of the many small steps would be a kernel's launch
+            origin_BA = None if origin_BA is None else origin_BA.cpu()
+            return self.chunk(actions_BTA.cpu(), state_BA.cpu(), origin_BA).to(device)
         wanted = self._units(self._to_units, actions_BTA)
         bounded = wanted
         if self.config.action_range_margin is not None:

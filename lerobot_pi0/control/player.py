@@ -19,6 +19,7 @@ from torch import Tensor
 from ..configuration_pi0 import PI0Config
 from ..inputs.observation import ObservationMaker
 from ..inputs.steps import Anchor
+from ..kernels.cuda_layers import on_gpu
 from ..network import flow
 from ..network.pi0 import PI0, Observation
 from . import debug, guidance
@@ -62,7 +63,7 @@ class Player:
         """
         self.config, self._observe, self._sampler, self._autocast = config, observe, sampler, autocast
         self._bounds = bounds
-        self._warned_of_delay = False
+        self._warned_of_delay = self._is_warm = False
         self.rtc_processor = debug.make_processor(None)
         self._episodes: weakref.WeakKeyDictionary[threading.Thread, Episode] = weakref.WeakKeyDictionary()
 
@@ -89,6 +90,22 @@ class Player:
         self._episodes = weakref.WeakKeyDictionary()
         if state["_episodes"] is not None:
             self._episodes[threading.current_thread()] = state["_episodes"]
+
+    def warm_up(self, model: PI0) -> None:
+        """Once, on CUDA: a chunk of black images, so that the robot's first one does not wait for CUDA to load kernels.
+
+        LeRobot's real-time chunking takes the slowest chunk of a rollout for the delay of all of them.
+        """
+        cfg, device = self.config, model.action_in_proj.weight.device
+        if self._is_warm or not on_gpu(device):
+            return
+        self._is_warm = True
+        tokens = torch.ones(1, 16, dtype=torch.long, device=device)
+        images = torch.zeros(1, max(1, len(cfg.image_features)), 3, cfg.image_size, cfg.image_size, device=device)
+        state = torch.zeros(1, cfg.max_state_dim, device=device)
+        obs = Observation(images, tokens, tokens > 0, state, padded=False)
+        with torch.inference_mode(False), torch.no_grad():
+            self.sample(model, obs, torch.zeros(1, cfg.chunk_size, cfg.max_action_dim, device=device))
 
     @property
     def _dims(self) -> int:

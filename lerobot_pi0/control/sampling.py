@@ -8,12 +8,19 @@ Axes: B batch, K flow samples, T steps of a chunk, A action dim.
 """
 
 import contextlib
+from collections.abc import Iterator
+from functools import partial
+from itertools import chain, repeat
 from typing import Any
 
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from ..kernels.compilation import begin_step, compiled
 from ..kernels.cpu_linear import packed
+from ..kernels.cuda_attention import attention_order
+from ..kernels.cuda_graphs import LARGEST_BATCH, CudaGraphs
+from ..kernels.cuda_layers import on_gpu
 from ..kernels.kv_cache import preallocate
 from ..network import flow
 from ..network.pi0 import PI0, Context, Observation
@@ -49,8 +56,14 @@ def velocity(
 class Sampler:
     """`context` and `velocity` of a network that each call is given, and `chunk`, which samples with them."""
 
-    def __init__(self, compile_mode: str | None = None) -> None:
-        """Compile with torch.compile's mode `compile_mode`; None compiles nothing."""
+    def __init__(self, compile_mode: str | None = None, cuda_graphs: bool | None = False) -> None:
+        """Decide how the network is called.
+
+        Args:
+            compile_mode: torch.compile's; None compiles nothing.
+            cuda_graphs: on CUDA, make one graph of each chunk; of what is compiled, torch.compile makes its own.
+        """
+        self.graphs = CudaGraphs() if cuda_graphs and compile_mode is None else None
         self.compiled = compile_mode is not None
         self.context, self.velocity = PI0.context, velocity
         if compile_mode is not None:
@@ -77,19 +90,55 @@ class Sampler:
             solver: arguments of `flow.integrate`.
         """
         self.begin()
-        context = self.context(model, obs)
-        if not self.compiled:  # compiled graphs make these cheaply, and may not write into their inputs
-            context = self._shared_by_steps(model, context, noise_BKTA, guide)
+        with attention_order(noise_BKTA.device):
+            if self.graphs is None or record is not None or not self._can_be_captured(noise_BKTA, **solver):
+                return self._chunk(model, obs, noise_BKTA, guide, record, **solver)
+            function = partial(self._chunk, model, **solver)
+            return self.graphs(model, function, (obs, noise_BKTA, guide), tuple(sorted(solver.items())))
+
+    @staticmethod
+    def _can_be_captured(noise_BKTA: Tensor, solver: str = "euler", **others: Any) -> bool:
+        """The adaptive solver looks at values."""
+        return on_gpu(noise_BKTA.device) and len(noise_BKTA) <= LARGEST_BATCH and solver != "adaptive"
+
+    def _chunk(
+        self,
+        model: PI0,
+        obs: Observation,
+        noise_BKTA: Tensor,
+        guide: guidance.Guide | None,
+        record: Record | None = None,
+        **solver: Any,
+    ) -> Tensor:
+        contexts = self._contexts(model, obs, noise_BKTA, guide)
 
         def embed(time: Tensor) -> Tensor:
             return model.embed_time(guidance.token_times(time, guide))
 
         def field(x: Tensor, time: Tensor, time_embedding: Tensor) -> Tensor:
             recorded = () if record is None else (record,)
-            return self.velocity(model, x, time, time_embedding, context, guide, *recorded)
+            return self.velocity(model, x, time, time_embedding, next(contexts), guide, *recorded)
 
         with contextlib.nullcontext() if self.compiled else packed(model.expert):
             return flow.integrate(field, embed, guidance.begin(noise_BKTA, guide), **solver)
+
+    def _contexts(
+        self, model: PI0, obs: Observation, noise_BKTA: Tensor, guide: guidance.Guide | None
+    ) -> Iterator[Context]:
+        """The context of each velocity. On CUDA the first has the state's token beside the actions: it is a pass of its
+        own otherwise, with all launches of one. Its keys and values stay in the cache."""
+        if self.compiled:  # compiled graphs make what steps share cheaply, and may not write into their inputs
+            return repeat(self.context(model, obs))
+        differentiates = guide is not None and guide.mode == "vjp"
+        if differentiates or not on_gpu(noise_BKTA.device):
+            return repeat(self._shared_by_steps(model, self.context(model, obs), noise_BKTA, guide))
+        first = self.context(model, obs, with_state=False)
+        samples, steps = noise_BKTA.shape[1:3]
+        cache = preallocate(first.cache, 1 + samples * steps)
+        mask = F.pad(first.mask_BS, (0, 1), value=True)
+        rest = Context(cache, mask, padded=first.padded)
+        shared = model.rope_and_mask(rest, samples, steps, cache[0].keys_BSD.dtype)
+        return chain([first._replace(cache=cache)], repeat(rest._replace(rope_and_mask=shared)))
 
     @staticmethod
     def _shared_by_steps(model: PI0, context: Context, noise_BKTA: Tensor, guide: guidance.Guide | None) -> Context:

@@ -7,6 +7,7 @@ read at once: one host synchronisation per batch, before anything that is compil
 """
 
 import logging
+import struct
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,6 +29,10 @@ IS_PAD = f"{ACTION}_is_pad"
 
 class ObservationError(ValueError):
     """A batch that the policy cannot take; the message names the key, what was found and the way out."""
+
+
+Augment = Callable[[Tensor, list[str], list[int] | None], Tensor]
+"""(images (B, N, C, H, W) in [0, 1], keys of the cameras, index of each sample in its dataset) -> images."""
 
 
 def resize_with_pad(images_BCHW: Tensor, side: int) -> Tensor:
@@ -58,16 +63,21 @@ class ObservationMaker:
         self.config = config
         self._warned: set[str] = set()
 
-    def __call__(
-        self,
-        batch: Mapping[str, Any],
-        device: torch.device,
-        augment: Callable[[Tensor, list[str]], Tensor] | None = None,
-    ) -> Observation:
+    def __call__(self, batch: Mapping[str, Any], device: torch.device) -> Observation:
         """Check a preprocessed batch and turn it into what the network sees.
 
+        Raises:
+            ObservationError: a key is missing, has the wrong shape, or holds values out of range.
+        """
+        return self.with_index(batch, device)[0]
+
+    def with_index(
+        self, batch: Mapping[str, Any], device: torch.device, augment: Augment | None = None
+    ) -> tuple[Observation, list[int] | None]:
+        """The observation, and the numbers of the samples in their dataset, which are read from the device with it.
+
         Args:
-            augment: changes images (B, N, C, H, W) in [0, 1] of the cameras that it is told the keys of.
+            augment: changes images (B, N, C, H, W) in [0, 1] of the cameras and samples that it is told.
 
         Raises:
             ObservationError: a key is missing, has the wrong shape, or holds values out of range.
@@ -78,12 +88,15 @@ class ObservationMaker:
         for key, image in cameras.items():
             if len(image) != len(state):
                 raise ObservationError(f"{key!r} holds {len(image)} images for {len(state)} states")
-        facts = self._facts(cameras, mask, state)
+        facts, index = self._facts(cameras, mask, state, batch.get("index"))
         self._check_facts(facts, batch, cameras)
         longest = int(facts["longest prompt"])
         if self.config.compile_model:
             longest = bucket(longest, tokens.shape[1])
-        return self.assemble(cameras, tokens[:, :longest], mask[:, :longest], state, augment)
+        change = None if augment is None else lambda images, keys: augment(images, keys, index)
+        made = self.assemble(cameras, tokens[:, :longest], mask[:, :longest], state, change)
+        # CPUs have one kernel, whose sums differ in the last bit without a mask.
+        return made._replace(padded=device.type == "cpu" or facts["shortest prompt"] < longest), index
 
     def assemble(
         self,
@@ -205,20 +218,31 @@ class ObservationMaker:
             )
         return tokens, mask
 
-    def _facts(self, cameras: dict[str, Tensor], mask: Tensor, state: Tensor) -> dict[str, float]:
-        """Numbers about the values, fetched from the device together."""
+    def _facts(
+        self, cameras: dict[str, Tensor], mask: Tensor, state: Tensor, index: Any
+    ) -> tuple[dict[str, float], list[int] | None]:
+        """Numbers about the values, and the samples' index, fetched from the device in one tensor of integers.
+
+        A float32 comes as the integer of its bits: float64, which would hold all of them, is not on every device.
+        """
         lengths = mask.sum(dim=1)
         last_token = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(dim=1)
-        numbers = {
-            "longest prompt": last_token.max(),
-            "shortest prompt": lengths.min(),
-            "state is finite": state.isfinite().all(),
-        }
+        numbers = {"state is finite": state.isfinite().all().float()}
         for key, image in cameras.items():
             low, high = image.aminmax()
             numbers |= {f"{key} low": low, f"{key} high": high}
-        values = torch.stack([x.double() for x in numbers.values()]).tolist()
-        return dict(zip(numbers, values, strict=True))
+        bits = torch.stack([*numbers.values()]).view(torch.int32).long()
+        parts = [torch.stack([last_token.max(), lengths.min()]).long(), bits]
+        if index is not None:
+            index = torch.as_tensor(index).reshape(-1)
+            if index.device == bits.device and not index.is_floating_point():
+                parts.append(index.long())
+        longest, shortest, *rest = torch.cat(parts).tolist()
+        values = struct.unpack(f"={len(bits)}f", struct.pack(f"={len(bits)}i", *rest[: len(bits)]))
+        facts = {"longest prompt": longest, "shortest prompt": shortest, **dict(zip(numbers, values, strict=True))}
+        if index is None or len(parts) == 3:
+            return facts, None if index is None else rest[len(bits) :]
+        return facts, index.tolist()
 
     def _check_facts(self, facts: dict[str, float], batch: Mapping[str, Any], cameras: dict[str, Tensor]) -> None:
         if not facts["state is finite"]:

@@ -13,14 +13,18 @@ from torch import nn
 
 from ..network import gemma, siglip
 from ..network.pi0 import PI0
-from .cpu_attention import GemmaAttention, SiglipAttention
-from .cpu_linear import GemmaMLP, Linear, SiglipMLP
+from .cpu_linear import Linear, SiglipMLP
+from .cuda_layers import CudaGemmaAttention, CudaGemmaMLP, CudaLayer, CudaRMSNorm, CudaSiglipAttention, join
+
+__all__ = ["FASTER", "install", "join"]
 
 FASTER: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: Linear,
-    gemma.Attention: GemmaAttention,
-    gemma.MLP: GemmaMLP,
-    siglip.Attention: SiglipAttention,
+    gemma.Attention: CudaGemmaAttention,
+    gemma.MLP: CudaGemmaMLP,
+    gemma.Layer: CudaLayer,
+    gemma.RMSNorm: CudaRMSNorm,
+    siglip.Attention: CudaSiglipAttention,
     siglip.MLP: SiglipMLP,
 }
 

@@ -11,11 +11,13 @@ RECOMPILATIONS = 64
 def compiled[**P, R](function: Callable[P, R], mode: str) -> Callable[P, R]:
     """The function as one compiled graph per shape of its arguments; a graph break is an error.
 
-    Raises torch's limit of recompilations, which is one for the whole process.
+    Raises torch's limit of recompilations, and on CUDA lets float32 products be TF32: both for the whole process.
 
     Args:
         mode: torch.compile's.
     """
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # TF32, as LeRobot's π₀ sets it where it compiles
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILATIONS)
     return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
 

@@ -67,7 +67,7 @@ class Attention(nn.Module):
         """Keys and values of these tokens, each (B, T, D)."""
         return KVCache(rotate(self.k_proj(x_BTW), *rope), self.v_proj(x_BTW))
 
-    def forward(self, x_BTW: Tensor, rope: Rope, kv: KVCache, mask: Mask, past: KVCache | None) -> Tensor:
+    def forward(self, x_BTW: Tensor, rope: Rope, kv: KVCache, mask: Mask | None, past: KVCache | None) -> Tensor:
         """Attend from x to `past` and to x's own keys and values, `kv`."""
         cos, sin = (angle[:, :, None] for angle in rope)
         q_BTHD = rotate(rearrange(self.q_proj(x_BTW), "b t (h d) -> b t h d", h=self.heads), cos, sin)
@@ -98,7 +98,9 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.width)
         self.mlp = MLP(cfg)
 
-    def forward(self, x: Tensor, rope: Rope, mask: Mask, past: KVCache | None, kv_only: bool) -> tuple[Tensor, KVCache]:
+    def forward(
+        self, x: Tensor, rope: Rope, mask: Mask | None, past: KVCache | None, kv_only: bool
+    ) -> tuple[Tensor, KVCache]:
         """Returns the layer's output, and the keys and values of x, each (B, T, D)."""
         h = self.input_layernorm(x)
         kv = self.self_attn.keys_values(h, rope)
@@ -130,24 +132,27 @@ class Gemma(nn.Module):
         """RoPE's angles at these positions."""
         return rotary_angles(positions_BT, self.cfg.head_dim)
 
-    def cache(self, x_BTW: Tensor, rope: Rope, mask: Mask, past: Sequence[KVCache] | None = None) -> list[KVCache]:
+    def cache(
+        self, x_BTW: Tensor, rope: Rope, mask: Mask | None, past: Sequence[KVCache] | None = None
+    ) -> list[KVCache]:
         """Keys and values per layer of `past` and x together. The last layer's attention and MLP are not computed,
         because nothing reads their output."""
         new = self._layers(x_BTW, rope, mask, past, cache_only=True)[1]
         return new if past is None else [before.append(kv) for before, kv in zip(past, new, strict=True)]
 
-    def forward(self, x_BTW: Tensor, rope: Rope, mask: Mask, past: Sequence[KVCache] | None = None) -> Tensor:
+    def forward(self, x_BTW: Tensor, rope: Rope, mask: Mask | None, past: Sequence[KVCache] | None = None) -> Tensor:
         """Final hidden states (B, T, W), after the last norm.
 
         Args:
             rope: the angles of each token.
-            mask: over the queries of T tokens and H heads, and the S keys of `past` and of these tokens.
+            mask: over the queries of T tokens and H heads, and the S keys of `past` and of these tokens; None if each
+                sees all.
             past: keys and values per layer of the tokens before these.
         """
         return self.norm(self._layers(x_BTW, rope, mask, past, cache_only=False)[0])
 
     def _layers(
-        self, x: Tensor, rope: Rope, mask: Mask, past: Sequence[KVCache] | None, cache_only: bool
+        self, x: Tensor, rope: Rope, mask: Mask | None, past: Sequence[KVCache] | None, cache_only: bool
     ) -> tuple[Tensor, list[KVCache]]:
         cache = []
         for i, layer in enumerate(self.layers):

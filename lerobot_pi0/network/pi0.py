@@ -18,7 +18,7 @@ import torch.nn.functional as F  # noqa: N812
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from . import flow, init
+from . import flow, init, time_embedding
 from .attention import KVCache, Mask, additive_mask
 from .gemma import Gemma, Rope
 from .siglip import VisionTower
@@ -32,6 +32,7 @@ class Observation(NamedTuple):
     tokens_BL: Tensor
     token_mask_BL: Tensor  # False on padding
     state_BA: Tensor
+    padded: bool = True  # False: it is known that no token is padding, so no mask is made
 
 
 class Context(NamedTuple):
@@ -40,7 +41,8 @@ class Context(NamedTuple):
     cache: Sequence[KVCache]  # per layer, S tokens each
     mask_BS: Tensor  # False on padding
     state_B1W: Tensor | None = None  # the state's token, if it is not in the cache but runs with the actions
-    rope_and_mask: tuple[Rope, Mask] | None = None  # of the actions, if several velocities share them
+    rope_and_mask: tuple[Rope, Mask | None] | None = None  # of the actions, if several velocities share them
+    padded: bool = True
 
     @property
     def length_B(self) -> Tensor:
@@ -83,6 +85,7 @@ class PI0(nn.Module):
     def __init__(self, arch: Architecture, image_size: int) -> None:
         super().__init__()
         self.arch = arch
+        self._frequencies: tuple[Any, Tensor] | None = None
         vlm, width = arch.vlm, arch.expert.width
         paligemma = nn.ModuleDict(
             {
@@ -158,39 +161,54 @@ class PI0(nn.Module):
         trains_vlm = torch.is_grad_enabled() and any(p.requires_grad for p in self.paligemma.parameters())
         with torch.set_grad_enabled(trains_vlm):
             x, mask = self.prefix(obs)
-            cache = self.vlm.cache(x, self.vlm.rope(mask.cumsum(dim=1) - 1), additive_mask(mask[:, None], x.dtype))
+            hidden = additive_mask(mask[:, None], x.dtype) if obs.padded else None
+            cache = self.vlm.cache(x, self.vlm.rope(mask.cumsum(dim=1) - 1), hidden)
 
         state = self.state_proj(obs.state_BA.to(self.state_proj.weight.dtype))[:, None]
         if not with_state:
-            return Context(cache, mask, state)
+            return Context(cache, mask, state, padded=obs.padded)
         position = mask.sum(dim=1, keepdim=True)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         rope = self.expert.rope(position)
-        cache = self.expert.cache(state, rope, additive_mask(mask[:, None], state.dtype), past=cache)
-        return Context(cache, mask)
+        hidden = additive_mask(mask[:, None], state.dtype) if obs.padded else None
+        cache = self.expert.cache(state, rope, hidden, past=cache)
+        return Context(cache, mask, padded=obs.padded)
 
-    def rope_and_mask(self, context: Context, samples: int, steps: int, dtype: torch.dtype) -> tuple[Rope, Mask]:
-        """The positions of the tokens of `velocity`, as RoPE's angles, and what these tokens see."""
+    def rope_and_mask(self, context: Context, samples: int, steps: int, dtype: torch.dtype) -> tuple[Rope, Mask | None]:
+        """The positions of the tokens of `velocity`, as RoPE's angles, and what these tokens see; None: everything."""
         with_state = context.state_B1W is not None
         own = torch.arange(steps, device=context.mask_BS.device).repeat(samples)
         own = F.pad(own + 1, (1, 0)) if with_state else own
+        rope = self.expert.rope(context.length_B[:, None] + own)
+        if samples == 1 and not with_state and not context.padded:
+            return rope, None
         visible = block_mask(context.mask_BS, samples, steps, self.expert.cfg.heads, with_state)
-        mask = additive_mask(visible, dtype, samples, shared=int(with_state))
-        return self.expert.rope(context.length_B[:, None] + own), mask
+        return rope, additive_mask(visible, dtype, samples, shared=int(with_state))
 
     def embed_time(self, time: Tensor) -> Tensor:
         """The part of the first action MLP layer's output that depends on time alone, with its bias: (*, W).
 
-        sin and cos of W/2 frequencies, computed in float64 (openpi: `create_sinusoidal_pos_embedding`), then
-        the time half of `action_time_mlp_in`. One call serves all steps of a solver. The layer is called with zeros
-        for the actions, and its weight is not cut in two, so that an adapter around the layer takes part.
+        sin and cos of W/2 frequencies (openpi: `create_sinusoidal_pos_embedding`), then the time half of
+        `action_time_mlp_in`. One call serves all steps of a solver. The layer is called with zeros for the actions, and
+        its weight is not cut in two, so that an adapter around the layer takes part.
         """
         arch, width = self.arch, self.arch.expert.width
-        fraction = torch.linspace(0, 1, width // 2, dtype=torch.float64, device=time.device)
-        period = arch.min_period * (arch.max_period / arch.min_period) ** fraction
-        angle = time[..., None].double() * (2 * math.pi / period)
+        if time.device.type == "cpu":
+            period = time_embedding.periods(width, arch.min_period, arch.max_period, time.device)
+            angle = time[..., None].double() * (2 * math.pi / period)
+        else:
+            angle = time_embedding.angles(time, self._frequency_parts(time))
         embedding = torch.cat([angle.sin(), angle.cos()], dim=-1).to(self.action_time_mlp_in.weight.dtype)
         return self.action_time_mlp_in(F.pad(embedding, (width, 0)))
+
+    def _frequency_parts(self, time: Tensor) -> Tensor:
+        """`frequency_parts` on the device of `time`: sent there once, as it would be waited for."""
+        wanted = time.device, type(time)
+        if self._frequencies is None or self._frequencies[0] != wanted:
+            arch = self.arch
+            parts = time_embedding.frequency_parts(arch.expert.width, arch.min_period, arch.max_period)
+            self._frequencies = wanted, parts.to(time.device)
+        return self._frequencies[1]
 
     def velocity(self, x_BKTA: Tensor, time_embedding: Tensor, context: Context) -> Tensor:
         """Velocity of noisy actions, float32, of their shape.

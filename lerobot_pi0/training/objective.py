@@ -15,6 +15,7 @@ from torch import Tensor
 from ..configuration_pi0 import PI0Config
 from ..inputs.joints import names_in_config
 from ..inputs.observation import IS_PAD, ObservationMaker
+from ..kernels.cuda_attention import attention_order
 from ..network import flow
 from ..network.pi0 import PI0, Context, Observation
 from . import augment, draws
@@ -81,11 +82,10 @@ class Objective:
         """
         cfg, device = self.config, _device(model)
         augmented = model.training and cfg.augment_images
-        change = (lambda x, keys: self._augment(batch, x, keys)) if augmented else None
-        obs = self._observe(batch, device, change)
+        obs, index = self._observe.with_index(batch, device, self._augment if augmented else None)
         actions = self._observe.actions(batch, device)[:, None]
         if noise is None or time is None or (delay is None and cfg.rtc_training_max_delay):
-            drawn = self._draw(batch, actions.shape[2:], device, model.training)
+            drawn = self._draw(index, (len(actions), *actions.shape[2:]), device, model.training)
             given = zip((noise, time, delay), drawn, strict=True)
             noise, time, delay = (new if old is None else old for old, new in given)
         _check_draws(actions, noise, time, delay)
@@ -114,7 +114,7 @@ class Objective:
             time = time * free
         x_t, target = flow.interpolate(actions_B1TA, noise, time[..., None])
         self._calls.begin()
-        with self._autocast():
+        with self._autocast(), attention_order(x_t.device):
             context = self._calls.context(model, obs, with_state=False)
             velocity = self._calls.velocity(model, x_t, time, model.embed_time(time), context)
         errors = (velocity - target)[..., : self._dims].square()
@@ -140,24 +140,27 @@ class Objective:
         """
         device = _device(model)
         actions = self._observe.actions(batch, device)
-        noise, *_ = self._draw(batch, actions.shape[1:], device, model.training)
         with torch.inference_mode(False), torch.no_grad():
-            chunk = sample(model, self._observe(batch, device), noise[:, 0])
+            obs, index = self._observe.with_index(batch, device)
+            noise, *_ = self._draw(index, actions.shape, device, model.training)
+            chunk = sample(model, obs, noise[:, 0])
         valid = self._observe.valid(batch, device) if IS_PAD in batch else actions.new_ones(actions.shape[:2])
         return self._chunk_errors.add(chunk, actions[..., : self._dims], valid)
 
-    def _augment(self, batch: dict[str, Any], images_BNCHW: Tensor, cameras: list[str]) -> Tensor:
+    def _augment(self, images_BNCHW: Tensor, cameras: list[str], index: list[int] | None) -> Tensor:
         """Images of these cameras, each changed at random: a function of seed, update, sample and camera."""
-        if "index" in batch:
-            index, every = _index(batch), list(self.config.image_features)
+        if index is not None:
+            _check_index(index, len(images_BNCHW))
+            every = list(self.config.image_features)
             uniform = augment.draw(self._seed, self.config.updates, index, len(every))
-            uniform = uniform[..., [every.index(key) for key in cameras]].to(images_BNCHW.device)
+            uniform = uniform[..., [every.index(key) for key in cameras]]
+            uniform = draws.send([uniform], images_BNCHW.device)[0]
         else:
             uniform = torch.rand(6, *images_BNCHW.shape[:2], device=images_BNCHW.device)
         return augment.apply(images_BNCHW, augment.change_of(uniform, ["wrist" in key for key in cameras]))
 
     def _draw(
-        self, batch: dict[str, Any], shape_TA: Sequence[int], device: torch.device, training: bool
+        self, index: list[int] | None, shape_BTA: Sequence[int], device: torch.device, training: bool
     ) -> list[Tensor]:
         """Noise (B, K, T, A), times (B, K) and delays (B, K): a function of seed, update and sample.
 
@@ -175,14 +178,15 @@ class Objective:
                 cfg.time_sampling_scale,
                 cfg.time_sampling_offset,
             )
+        batch, *shape_TA = shape_BTA
         shape_KTA = (samples, *shape_TA)
-        if "index" not in batch:
-            shape = (len(batch[ACTION]), *shape_KTA)
+        if index is None:
+            shape = (batch, *shape_KTA)
             noise, time = flow.sample_noise(shape, device), distribution.sample(shape[:2], device)
             return [noise, time, draws.sample_delay(shape[:2], most, device)]
+        _check_index(index, batch)
         seed, update = (self._seed, cfg.updates) if training else (0, -1)
-        drawn = draws.repeatable_draws(seed, update, _index(batch), shape_KTA, distribution, most)
-        return [x.to(device) for x in drawn]
+        return draws.send(draws.repeatable_draws(seed, update, index, shape_KTA, distribution, most), device)
 
 
 class ChunkErrors:
@@ -202,7 +206,7 @@ class ChunkErrors:
     def add(self, chunk_BTA: Tensor, actions_BTA: Tensor, valid_BT: Tensor) -> float:
         """Add a batch; returns its mean squared error."""
         errors_BTA = (chunk_BTA - actions_BTA).square() * valid_BT[..., None]
-        steps, sum_A = int(valid_BT.sum()), errors_BTA.sum(dim=(0, 1)).double()
+        steps, sum_A = int(valid_BT.sum()), errors_BTA.sum(dim=(0, 1)).cpu().double()
         self._sum_A = sum_A if self._sum_A is None else self._sum_A + sum_A
         self._steps, self._samples = self._steps + steps, self._samples + len(chunk_BTA)
         return sum_A.mean().item() / max(steps, 1)
@@ -225,12 +229,10 @@ def _device(model: PI0) -> torch.device:
     return model.action_in_proj.weight.device
 
 
-def _index(batch: dict[str, Any]) -> list[int]:
-    """The number that LeRobot gave each sample in its dataset; a ValueError if there is not one for each sample."""
-    index = torch.as_tensor(batch["index"]).reshape(-1).tolist()
-    if len(index) != len(batch[ACTION]):
-        raise ValueError(f"batch['index'] has {len(index)} numbers for {len(batch[ACTION])} samples")
-    return index
+def _check_index(index: list[int], batch: int) -> None:
+    """A ValueError if LeRobot did not give each sample the number that it has in its dataset."""
+    if len(index) != batch:
+        raise ValueError(f"batch['index'] has {len(index)} numbers for {batch} samples")
 
 
 def _check_draws(actions_B1TA: Tensor, noise: Tensor, time: Tensor, delay: Tensor | None) -> None:

@@ -14,7 +14,7 @@ from ..kernels import rounding
 from ..network.pi0 import PI0
 from .ema import Ema, check_averaging, sharding
 from .guards import Guards
-from .optimizers import is_8bit
+from .optimizers import is_8bit, use_fused_kernel
 
 logger = logging.getLogger(__name__)
 
@@ -176,6 +176,7 @@ class Run:
         if bool(self.config.optimizer_8bit) != is_8bit(optimizer):
             kind = type(optimizer).__name__
             raise ValueError(f"optimizer_8bit={self.config.optimizer_8bit}, but the optimizer is {kind}: {remedy}")
+        use_fused_kernel(optimizer)
 
     def part_sizes(self, model: PI0) -> PartSizes:
         """`part_sizes`, as they were before training began."""

@@ -1,0 +1,167 @@
+"""A whole chunk as one CUDA graph: what the host launches once is replayed from then on by a single call.
+
+A graph reads its inputs, its weights and all that lies between them at fixed addresses. So inputs are copied to where
+they were at capture, a graph belongs to one set of shapes, and it is captured anew when weights were moved, swapped or
+wrapped. Weights that change in place are simply read. Nothing that is captured may depend on a value.
+"""
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+logger = logging.getLogger(__name__)
+
+KEPT = 4
+"""Graphs at a time. Each holds the memory of a chunk; control needs one or two."""
+
+FORGOTTEN = 32
+"""Calls after which a graph that was not replayed makes room for another."""
+
+LARGEST_BATCH = 4
+"""Observations in a chunk, above which a GPU has enough to do with each kernel."""
+
+
+class Recording(Protocol):
+    """A function that was recorded, and runs again on the same memory."""
+
+    out: Tensor
+
+    def replay(self) -> None:
+        """Run it again."""
+
+
+class CudaRecording:
+    """A function as a CUDA graph."""
+
+    pool: Any = None  # of the memory of all graphs; two never run at a time
+
+    def __init__(self, function: Callable[[], Tensor]) -> None:
+        """Run the function twice on a stream of its own, which loads kernels and libraries, then capture it."""
+        current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                function()
+        current.wait_stream(stream)
+        type(self).pool = self.pool or torch.cuda.graph_pool_handle()
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads, such as those of cameras, may allocate memory meanwhile.
+        with torch.cuda.graph(self._graph, pool=self.pool, capture_error_mode="thread_local"):
+            self.out = function()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+class _Entry(NamedTuple):
+    recording: Recording
+    inputs: list[Tensor]
+    weights: Hashable
+    used: list[int]  # the number of the last call
+
+
+class CudaGraphs:
+    """Replays functions of a network; may be called from several threads. A copy begins without graphs."""
+
+    def __init__(self, record: Callable[[Callable[[], Tensor]], Recording] = CudaRecording) -> None:
+        self._record = record
+        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._lock = threading.Lock()
+        self._calls = 0
+        self._failed = self._warned = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._record,)
+
+    def __call__(self, model: nn.Module, function: Callable[..., Tensor], inputs: Any, key: Hashable = None) -> Tensor:
+        """function(*inputs), replayed where its graph is known.
+
+        Args:
+            inputs: a structure of tensors and plain values; the latter belong to what a graph is known by.
+            key: what else the function depends on.
+        """
+        leaves, structure = tree_flatten(inputs)
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        shapes = tuple((x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves)
+        known_by = (shapes, str(structure), key, _autocast(tensors))
+        with self._lock:
+            self._calls += 1
+            entry = self._entry(known_by, model, function, leaves, structure)
+            if entry is not None:
+                for mine, given in zip(entry.inputs, tensors, strict=True):
+                    mine.copy_(given)
+                entry.recording.replay()
+                return entry.recording.out.clone()
+        return function(*inputs)
+
+    def _entry(
+        self, known_by: Hashable, model: nn.Module, function: Callable[..., Tensor], leaves: list[Any], structure: Any
+    ) -> _Entry | None:
+        """The graph of these shapes and of the weights where they are now; None where there is none to be had."""
+        weights, entry = weights_of(model), self._entries.get(known_by)
+        if entry is not None and entry.weights == weights:
+            entry.used[0] = self._calls
+            self._entries.move_to_end(known_by)
+            return entry
+        self._entries.pop(known_by, None)
+        if self._failed or not self._has_room():
+            return None
+        own = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
+        caches = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)  # weights that are cast before the capture would be gone at a replay
+        try:
+            recording = self._record(lambda: function(*tree_unflatten(own, structure)))
+        except Exception as error:
+            self._failed = True
+            logger.warning("no CUDA graph of a chunk can be made, so chunks are launched kernel by kernel: %s", error)
+            return None
+        finally:
+            torch.set_autocast_cache_enabled(caches)
+        inputs = [x for x in own if isinstance(x, Tensor)]
+        entry = self._entries[known_by] = _Entry(recording, inputs, weights, [self._calls])
+        return entry
+
+    def _has_room(self) -> bool:
+        if len(self._entries) < KEPT:
+            return True
+        oldest, entry = next(iter(self._entries.items()))
+        if self._calls - entry.used[0] > FORGOTTEN:
+            del self._entries[oldest]
+            return True
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "observations have come in more than %d shapes (numbers of cameras, of observations, lengths of "
+                "prompts): chunks of the others are launched kernel by kernel",
+                KEPT,
+            )
+        return False
+
+
+def _autocast(tensors: list[Tensor]) -> Hashable:
+    device = tensors[0].device.type
+    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+
+
+def weights_of(model: nn.Module) -> Hashable:
+    """Where each weight lies in memory, and what an adapter does with it: what a graph depends on beside its inputs."""
+    places = [_address(x) for x in (*model.parameters(), *model.buffers())]
+    kinds = [type(m) for m in model.modules()]
+    adapters = [
+        (str(m.active_adapter), bool(m.disable_adapters), tuple(m.merged_adapters), str(m.scaling))
+        for m in model.modules()
+        if hasattr(m, "merged_adapters") and hasattr(m, "scaling")
+    ]
+    return hash((*places, *kinds, *adapters))
+
+
+def _address(x: Tensor) -> tuple[int, int, torch.dtype, tuple[int, ...]]:
+    storage = x.untyped_storage()
+    fake = x.is_meta or hasattr(x, "fake_mode")
+    return (storage._cdata if fake else storage.data_ptr()), x.storage_offset(), x.dtype, x.stride()
