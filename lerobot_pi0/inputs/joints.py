@@ -35,6 +35,11 @@ def joint_names(stored: Any, dims: int, key: str) -> list[str]:
     return names if len(set(names)) == len(names) == dims else [f"{key}[{i}]" for i in range(dims)]
 
 
+def is_numbered(names: list[str], key: str) -> bool:
+    """Whether these are the numbers that `joint_names` gives where there are no names."""
+    return names[:1] == [f"{key}[0]"]
+
+
 def names_in_dataset(features: Mapping[str, Mapping[str, Any]], key: str) -> list[str]:
     """`joint_names` of a feature of a dataset (`meta.features`)."""
     return joint_names(features[key].get("names"), int(np.prod(features[key]["shape"])), key)

@@ -23,7 +23,7 @@ from lerobot.datasets.factory import resolve_delta_timestamps
 
 from .. import __version__
 from . import ToolError
-from .data import DatasetOptions, need_pi0, open_dataset, open_meta
+from .data import DatasetOptions, need_pi0, need_whole, open_dataset, open_meta
 from .evaluation import report
 from .evaluation.held_out import held_out
 from .evaluation.measure import measure
@@ -70,11 +70,14 @@ def run(options: Options) -> None:
     if config.pretrained_path is None:
         raise ToolError("a policy without weights has nothing to show: give --policy.path=CHECKPOINT")
     meta = open_meta(options.dataset)
+    need_whole(meta)
     episodes, origin = held_out(config, options.dataset, meta)
     options.dataset.episodes = episodes
     chunks = resolve_delta_timestamps(config, meta)
-    dataset = open_dataset(options.dataset, delta_timestamps=chunks, return_uint8=True)
-    runner = Runner(config, dataset, options.rename_map, options.observations, options.batch_size, options.seed)
+    dataset, columns = open_dataset(options.dataset, meta, delta_timestamps=chunks, return_uint8=True)
+    runner = Runner(
+        config, dataset, columns, options.rename_map, options.observations, options.batch_size, options.seed
+    )
     content, drawn = measure(runner, options.threshold)
     content |= {
         "policy": str(config.pretrained_path),

@@ -27,6 +27,7 @@ from ..checkpoints.names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, EMBED
 from ..checkpoints.origin import Base
 from ..checkpoints.reading import Stored, index_tensors
 from ..configuration_pi0 import BYTE_TOKENIZER, PLUGIN_FIELDS, PI0Config
+from ..inputs.joints import names_in_config
 
 PARTS = {
     "vision tower": VLM + "model.vision_tower.",
@@ -144,7 +145,9 @@ def _features(config: PI0Config) -> dict[str, Any]:
     return {
         "cameras": {key: list(feature.shape) for key, feature in config.image_features.items()},
         **{key: list(f.shape) for key, f in vectors.items() if key not in config.image_features},
-        "joints of the actions": config.action_feature_names,
+        "joints of the actions": names_in_config(config, ACTION)
+        if config.action_feature_names and ACTION in vectors
+        else None,
         "actions": "relative to the state" if config.use_relative_actions else "absolute",
     }
 

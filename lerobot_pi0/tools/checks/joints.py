@@ -10,6 +10,7 @@ from lerobot.robots import Robot
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
 from ...configuration_pi0 import PI0Config
+from ...inputs.joints import is_numbered, joint_names
 from ..data import dim_names, some
 from .subject import ERROR, FINE, WARNING, Finding, Subject
 
@@ -47,8 +48,10 @@ def compare_joints(names: dict[str, list[str]], before: PI0Config, source: str |
         dims = features[key].shape[0] if key in features else len(found)
         if dims not in (len(found), before.max_state_dim, before.max_action_dim):
             yield Finding(grade, "joints", f"{key} has {len(found)} dims, {source} has {dims}", other)
-    expected, found = before.action_feature_names, names[ACTION]
-    if expected and expected != found and len(expected) == len(found):
+    stored, found = before.action_feature_names, names[ACTION]
+    expected = joint_names(stored, len(found), ACTION) if stored else found
+    known = not (is_numbered(expected, ACTION) or is_numbered(found, ACTION))
+    if known and expected != found and len(expected) == len(found):
         what = "in another order" if sorted(expected) == sorted(found) else "other joints"
         message = f"{what} than {source}: {', '.join(found)}; there {', '.join(expected)}"
         yield Finding(

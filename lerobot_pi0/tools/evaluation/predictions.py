@@ -15,7 +15,8 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from ...configuration_pi0 import PI0Config
-from ..data import read_columns
+from .. import ToolError
+from ..folder import Columns, short
 
 Change = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
 """From a batch of observations, and one of others, to a batch in which one input is exchanged."""
@@ -28,6 +29,7 @@ class Runner:
         self,
         config: PI0Config,
         dataset: LeRobotDataset,
+        columns: Columns,
         rename_map: dict[str, str],
         observations: int,
         batch_size: int,
@@ -43,9 +45,9 @@ class Runner:
                 "rename_observations_processor": {"rename_map": rename_map},
             },
         )
-        self.columns = read_columns(dataset)
+        self.columns = columns
         self.rows = spread_over(self.columns.episode, observations)
-        self.items = [dataset[int(i)] for i in tqdm(self.rows, desc="frames", leave=False)]
+        self.items = [self._item(int(i)) for i in tqdm(self.rows, desc="frames", leave=False)]
         keys = [key for key in dataset.meta.camera_keys if rename_map.get(key, key) in config.image_features]
         self.cameras = {key: rename_map.get(key, key) for key in keys}
 
@@ -70,6 +72,16 @@ class Runner:
                 normalised.append(chunk.double().cpu().numpy())
                 physical.append(self.postprocessor(chunk).double().cpu().numpy())
         return np.concatenate(normalised), np.concatenate(physical)
+
+    def _item(self, row: int) -> dict[str, Any]:
+        try:
+            return dict(self.dataset[row])
+        except Exception as error:  # what decoders raise for damaged data has many types
+            episode, frame = int(self.columns.episode[row]), int(self.columns.frame[row])
+            raise ToolError(
+                f"frame {frame} of episode {episode} cannot be read ({short(error)}); `lerobot-pi0 check` says what is "
+                "wrong. --dataset.episodes names others"
+            ) from error
 
     def _collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         return dict(default_collate(items))
