@@ -90,7 +90,7 @@ class Recording:
         steps = np.flatnonzero(np.diff(rows) != 1) + 1
         for run in np.split(rows, steps):  # a decoder reads consecutive frames at once, and seeks to others
             for part in np.array_split(run, -(-len(run) // 64)):
-                # Where a frame is in its video follows from its number; time stamps may be off, which is said elsewhere.
+                # By number and not by time stamp: those may be off, which `episodes` reports.
                 times = begin + self.columns.frame[part] / self.meta.fps
                 try:
                     pictures = decode_video_frames(

@@ -142,6 +142,7 @@ def _training(train: dict[str, Any] | None) -> dict[str, Any] | None:
 def _features(config: PI0Config) -> dict[str, Any]:
     """Cameras by slot, state and actions."""
     vectors = {**(config.input_features or {}), **(config.output_features or {})}
+    named = config.action_feature_names and ACTION in vectors
     return {
         "cameras": {key: list(feature.shape) for key, feature in config.image_features.items()},
         **{key: list(f.shape) for key, f in vectors.items() if key not in config.image_features},

@@ -20,6 +20,4 @@ CHECKS: tuple[Callable[[Subject], Iterable[Finding]], ...] = (
 """In the order of the report."""
 
 NEED_FRAMES = frozenset(CHECKS) - {files, cameras, pictures_of_training, joints, weights, memory}
-    {images, units, motion, statistics, outliers, prompts, episodes, lengths, idle, jumps, limits, drift, one_batch}
-)
 """What cannot be asked where no frame can be read."""
