@@ -146,9 +146,7 @@ def _features(config: PI0Config) -> dict[str, Any]:
     return {
         "cameras": {key: list(feature.shape) for key, feature in config.image_features.items()},
         **{key: list(f.shape) for key, f in vectors.items() if key not in config.image_features},
-        "joints of the actions": names_in_config(config, ACTION)
-        if config.action_feature_names and ACTION in vectors
-        else None,
+        "joints of the actions": names_in_config(config, ACTION) if named else None,
         "actions": "relative to the state" if config.use_relative_actions else "absolute",
     }
 
