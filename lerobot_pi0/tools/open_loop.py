@@ -26,8 +26,10 @@ from . import ToolError
 from .data import DatasetOptions, need_pi0, need_whole, open_dataset, open_meta
 from .evaluation import report
 from .evaluation.held_out import held_out
+from .evaluation.intervals import training_spread
 from .evaluation.measure import measure
 from .evaluation.predictions import Runner
+from .folder import read_columns
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +80,8 @@ def run(options: Options) -> None:
     runner = Runner(
         config, dataset, columns, options.rename_map, options.observations, options.batch_size, options.seed
     )
-    content, drawn = measure(runner, options.threshold)
+    spread, still = training_spread(runner.postprocessor, read_columns(meta), bool(config.use_relative_actions))
+    content, drawn = measure(runner, options.threshold, spread, still)
     content |= {
         "policy": str(config.pretrained_path),
         "dataset": options.dataset.repo_id,

@@ -33,11 +33,11 @@ def idle(subject: Subject) -> Iterable[Finding]:
     """The arm stands still, or the same action is repeated while it moves."""
     columns, fps = subject.columns, subject.dataset.meta.fps
     window = max(2, round(IDLE_S * fps))
-    least = noise_of(columns.action_ND, columns.episode)
+    least = {x: noise_of(getattr(columns, x), columns.episode, part=0.01) for x in ("state_ND", "action_ND")}
     still, repeats = [], []
     for number, mine in _episodes(subject):
-        stands = _within(columns.state_ND[mine], subject.noise, window)
-        stands &= _within(columns.action_ND[mine], least, window)
+        quiet = [_within(getattr(columns, x)[mine], values, window) for x, values in least.items()]
+        stands = quiet[0] & quiet[1]
         still.append((number, float(stands.mean()), len(mine)))
         same = np.append(False, (np.diff(columns.action_ND[mine], axis=0) == 0).all(axis=1))
         start, length = longest_run(same & ~stands)

@@ -5,6 +5,7 @@ Axes: N frames, D dims.
 
 import numpy as np
 
+from ...inputs.statistics import NEAR_CONSTANT
 from ..folder import Columns
 
 NOISE = 6.0
@@ -17,14 +18,17 @@ TICKS = 1.5
 """And by more than one step of its encoder, which an arm at rest may go to and fro."""
 
 
-def noise_of(values_ND: np.ndarray, episode: np.ndarray) -> np.ndarray:
+def noise_of(values_ND: np.ndarray, episode: np.ndarray, part: float = PART) -> np.ndarray:
     """The least change of each joint that counts as a motion, in its own unit (D).
 
     A joint whose readings are whole steps of an encoder has no noise that could be measured, and toggles by one step.
+
+    Args:
+        part: of a joint's deviation, below which no change counts.
     """
     spread = values_ND.std(axis=0) if len(values_ND) else np.zeros(values_ND.shape[1])
     deviation = noise_deviation(values_ND, episode)
-    return np.maximum(np.maximum(NOISE * deviation, PART * spread), TICKS * tick_of(values_ND))
+    return np.maximum(np.maximum(NOISE * deviation, part * spread), TICKS * tick_of(values_ND))
 
 
 def noise_deviation(values_ND: np.ndarray, episode: np.ndarray) -> np.ndarray:
@@ -36,6 +40,18 @@ def noise_deviation(values_ND: np.ndarray, episode: np.ndarray) -> np.ndarray:
     inside = (episode[2:] == episode[1:-1]) & (episode[1:-1] == episode[:-2])
     second = np.abs(values_ND[2:] - 2 * values_ND[1:-1] + values_ND[:-2])[inside]
     return 1.4826 * np.median(second, axis=0) / np.sqrt(6) if len(second) else np.zeros(values_ND.shape[1])
+
+
+def never_moves(values_ND: np.ndarray, episode: np.ndarray) -> np.ndarray:
+    """Which joints never move (D): small beside the others, and no more than their noise.
+
+    Small alone may be another unit, as radians beside a gripper of 0 to 850.
+    """
+    if not len(values_ND):
+        return np.zeros(values_ND.shape[1], bool)
+    spread = np.ptp(values_ND, axis=0)
+    small = spread <= NEAR_CONSTANT * spread.max(initial=0)
+    return (small & (values_ND.std(axis=0) <= 2 * noise_deviation(values_ND, episode))) | (spread <= 1e-8)
 
 
 def tick_of(values_ND: np.ndarray) -> np.ndarray:

@@ -22,6 +22,10 @@ Change = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
 """From a batch of observations, and one of others, to a batch in which one input is exchanged."""
 
 
+GOLDEN = (5**0.5 - 1) / 2
+"""Multiples of it, modulo 1, are spread evenly however many there are."""
+
+
 class Runner:
     """A policy with its processors, and the observations that it is asked about."""
 
@@ -106,12 +110,17 @@ def load_policy(config: PI0Config) -> Any:
 
 
 def spread_over(episode: np.ndarray, most: int) -> np.ndarray:
-    """At most that many rows, equally many and evenly spaced in each episode (or in some, if there are too many)."""
+    """At most that many rows, equally many and evenly spaced in each episode (or in some, if there are too many).
+
+    From episode to episode they begin at another part of the first step, so that few rows per episode, or a single one,
+    still are spread over the whole time.
+    """
     numbers = np.unique(episode)
     numbers = numbers[np.unique(np.linspace(0, len(numbers) - 1, min(len(numbers), most)).astype(int))]
     each = max(1, most // len(numbers))
     rows = []
-    for number in numbers:
+    for i, number in enumerate(numbers):
         mine = np.flatnonzero(episode == number)
-        rows.append(mine[np.unique(np.arange(each) * len(mine) // each)])
+        begin = i * GOLDEN % 1
+        rows.append(mine[np.unique(((np.arange(each) + begin) * len(mine) / each).astype(int))])
     return np.concatenate(rows)
