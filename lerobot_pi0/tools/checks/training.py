@@ -64,17 +64,19 @@ def memory(subject: Subject) -> Iterable[Finding]:
     """Whether a step of training fits the card."""
     if subject.card_gb is None:
         return
-    from ..plan import GIB, RESERVE_GB, Load, counted, largest_batch  # the network, which no other question needs
+    from ..plan import (
+        GIB,
+        RESERVE_GB,
+        counted,
+        dataset_load,
+        largest_batch,
+    )  # the network, which no other question needs
 
     config, batch, tokenizer = copy.deepcopy(subject.config), subject.batch_size, subject.trained.tokenizer
     shapes = [subject.dataset.meta.features[key]["shape"] for key in subject.cameras.values()]
-    images = tuple(tuple(sorted(shape)[-2:]) for shape in shapes)  # channels are 3, wherever they stand
-    longest = config.tokenizer_max_length or 1
-    if tokenizer is not None:
-        tasks = subject.dataset.meta.tasks.index
-        longest = min(longest, max(len(tokenizer(f"{task}\n")["input_ids"]) for task in tasks))
+    load = dataset_load(config, shapes, list(subject.dataset.meta.tasks.index), tokenizer)
     try:
-        counts, trained = counted(config, Load(images, longest), batch)
+        counts, trained = counted(config, load, batch)
     except ToolError as error:
         yield Finding(WARNING, "memory", str(error), "try the batch size in a short run")
         return
