@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from lerobot.processor import RelativeActionsProcessorStep
-from lerobot.utils.constants import ACTION
+from lerobot.utils.constants import ACTION, OBS_STATE
 
 from ..configuration_pi0 import PI0Config
 
@@ -78,8 +78,10 @@ def check_relative_names(config: PI0Config, meta: Any = None) -> None:
         meta: the dataset's LeRobotDatasetMetadata; without it the config's names are looked at.
 
     Raises:
-        ValueError: the names are not a list with one name for each dim; says which list would be.
+        ValueError: the names are not a list with one name for each dim; says which list would be. Or the state has the
+            joints in other places than the actions.
     """
+    _check_same_places(config, meta)
     if not (config.use_relative_actions and config.relative_exclude_joints):
         return
     dims = int(np.prod(config.output_features[ACTION].shape))
@@ -102,6 +104,43 @@ def check_relative_names(config: PI0Config, meta: Any = None) -> None:
         )
     else:
         logger.warning("the dataset names no joints: relative_exclude_joints is without effect, all are relative")
+
+
+def misplaced_joints(config: PI0Config, meta: Any) -> tuple[list[str], list[str]]:
+    """Relative actions of which the state has another joint in the same place: known elsewhere, and unknown to it.
+
+    LeRobot subtracts the state from the actions by position, whatever the names are. Nothing is misplaced where one of
+    both has no names.
+
+    Args:
+        meta: the dataset's LeRobotDatasetMetadata.
+    """
+    features = getattr(meta, "features", None) or {}
+    if not config.use_relative_actions or OBS_STATE not in features or ACTION not in features:
+        return [], []
+    state, action = (names_in_dataset(features, key) for key in (OBS_STATE, ACTION))
+    if is_numbered(state, OBS_STATE) or is_numbered(action, ACTION):
+        return [], []
+    mask = _lerobots_mask(action, config.relative_exclude_joints, len(action))
+    other = [name for i, name in enumerate(action) if mask[i] and state[i : i + 1] != [name]]
+    return [name for name in other if name in state], [name for name in other if name not in state]
+
+
+def _check_same_places(config: PI0Config, meta: Any) -> None:
+    """Raises ValueError where the state of another joint would be subtracted from an action."""
+    elsewhere, unknown = misplaced_joints(config, meta)
+    if elsewhere:
+        state, action = (", ".join(names_in_dataset(meta.features, key)) for key in (OBS_STATE, ACTION))
+        raise ValueError(
+            f"relative actions subtract the state by position, but {', '.join(elsewhere)} are in other places there: "
+            f"the actions are {action}; the state is {state}. Record both in one order, or train with "
+            "--policy.use_relative_actions=false"
+        )
+    if unknown:
+        logger.warning(
+            "relative actions subtract the state by position, and the state names none of %s: make sure that its "
+            "joints are the same, in the same order", ", ".join(unknown),
+        )  # fmt: skip
 
 
 def _lerobots_mask(names: Any, excluded: list[str], dims: int) -> np.ndarray:

@@ -18,6 +18,10 @@ TICKS = 1.5
 """And by more than one step of its encoder, which an arm at rest may go to and fro."""
 
 
+FEW, CLOSE = 8, 0.005
+"""So few different values are an encoder's if they are closer than this part of what the widest joint covers."""
+
+
 def noise_of(values_ND: np.ndarray, episode: np.ndarray, part: float = PART) -> np.ndarray:
     """The least change of each joint that counts as a motion, in its own unit (D).
 
@@ -55,12 +59,18 @@ def never_moves(values_ND: np.ndarray, episode: np.ndarray) -> np.ndarray:
 
 
 def tick_of(values_ND: np.ndarray) -> np.ndarray:
-    """The step of each joint's encoder (D): the smallest change, where there are few different ones; otherwise 0."""
+    """The step of each joint's encoder (D), 0 where values are no multiples of one.
+
+    A gripper that is open or closed has two values, and its step is a motion: few values count only if they are close.
+    """
     ticks = np.zeros(values_ND.shape[1])
+    widest = float(np.nanmax(np.ptp(values_ND, axis=0), initial=0)) if len(values_ND) else 0.0
     for i, column in enumerate(values_ND.T):
         steps = np.diff(np.unique(column[np.isfinite(column)]))
         if len(steps) and len(steps) < 5000:
             least = np.median(steps)
+            if len(steps) < FEW and least > CLOSE * widest:
+                continue
             ticks[i] = least if np.mean(np.abs(steps / least - np.round(steps / least)) < 0.05) > 0.9 else 0.0
     return ticks
 

@@ -134,7 +134,7 @@ def standing_pictures(subject: Subject, key: str, look: Look) -> Iterable[Findin
         same = np.array([unchanged(x, lively) for x in glances])
         change = np.array([x.change for x in glances])
         moved = np.array([x.moved for x in glances])
-        start, length = longest_run(same)
+        start, length = longest_hang(glances, lively)
         if length >= min(10, max(3, len(same) // 2)):
             hangs.append(f"episode {episode} from frame {subject.columns.frame[glances[start].row]}")
         else:
@@ -165,8 +165,12 @@ def lively_change(look: Look) -> float:
 
 def unchanged(glance: Glance, lively: float) -> bool:
     """Whether the picture equals the one before although joints moved."""
-    most = 0.05 * lively if lively > STANDING else STANDING
-    return glance.moved and glance.change <= most
+    return glance.moved and glance.change <= most_of_a_still(lively)
+
+
+def most_of_a_still(lively: float) -> float:
+    """The most by which a picture changes that shows the same as the one before."""
+    return 0.05 * lively if lively > STANDING else STANDING
 
 
 def suspicious(look: Look, lively: float) -> list[int]:
@@ -176,6 +180,18 @@ def suspicious(look: Look, lively: float) -> list[int]:
         for episode, glances in look.samples.items()
         if longest_run(np.array([unchanged(x, lively) for x in glances]))[1] >= 2
     ]
+
+
+def longest_hang(glances: list[Glance], lively: float) -> tuple[int, int]:
+    """Start of a run of equal pictures, and in how many of its frames joints moved; the arm may pause meanwhile."""
+    best, start, count = (0, 0), 0, 0
+    for i, glance in enumerate(glances):
+        if not glance.change <= most_of_a_still(lively):  # NaN for the first
+            start, count = i + 1, 0
+            continue
+        count += glance.moved
+        best = max(best, (start, count), key=lambda x: x[1])
+    return best
 
 
 def longest_run(flags: np.ndarray) -> tuple[int, int]:
