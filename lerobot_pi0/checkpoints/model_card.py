@@ -1,5 +1,6 @@
 """The card of a trained policy: what can be known about it, and nothing else. Written without a network."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from lerobot.utils.constants import ACTION
 
 from .. import __version__
 from ..configuration_pi0 import PALIGEMMA_TOKENIZER, PI0Config
+from ..inputs.joints import is_numbered, joint_names
 
 GEMMA_TERMS = (
     "The weights derive from PaliGemma: their use is bound by the "
@@ -127,11 +129,11 @@ def _actions(config: PI0Config) -> str:
 def _features(config: PI0Config, meta: Any) -> str:
     rows = ["| feature | shape | in order |", "|---|---|---|"]
     for key, feature in {**(config.input_features or {}), **(config.output_features or {})}.items():
-        names = (meta.features.get(key, {}).get("names") if meta is not None else None) or []
-        if key == ACTION and not names:
-            names = config.action_feature_names or []
+        stored = meta.features.get(key, {}).get("names") if meta is not None else None
+        stored = stored or (config.action_feature_names if key == ACTION else None)
+        names = joint_names(stored, math.prod(feature.shape), key)
         if feature.type is FeatureType.VISUAL:
             names = ["channels", "height", "width"]  # the dataset's names are in the order that it stores
-        listed = ", ".join(map(str, names)) if isinstance(names, list | tuple) else names
+        listed = "" if is_numbered(names, key) else ", ".join(names)
         rows.append(f"| `{key}` | {tuple(feature.shape)} | {listed} |")
     return "\n".join(rows)

@@ -35,6 +35,11 @@ def joint_names(stored: Any, dims: int, key: str) -> list[str]:
     return names if len(set(names)) == len(names) == dims else [f"{key}[{i}]" for i in range(dims)]
 
 
+def is_numbered(names: list[str], key: str) -> bool:
+    """Whether these are the numbers that `joint_names` gives where there are no names."""
+    return names[:1] == [f"{key}[0]"]
+
+
 def names_in_dataset(features: Mapping[str, Mapping[str, Any]], key: str) -> list[str]:
     """`joint_names` of a feature of a dataset (`meta.features`)."""
     return joint_names(features[key].get("names"), int(np.prod(features[key]["shape"])), key)
@@ -132,6 +137,26 @@ def check_pairing(config: PI0Config, meta: Any) -> None:
             "state and actions name their joints otherwise; relative actions pair them by place: %s",
             ", ".join(f"{a} from {s}" for a, s in pairs),
         )
+
+
+def misplaced_joints(config: PI0Config, meta: Any) -> tuple[list[str], list[str]]:
+    """Relative actions of which the state has another joint in the same place: known elsewhere, and unknown to it.
+
+    LeRobot subtracts the state from the actions by position, whatever the names are. Nothing is misplaced where one of
+    both has no names.
+
+    Args:
+        meta: the dataset's LeRobotDatasetMetadata.
+    """
+    features = getattr(meta, "features", None) or {}
+    if not config.use_relative_actions or OBS_STATE not in features or ACTION not in features:
+        return [], []
+    state, action = (names_in_dataset(features, key) for key in (OBS_STATE, ACTION))
+    if is_numbered(state, OBS_STATE) or is_numbered(action, ACTION):
+        return [], []
+    mask = _lerobots_mask(action, config.relative_exclude_joints, len(action))
+    other = [name for i, name in enumerate(action) if mask[i] and state[i : i + 1] != [name]]
+    return [name for name in other if name in state], [name for name in other if name not in state]
 
 
 def _lerobots_mask(names: Any, excluded: list[str], dims: int) -> np.ndarray:

@@ -78,12 +78,17 @@ def check_statistics(config: PI0Config, stats: Mapping[str, Mapping[str, Any]] |
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
             raise ValueError(f"the statistics of {key!r} hold NaN or infinity: recompute them")
         spread = high if mode is NormalizationMode.MEAN_STD else high - low
-        _name_near_constant(config, key, spread)
+        _name_near_constant(config, key, spread, low if mode is NormalizationMode.MEAN_STD else (low + high) / 2)
 
 
-def _name_near_constant(config: PI0Config, key: str, spread: np.ndarray) -> None:
-    """Warn of dims that hardly vary, by name."""
-    flat = np.flatnonzero(spread <= max(NEAR_CONSTANT * spread.max(initial=0), 1e-8))
+def _name_near_constant(config: PI0Config, key: str, spread: np.ndarray, middle: np.ndarray) -> None:
+    """Warn of dims that hardly vary, by name.
+
+    Small beside others may be another unit, as radians are beside a gripper of 0 to 850. So the spread has to be small
+    beside the dim's own values too, or in any unit.
+    """
+    small = spread <= NEAR_CONSTANT * np.maximum(np.abs(middle), 1)
+    flat = np.flatnonzero((small & (spread <= NEAR_CONSTANT * spread.max(initial=0))) | (spread <= 1e-8))
     if len(flat):
         joints = names_in_config(config, key)
         logger.warning(

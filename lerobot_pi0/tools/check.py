@@ -9,7 +9,8 @@ what to do. The robot is not connected. The exit status is 1 if there are errors
 """
 
 import json
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,19 +19,23 @@ from lerobot.policies import make_pre_post_processors
 from lerobot.processor import NormalizerProcessorStep, PolicyProcessorPipeline
 from lerobot.robots import Robot, RobotConfig, make_robot_from_config
 from lerobot.scripts import lerobot_rollout  # noqa: F401  makes LeRobot's robots and cameras known by name
-from lerobot.utils.constants import ACTION, POLICY_PREPROCESSOR_DEFAULT_NAME
+from lerobot.utils.constants import POLICY_PREPROCESSOR_DEFAULT_NAME
 from lerobot.utils.feature_utils import dataset_to_policy_features
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.processors import saved_rename_map
 from ..configuration_pi0 import PI0Config
 from ..inputs.features import narrow_padded
+from ..inputs.joints import take_names
 from ..inputs.pipelines import rename_cameras, run_of
 from ..inputs.steps import PI0TokenizerStep, TokenizerError, load_tokenizer
 from . import ToolError
-from .checks import CHECKS
+from .checks import CHECKS, NEED_FRAMES
 from .checks.subject import ERROR, FINE, WARNING, Finding, Subject, Trained
-from .data import DatasetOptions, dim_names, need_pi0, open_dataset, read_columns
+from .data import DatasetOptions, need_pi0, open_recording
+from .folder import short
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -77,13 +82,14 @@ def check(options: Options) -> Iterable[Finding]:
     """
     config = need_pi0(options.policy)
     config.device = "cpu"
-    dataset = open_dataset(options.dataset)
+    dataset = open_recording(options.dataset)
     features = dataset_to_policy_features(dataset.meta.features)
     keeps_features = bool(config.input_features)
     if not keeps_features:  # as LeRobot's make_policy does
         config.input_features = {key: x for key, x in features.items() if x.type is not FeatureType.ACTION}
     config.output_features = {key: x for key, x in features.items() if x.type is FeatureType.ACTION}
-    config.action_feature_names = dim_names(dataset, ACTION)
+    config.action_feature_names = None
+    take_names(config, dataset.meta)
     take_checkpoint(config, dataset, options.rename_map)
     trained = read_trained(config)
     subject = Subject(
@@ -92,15 +98,28 @@ def check(options: Options) -> Iterable[Finding]:
         trained=trained,
         dataset=dataset,
         all_episodes=options.dataset.episodes is None,
-        columns=read_columns(dataset),
         robot=make_robot(options.robot),
         rename_map=options.rename_map,
         images=options.images,
         card_gb=options.card_gb,
         batch_size=options.batch_size,
     )
-    for one in CHECKS:
-        yield from one(subject)
+    for question in CHECKS:
+        yield from answers(subject, question)
+
+
+def answers(subject: Subject, question: Callable[[Subject], Iterable[Finding]]) -> Iterable[Finding]:
+    """The findings of one question; one that cannot be answered is a finding, and the others go on."""
+    if question in NEED_FRAMES and not len(subject.columns.episode):
+        return
+    try:
+        yield from question(subject)
+    except Exception as error:  # whatever a damaged dataset leads to, the other questions are to be answered
+        logger.debug("%s", question.__name__, exc_info=True)
+        yield Finding(
+            ERROR, question.__name__, f"this check could not be done: {short(error)}",
+            "see the other findings: mend those first, then check again",
+        )  # fmt: skip
 
 
 def take_checkpoint(config: PI0Config, dataset: Any, rename_map: dict[str, str]) -> None:

@@ -1,22 +1,23 @@
-"""LeRobot datasets as the verbs read them.
-
-Axes: N frames, D dims of state or action.
-"""
+"""LeRobot datasets as the verbs read them."""
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from lerobot.configs import PreTrainedConfig
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
-from lerobot.utils.constants import ACTION, OBS_STATE
+from lerobot.utils.constants import ACTION, HF_LEROBOT_HOME, OBS_STATE
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.errors import CheckpointNotFoundError
 from ..configuration_pi0 import PI0Config
 from ..inputs.joints import names_in_dataset
 from . import ToolError
+from .folder import Columns, FolderMetadata, is_folder, short, video_backend
+from .recording import Recording
 
 
 @dataclass
@@ -33,72 +34,80 @@ class DatasetOptions:
     episodes: list[int] | None = None
 
 
-class Columns(NamedTuple):
-    """State, actions and bookkeeping of a dataset, in the order of its frames."""
-
-    state_ND: np.ndarray
-    action_ND: np.ndarray
-    timestamp: np.ndarray
-    episode: np.ndarray
-    frame: np.ndarray
-    task: np.ndarray
-
-
-def open_meta(options: DatasetOptions) -> LeRobotDatasetMetadata:
-    """Read the metadata of a dataset, without its data.
+def open_recording(options: DatasetOptions) -> Recording:
+    """Read a dataset as far as it can be read: from a folder, from LeRobot's own folder of datasets, or from the Hub.
 
     Raises:
-        ToolError: it cannot be read, or has no state or no actions.
+        ToolError: as `open_meta`.
     """
-    try:
-        meta = LeRobotDatasetMetadata(options.repo_id, root=options.root, revision=options.revision)
-    except Exception as error:
-        raise _unreadable(options, error) from error
+    return Recording(open_meta(options), options.episodes)
+
+
+def open_meta(options: DatasetOptions, whole: bool = True) -> FolderMetadata:
+    """Read the metadata of a dataset.
+
+    A folder that holds `meta` is read as it is. Where there is none, the dataset is downloaded.
+
+    Args:
+        whole: download frames and pictures too.
+
+    Raises:
+        ToolError: there is no dataset, its `info.json` cannot be read, or it has no state or no actions.
+    """
+    home = None if options.revision else HF_LEROBOT_HOME / options.repo_id
+    root = options.root or home
+    meta = FolderMetadata(options.repo_id, root if is_folder(root) else _download(options, whole))
     if missing := [key for key in (OBS_STATE, ACTION) if key not in meta.features]:
         raise ToolError(f"{options.repo_id} has no {' and no '.join(missing)}, which π₀ learns from")
     return meta
 
 
-def open_dataset(options: DatasetOptions, **kwargs: Any) -> LeRobotDataset:
-    """Open a dataset from a folder, from LeRobot's own folder of datasets, or from the Hub.
+def _download(options: DatasetOptions, whole: bool) -> Path:
+    """Raises ToolError if it cannot be downloaded."""
+    kind = LeRobotDataset if whole else LeRobotDatasetMetadata
+    try:
+        return Path(kind(options.repo_id, root=options.root, revision=options.revision).root)
+    except Exception as error:  # what is raised depends on which of many things fails
+        where = f"{options.root} holds no dataset (no folder `meta`)" if options.root else "it is not on this machine"
+        remedy = "name the folder that holds `meta` and `data`: --dataset.root=FOLDER"
+        raise ToolError(
+            f"the dataset {options.repo_id} cannot be read: {where}, and the Hub says {short(error)}; {remedy}"
+        ) from error
+
+
+def open_dataset(options: DatasetOptions, meta: FolderMetadata, **kwargs: Any) -> tuple[LeRobotDataset, Columns]:
+    """Open a dataset with LeRobot, which needs every file of the episodes that are read; and its columns.
 
     Raises:
-        ToolError: it cannot be read, or has no state or no actions.
+        ToolError: a file is missing or damaged, which is named.
     """
-    open_meta(options)
+    recording = Recording(meta, options.episodes)
+    recording.look_at_videos()
+    asked = range(meta.total_episodes) if options.episodes is None else options.episodes
+    need_whole(meta, sorted({*asked} - {*np.unique(recording.columns.episode).tolist()}))
     try:
-        return LeRobotDataset(
-            options.repo_id, root=options.root, episodes=options.episodes, revision=options.revision, **kwargs
+        dataset = LeRobotDataset(
+            options.repo_id, root=meta.root, episodes=options.episodes, video_backend=video_backend(), **kwargs
         )
-    except Exception as error:
-        raise _unreadable(options, error) from error
+    except Exception as error:  # what is raised depends on which of many things is damaged
+        raise ToolError(f"LeRobot cannot open the dataset in {meta.root} ({short(error)}). {_checked(meta)}") from error
+    return dataset, recording.columns
 
 
-def _unreadable(options: DatasetOptions, error: Exception) -> ToolError:
-    """What LeRobot raises depends on which of the files is not there."""
-    where = options.root or "LeRobot's datasets and the Hub"
-    return ToolError(
-        f"the dataset {options.repo_id} cannot be read from {where} ({type(error).__name__}: {error}). Without a "
-        "network, name its folder: --dataset.root=FOLDER, the one that holds `meta` and `data`"
-    )
+def need_whole(meta: FolderMetadata, missing: Sequence[int] = ()) -> None:
+    """Refuse a dataset of which files are damaged, or that lacks the episodes that are to be read.
+
+    Raises:
+        ToolError: names them.
+    """
+    problems = [f"{damage.file} {damage.problem}" for damage in meta.damage]
+    problems += [f"there are no frames of episodes {some(list(missing))}"] if missing else []
+    if problems:
+        raise ToolError(f"the dataset in {meta.root} is not whole: {some(problems, 3)}. {_checked(meta)}")
 
 
-def read_columns(dataset: LeRobotDataset) -> Columns:
-    """State, actions and bookkeeping of all its episodes, float64 and int64; no image is decoded."""
-    names = {
-        "state_ND": OBS_STATE,
-        "action_ND": ACTION,
-        "timestamp": "timestamp",
-        "episode": "episode_index",
-        "frame": "frame_index",
-        "task": "task_index",
-    }
-    table = dataset.hf_dataset.with_format("numpy").select_columns(list(names.values()))[:]
-    arrays = {field: np.asarray(table[column]) for field, column in names.items()}
-    frames = len(arrays["episode"])
-    for field in ("state_ND", "action_ND"):
-        arrays[field] = arrays[field].reshape(frames, -1).astype(np.float64)
-    return Columns(**arrays)
+def _checked(meta: FolderMetadata) -> str:
+    return f"`lerobot-pi0 check` with --dataset.root={meta.root} lists everything that is wrong, and what to do"
 
 
 def need_pi0(policy: PreTrainedConfig | None) -> PI0Config:
@@ -120,7 +129,7 @@ def need_pi0(policy: PreTrainedConfig | None) -> PI0Config:
     return policy
 
 
-def dim_names(dataset: LeRobotDataset, key: str) -> list[str]:
+def dim_names(dataset: Recording | LeRobotDataset, key: str) -> list[str]:
     """Names of the dims of state or actions, in order; numbers where the dataset has no names."""
     return names_in_dataset(dataset.meta.features, key)
 

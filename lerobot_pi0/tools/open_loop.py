@@ -25,11 +25,13 @@ from .. import __version__
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.processors import saved_rename_map
 from . import ToolError
-from .data import DatasetOptions, need_pi0, open_dataset, open_meta
+from .data import DatasetOptions, need_pi0, need_whole, open_dataset, open_meta
 from .evaluation import report
 from .evaluation.held_out import held_out
+from .evaluation.intervals import training_spread
 from .evaluation.measure import measure
 from .evaluation.predictions import Runner
+from .folder import read_columns
 
 logger = logging.getLogger(__name__)
 
@@ -73,12 +75,16 @@ def run(options: Options) -> None:
         raise ToolError("a policy without weights has nothing to show: give --policy.path=CHECKPOINT")
     options.rename_map = options.rename_map or saved_rename_map(Checkpoint.open(config.pretrained_path).source)
     meta = open_meta(options.dataset)
+    need_whole(meta)
     episodes, origin = held_out(config, options.dataset, meta)
     options.dataset.episodes = episodes
     chunks = resolve_delta_timestamps(config, meta)
-    dataset = open_dataset(options.dataset, delta_timestamps=chunks, return_uint8=True)
-    runner = Runner(config, dataset, options.rename_map, options.observations, options.batch_size, options.seed)
-    content, drawn = measure(runner, options.threshold)
+    dataset, columns = open_dataset(options.dataset, meta, delta_timestamps=chunks, return_uint8=True)
+    runner = Runner(
+        config, dataset, columns, options.rename_map, options.observations, options.batch_size, options.seed
+    )
+    spread, still = training_spread(runner.postprocessor, read_columns(meta), bool(config.use_relative_actions))
+    content, drawn = measure(runner, options.threshold, spread, still)
     content |= {
         "policy": str(config.pretrained_path),
         "dataset": options.dataset.repo_id,

@@ -1,6 +1,7 @@
 """`lerobot-pi0 plan`: how much GPU memory training needs, by mode and batch size, and which card is large enough.
 
     lerobot-pi0 plan --policy.type=pi0 --policy.dtype=bfloat16 --batch_size=8 --cameras=2
+    lerobot-pi0 plan --policy.path=lerobot/pi0_base --dataset.repo_id=you/cubes
     lerobot-pi0 plan --policy.path=you/pi0_cubes --policy.gradient_checkpointing=true --modes='[everything]' --json
 
 A training step runs through the real network on tensors that have shapes and no numbers, so it needs neither weights
@@ -11,6 +12,7 @@ these.
 
 import copy
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -21,9 +23,12 @@ from lerobot.optim import OptimizerConfig
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
 from ..configuration_pi0 import PI0Config
+from ..inputs.steps import TokenizerError, load_tokenizer
 from . import ToolError
-from .data import need_pi0
+from .data import DatasetOptions, need_pi0, open_meta
 from .memory import Count, Counter, Load, count, largest_batch
+
+logger = logging.getLogger(__name__)
 
 GIB = 2**30
 RESERVE_GB = 1.0
@@ -51,11 +56,13 @@ class Options:
     modes: list[str] | None = None
     # Samples per step on one GPU.
     batch_size: int = 8
-    # Number of cameras; by default the policy's own, or 2 if it has none yet.
+    # A dataset: its cameras, their image sizes and its longest prompt, in place of the policy's own.
+    dataset: DatasetOptions | None = None
+    # Number of cameras; by default the dataset's, else the policy's own, or 2 if it has none yet.
     cameras: int | None = None
     # Height and width of their images, as recorded.
     image_size: tuple[int, int] = (480, 640)
-    # Tokens of the longest prompt; by default the policy's tokenizer_max_length.
+    # Tokens of the longest prompt; by default the dataset's, or the policy's tokenizer_max_length.
     prompt_tokens: int | None = None
     # Adapters, as lerobot-train takes them.
     peft: PeftConfig = field(default_factory=PeftConfig)
@@ -85,6 +92,9 @@ def run(options: Options) -> None:
     if options.batch_size < 1:
         raise ToolError(f"--batch_size={options.batch_size} has to be at least 1")
     load = make_load(config, options.cameras, options.image_size, options.prompt_tokens)
+    if options.dataset is not None:
+        recorded = recorded_load(config, options.dataset)
+        load = Load(load.images if options.cameras else recorded.images, options.prompt_tokens or recorded.prompt)
     rows = {mode: plan(options, config, mode, load) for mode in modes}
     content = {
         "policy": f"{config.paligemma_variant} + {config.action_expert_variant}",
@@ -106,6 +116,34 @@ def make_load(config: PI0Config, cameras: int | None, size: tuple[int, int], pro
     known = [(x.shape[-2], x.shape[-1]) for x in config.image_features.values()] if config.input_features else []
     images = known if cameras is None and known else [size] * (2 if cameras is None else cameras)
     return Load(tuple(images), prompt or config.tokenizer_max_length or 1)
+
+
+def recorded_load(config: PI0Config, dataset: DatasetOptions) -> Load:
+    """The cameras and the longest prompt of a dataset.
+
+    Raises:
+        ToolError: it cannot be read.
+    """
+    meta = open_meta(dataset, whole=False)
+    try:
+        tokenizer = load_tokenizer(config.tokenizer)
+    except TokenizerError as error:
+        logger.warning("the dataset's prompts are not counted, the policy's tokenizer_max_length is taken: %s", error)
+        tokenizer = None
+    if not len(meta.tasks):
+        logger.warning("the dataset's prompts cannot be read, the policy's tokenizer_max_length is taken")
+    cameras = [key for key in meta.camera_keys if key not in meta.depth_keys]
+    if not cameras:
+        raise ToolError(f"the dataset {dataset.repo_id} has no camera, and π₀ needs at least one")
+    return dataset_load(config, [meta.features[key]["shape"] for key in cameras], list(meta.tasks.index), tokenizer)
+
+
+def dataset_load(config: PI0Config, shapes: list[tuple[int, ...]], tasks: list[str], tokenizer: Any) -> Load:
+    """The cameras of a sample, and the tokens of the longest of some prompts."""
+    longest = config.tokenizer_max_length or 1
+    if tokenizer is not None and tasks:
+        longest = min(longest, max(len(tokenizer(f"{task}\n")["input_ids"]) for task in tasks))
+    return Load(tuple((x[0], x[1]) for x in (sorted(shape)[-2:] for shape in shapes)), longest)  # channels are fewer
 
 
 def plan(options: Options, config: PI0Config, mode: str, load: Load) -> dict[str, Any]:

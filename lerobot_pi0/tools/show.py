@@ -27,6 +27,7 @@ from ..checkpoints.names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, EMBED
 from ..checkpoints.origin import Base
 from ..checkpoints.reading import Stored, index_tensors
 from ..configuration_pi0 import BYTE_TOKENIZER, PLUGIN_FIELDS, PI0Config
+from ..inputs.joints import names_in_config
 
 PARTS = {
     "vision tower": VLM + "model.vision_tower.",
@@ -141,10 +142,11 @@ def _training(train: dict[str, Any] | None) -> dict[str, Any] | None:
 def _features(config: PI0Config) -> dict[str, Any]:
     """Cameras by slot, state and actions."""
     vectors = {**(config.input_features or {}), **(config.output_features or {})}
+    named = config.action_feature_names and ACTION in vectors
     return {
         "cameras": {key: list(feature.shape) for key, feature in config.image_features.items()},
         **{key: list(f.shape) for key, f in vectors.items() if key not in config.image_features},
-        "joints of the actions": config.action_feature_names,
+        "joints of the actions": names_in_config(config, ACTION) if named else None,
         "actions": "relative to the state" if config.use_relative_actions else "absolute",
     }
 

@@ -218,3 +218,35 @@ def test_a_dataset_of_such_names(tmp_path, stored):
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["action_feature_names"] == NAMES
     with pytest.raises(ValueError, match=r'"names": \["pan", "lift"'):
         make_policy(tiny_config(CAMERAS[:1], use_relative_actions=True, **options), ds_meta=meta)
+
+
+def both(state, action) -> SimpleNamespace:
+    named = {OBS_STATE: state, ACTION: action}
+    return SimpleNamespace(
+        features={key: {"dtype": "float32", "shape": (len(x),), "names": x} for key, x in named.items()}
+    )
+
+
+PLACES = {
+    "the same": (NAMES, "fine"),
+    "more joints behind": ([*NAMES, "velocity"], "fine"),
+    "another order": (NAMES[::-1], "refused"),
+    "one joint in front": (["base", *NAMES], "refused"),
+    "other names": ([f"joint_{i}" for i in range(DIMS)], "warned of"),
+    "the excluded joint alone": ([*NAMES[:5], "hand"], "fine"),
+}
+
+
+@pytest.mark.parametrize(("state", "answer"), PLACES.values(), ids=PLACES)
+def test_the_state_has_other_joints_than_the_actions(state, answer, caplog):
+    """Catches relative actions from which the state of another joint is subtracted, silently."""
+    config = relative_config(NAMES, relative_exclude_joints=["gripper"])
+    meta = both(state, NAMES)
+    if answer == "refused":
+        with pytest.raises(ValueError, match=r"by position.*Record both in one order"):
+            check_relative_names(config, meta)
+        return
+    check_relative_names(config, meta)
+    assert ("names none of pan" in caplog.text) == (answer == "warned of")
+    config.use_relative_actions = False
+    check_relative_names(config, both(NAMES[::-1], NAMES))

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterable
 
 from .cameras import cameras, pictures_of_training
+from .demonstrations import drift, idle, jumps, lengths, limits
 from .episodes import episodes, prompts
+from .files import files
 from .joints import joints
 from .pictures import images
 from .statistics import outliers, statistics
@@ -12,7 +14,10 @@ from .training import memory, one_batch, weights
 from .units import motion, units
 
 CHECKS: tuple[Callable[[Subject], Iterable[Finding]], ...] = (
-    cameras, pictures_of_training, images, joints, units, motion, statistics, outliers, prompts, episodes, one_batch,
-    weights, memory,
+    files, cameras, pictures_of_training, images, joints, units, motion, statistics, outliers, prompts, episodes,
+    lengths, idle, jumps, limits, drift, one_batch, weights, memory,
 )  # fmt: skip
 """In the order of the report."""
+
+NEED_FRAMES = frozenset(CHECKS) - {files, cameras, pictures_of_training, joints, weights, memory}
+"""What cannot be asked where no frame can be read."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 import numpy as np
+from lerobot.datasets.utils import DEFAULT_TASKS_PATH as TASKS
 
 from ..data import some
 from .subject import ERROR, FINE, WARNING, Finding, Subject
@@ -13,6 +14,8 @@ TOLERANCE_S = 1e-4
 
 def prompts(subject: Subject) -> Iterable[Finding]:
     """Empty ones, cut ones, and how long they are."""
+    if TASKS in {damage.file for damage in subject.dataset.damage}:
+        return
     tasks = {int(i): str(task) for task, i in subject.dataset.meta.tasks["task_index"].items()}
     used = {i: tasks.get(i, "") for i in np.unique(subject.columns.task).tolist()}
     episodes = {i: sorted({int(x) for x in subject.columns.episode[subject.columns.task == i]}) for i in used}
@@ -55,18 +58,48 @@ def episodes(subject: Subject) -> Iterable[Finding]:
             f"other lengths than the metadata says: {some(wrong)}",
             "the dataset is damaged: copy it anew",
         )
-    late = []
-    for number in numbers:
-        times = columns.timestamp[columns.episode == number].astype(np.float64)
-        off = np.abs(np.diff(times) - 1 / fps)
-        if off.size and off.max() > TOLERANCE_S:
-            late.append(f"episode {number}, frame {int(off.argmax()) + 1} ({off.max() * 1e3:.1f} ms)")
-    if late:
-        message = f"time stamps are off {fps} fps: {some(late)}"
-        yield Finding(
-            ERROR,
-            "time stamps",
-            message,
-            "frames of videos are found by time: delete the episodes, or set the fps right",
-        )
+    gaps = [int(n) for n in numbers if not _counts_up(columns.frame[columns.episode == n])]
+    if gaps:
+        message = f"frame_index does not count from 0 without gaps in episodes {some(gaps)}"
+        yield Finding(ERROR, "episodes", message, "frames were lost or doubled: copy the dataset anew, or delete these")
+    yield from off_the_grid(subject)
     yield Finding(FINE, "episodes", f"{len(numbers)} of {lengths.min()} to {lengths.max()} frames, at {fps} fps")
+
+
+def off_the_grid(subject: Subject) -> Iterable[Finding]:
+    """Time stamps that are not those of the fps, and the rate that they have."""
+    columns, fps = subject.columns, subject.dataset.meta.fps
+    late, steps = [], []
+    for number in np.unique(columns.episode):
+        step = np.diff(columns.timestamp[columns.episode == number].astype(np.float64))
+        off = np.abs(step - 1 / fps)
+        steps.append(step)
+        if off.size and not off.max() <= TOLERANCE_S:  # NaN too
+            at = int(np.argmax(np.where(np.isnan(off), np.inf, off)))
+            late.append(f"episode {number}, frame {at + 1} ({off[at] * 1e3:.1f} ms)")
+    if not late:
+        return
+    step = np.concatenate(steps)
+    step = step[np.isfinite(step)]
+    middle = float(np.median(step)) if len(step) else 0.0
+    rate = f"{1 / middle:.4g} fps" if middle > 0 else "no rate"
+    even = middle > 0 and bool((np.abs(step - middle) <= 0.02 * middle).mean() > 0.9)
+    message = f"time stamps are off {fps} fps: {some(late)}; "
+    if even:
+        message += f"they are those of {rate}"
+        remedy = f"set fps to {1 / middle:.4g} in meta/info.json, or delete the episodes"
+        if abs(middle * fps - 1) < 1e-3:
+            message = f"time stamps are off {fps} fps at some frames: {some(late)}"
+            remedy = "frames were lost there: delete the episodes (lerobot-edit-dataset), or write them anew"
+    else:
+        message += f"they are uneven: the median step is that of {rate}, steps go from {_range(step)} s"
+        remedy = f"write timestamp = frame_index / fps with the true rate (about {rate}), or record anew"
+    yield Finding(ERROR, "time stamps", message, f"{remedy}: LeRobot finds the frames of videos by time")
+
+
+def _range(step: np.ndarray) -> str:
+    return f"{step.min():.3f} to {step.max():.3f}" if len(step) else "0 to 0"
+
+
+def _counts_up(frame: np.ndarray) -> bool:
+    return bool((frame == np.arange(len(frame))).all())

@@ -10,6 +10,7 @@ from lerobot.robots import Robot
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
 from ...configuration_pi0 import PI0Config
+from ...inputs.joints import is_numbered, joint_names, misplaced_joints
 from ..data import dim_names, some
 from .subject import ERROR, FINE, WARNING, Finding, Subject
 
@@ -30,12 +31,28 @@ def joints(subject: Subject) -> Iterable[Finding]:
     if sorted(names[OBS_STATE]) == sorted(names[ACTION]) and names[OBS_STATE] != names[ACTION]:
         message = "state and actions have the same joints in another order"
         yield Finding(WARNING, "joints", message, "record both in one order; relative actions need it")
+    yield from relative_joints(subject, names)
     before = subject.trained.config
     if before is not None and before.output_features:
         grade = ERROR if subject.keeps_features else WARNING
         yield from compare_joints(names, before, subject.trained.source, grade)
     if subject.robot is not None:
         yield from compare_with_robot(subject, subject.robot, names)
+
+
+def relative_joints(subject: Subject, names: dict[str, list[str]]) -> Iterable[Finding]:
+    """Relative actions from which the state of another joint would be subtracted."""
+    elsewhere, unknown = misplaced_joints(subject.config, subject.dataset.meta)
+    by = "relative actions subtract the state by position"
+    if elsewhere:
+        message = f"{by}, and {some(elsewhere)} are in other places of the state"
+        yield Finding(ERROR, "joints", message, "record both in one order, or --policy.use_relative_actions=false")
+    elif unknown:
+        message = f"{by}, and the state does not name {some(unknown)}: it has {some(names[OBS_STATE])}"
+        yield Finding(
+            WARNING, "joints", message, "if they are the same joints in the same order, give both the same names in "
+            "meta/info.json; otherwise --policy.use_relative_actions=false",
+        )  # fmt: skip
 
 
 def compare_joints(names: dict[str, list[str]], before: PI0Config, source: str | None, grade: str) -> Iterable[Finding]:
@@ -47,8 +64,10 @@ def compare_joints(names: dict[str, list[str]], before: PI0Config, source: str |
         dims = features[key].shape[0] if key in features else len(found)
         if dims not in (len(found), before.max_state_dim, before.max_action_dim):
             yield Finding(grade, "joints", f"{key} has {len(found)} dims, {source} has {dims}", other)
-    expected, found = before.action_feature_names, names[ACTION]
-    if expected and expected != found and len(expected) == len(found):
+    stored, found = before.action_feature_names, names[ACTION]
+    expected = joint_names(stored, len(found), ACTION) if stored else found
+    known = not (is_numbered(expected, ACTION) or is_numbered(found, ACTION))
+    if known and expected != found and len(expected) == len(found):
         what = "in another order" if sorted(expected) == sorted(found) else "other joints"
         message = f"{what} than {source}: {', '.join(found)}; there {', '.join(expected)}"
         yield Finding(

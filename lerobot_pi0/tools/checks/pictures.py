@@ -1,6 +1,12 @@
-"""Pictures of the cameras: size, range of values, and cameras that hang."""
+"""Pictures of the cameras: size, range of values, and cameras that are black or hang.
 
-from collections.abc import Iterable
+Of every episode some frames are looked at, a second apart, and of some episodes a run of consecutive ones. Where these
+are black or do not change, all frames of the episode are decoded.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -9,45 +15,88 @@ import torch.nn.functional as F  # noqa: N812
 from tqdm import tqdm
 
 from ..data import some
+from ..recording import PictureError
+from .noise import moving_between
 from .subject import ERROR, WARNING, Finding, Subject
 
 GRID = 32
 STANDING = 0.02
 """A picture has changed if a cell of a grid of 32 × 32 changes by more than this, where white is 1."""
 
+BLACK = 0.1
+"""A picture is black if nothing in it is brighter than this, where white is 1."""
 
-class Look(NamedTuple):
-    """What was seen of one camera: size, range, and by how much some cell differs from the frame before."""
+SAMPLES = 8
+"""At least so many frames of every episode are looked at."""
 
-    height_width: tuple[int, int]
+DECODED_IN_FULL = 20
+"""At most so many suspicious episodes per camera are decoded in full; of the others the samples are reported."""
+
+
+class Glance(NamedTuple):
+    """A picture and what changed since the one that was looked at before it, in the same episode.
+
+    `change` is by how much some cell differs; NaN for the first. `moved`: whether joints moved meanwhile.
+    """
+
+    row: int
     low: float
     high: float
-    change: np.ndarray
-    episode: np.ndarray
-    frame: np.ndarray
-    moving: np.ndarray
+    change: float
+    moved: bool
+
+
+@dataclass
+class Look:
+    """What was seen of one camera, by episode: samples, and consecutive frames."""
+
+    size: tuple[int, int] | None = None
+    samples: dict[int, list[Glance]] = field(default_factory=dict)
+    runs: dict[int, list[Glance]] = field(default_factory=dict)
+    failed: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+
+    def glances(self) -> list[Glance]:
+        return [x for part in (self.samples, self.runs) for glances in part.values() for x in glances]
 
 
 def images(subject: Subject) -> Iterable[Finding]:
-    """Resolution, range, and what does not change although the arm moves."""
+    """Resolution, range, what cannot be decoded, is black, or does not change although the arm moves."""
     side = subject.config.image_size
-    for key, look in look_at_images(subject).items():
-        yield from resolution(subject, key, look, side)
-        if not (look.low >= -1e-3 and look.high <= 1 + 1e-3):
-            message = f"{key} holds values from {look.low:.3g} to {look.high:.3g}, expected [0, 1]"
+    for key in subject.dataset.cameras:
+        look = look_at_camera(subject, key)
+        yield from undecodable(subject, key, look)
+        if look.size is None or not look.glances():
+            continue
+        yield from resolution(subject, key, look.size, side)
+        low, high = min(x.low for x in look.glances()), max(x.high for x in look.glances())
+        if not (low >= -1e-3 and high <= 1 + 1e-3):
+            message = f"{key} holds values from {low:.3g} to {high:.3g}, expected [0, 1]"
             yield Finding(ERROR, "images", message, "record 8-bit images; LeRobot divides them by 255")
-        elif look.high < 0.1:
-            message = f"{key} is black: its brightest value is {look.high:.3g} of 1"
+        elif high < BLACK:
+            message = f"{key} is black: its brightest value is {high:.3g} of 1"
             yield Finding(ERROR, "images", message, "divided by 255 twice, a lens cap, or exposure: record anew")
-        elif look.high - look.low < 0.02:
+        elif high - low < STANDING:
             yield Finding(ERROR, "images", f"{key} shows one grey everywhere", "check the camera and record anew")
         else:
+            yield from black_pictures(subject, key, look)
             yield from standing_pictures(subject, key, look)
 
 
-def resolution(subject: Subject, key: str, look: Look, side: int) -> Iterable[Finding]:
+def undecodable(subject: Subject, key: str, look: Look) -> Iterable[Finding]:
+    """Episodes whose pictures cannot be decoded, by problem; files that `files` reports are left out."""
+    known = [damage.file for damage in subject.dataset.damage]
+    for problem, episodes in look.failed.items():
+        if any(file in problem for file in known):
+            continue
+        message = f"{key} cannot be decoded in episodes {some(sorted(episodes))}: {problem}"
+        yield Finding(
+            ERROR, "images", message, "copy the files of these episodes again; training would stop when it reaches them"
+        )
+
+
+def resolution(subject: Subject, key: str, size: tuple[int, int], side: int) -> Iterable[Finding]:
     shape = tuple(subject.dataset.meta.features[key]["shape"])
-    height, width = look.height_width
+    height, width = size
     if {height, width} - {*shape}:
         message = f"{key} is {height} × {width}, the dataset says {shape}"
         yield Finding(ERROR, "images", message, "the files are of another recording: restore or record anew")
@@ -63,36 +112,86 @@ def resolution(subject: Subject, key: str, look: Look, side: int) -> Iterable[Fi
             yield Finding(WARNING, "images", message, "record at the shape of training")
 
 
+def black_pictures(subject: Subject, key: str, look: Look) -> Iterable[Finding]:
+    """Episodes in which the camera is black, or becomes it."""
+    where = []
+    for episode, glances in look.samples.items():
+        frames = look.runs.get(episode, glances)
+        dark = np.array([x.high < BLACK for x in glances])
+        if dark.sum() >= 2 or dark.all():
+            start, length = longest_run(np.array([x.high < BLACK for x in frames]))
+            first = subject.columns.frame[frames[start].row] if length else 0
+            where.append(f"episode {episode} from frame {first}" if not dark.all() else f"all of episode {episode}")
+    if where:
+        yield Finding(ERROR, "images", f"{key} is black: {some(where)}", "delete these episodes (lerobot-edit-dataset)")
+
+
 def standing_pictures(subject: Subject, key: str, look: Look) -> Iterable[Finding]:
     """Frames that equal the one before although joints moved: a camera that hangs, or is slower than the fps."""
-    moving = look.moving
-    if not moving.any():
-        return
-    lively = np.quantile(look.change[moving], 0.9)
-    same = moving & (look.change <= 0.05 * lively) if lively > STANDING else moving
-    episodes, frames = look.episode, look.frame
-    hangs = []
-    for episode in np.unique(episodes):
-        mine = episodes == episode
-        start, length = longest_run(same[mine])
-        if length >= min(10, max(3, mine.sum() // 2)):
-            hangs.append(f"episode {episode} from frame {frames[mine][start]}")
-            same &= ~mine
+    lively = lively_change(look)
+    hangs, repeated, moving, where = [], 0, 0, set()
+    for episode, glances in look.runs.items():
+        same = np.array([unchanged(x, lively) for x in glances])
+        change = np.array([x.change for x in glances])
+        moved = np.array([x.moved for x in glances])
+        start, length = longest_hang(glances, lively)
+        if length >= min(10, max(3, len(same) // 2)):
+            hangs.append(f"episode {episode} from frame {subject.columns.frame[glances[start].row]}")
+        else:
+            around = np.fmax(np.append(change[1:], 0), np.append(0, change[:-1]))
+            same &= around > 0.5 * lively  # a slow motion changes little in all frames, a slow camera in some
+            repeated, moving = repeated + int(same.sum()), moving + int(moved.sum())
+            where |= {episode} if same.any() else set()
+    for episode in suspicious(look, lively):
+        if episode not in look.runs:  # more than are decoded in full
+            hangs.append(f"episode {episode}, by samples")
     if hangs:
         message = f"{key} is frozen while the joints move: {some(hangs)}"
         yield Finding(ERROR, "images", message, "delete these episodes (lerobot-edit-dataset) and check the camera")
-    share = same.sum() / moving.sum()
-    if share > 0.1:
-        where = sorted({int(x) for x in episodes[same]})
+    if moving and repeated > 0.1 * moving:
         message = (
-            f"{key}: {share:.0%} of the frames repeat the one before while the joints move (episodes {some(where)})"
+            f"{key}: {repeated / moving:.0%} of the frames repeat the one before while the joints move "
+            f"(episodes {some(sorted(where))})"
         )
-        yield Finding(
-            WARNING,
-            "images",
-            message,
-            f"the camera is slower than {subject.dataset.meta.fps} fps: lower one, or light the scene",
-        )
+        remedy = f"the camera is slower than {subject.dataset.meta.fps} fps: lower one, or light the scene"
+        yield Finding(WARNING, "images", message, remedy)
+
+
+def lively_change(look: Look) -> float:
+    """By how much a picture of this camera changes from frame to frame when the joints move, or more."""
+    changes = [x.change for glances in look.runs.values() for x in glances if x.moved and np.isfinite(x.change)]
+    return float(np.quantile(changes, 0.9)) if changes else 0.0
+
+
+def unchanged(glance: Glance, lively: float) -> bool:
+    """Whether the picture equals the one before although joints moved."""
+    return glance.moved and glance.change <= most_of_a_still(lively)
+
+
+def most_of_a_still(lively: float) -> float:
+    """The most by which a picture changes that shows the same as the one before."""
+    return 0.05 * lively if lively > STANDING else STANDING
+
+
+def suspicious(look: Look, lively: float) -> list[int]:
+    """Episodes of which samples in a row do not change although the joints move."""
+    return [
+        episode
+        for episode, glances in look.samples.items()
+        if longest_run(np.array([unchanged(x, lively) for x in glances]))[1] >= 2
+    ]
+
+
+def longest_hang(glances: list[Glance], lively: float) -> tuple[int, int]:
+    """Start of a run of equal pictures, and in how many of its frames joints moved; the arm may pause meanwhile."""
+    best, start, count = (0, 0), 0, 0
+    for i, glance in enumerate(glances):
+        if not glance.change <= most_of_a_still(lively):  # NaN for the first
+            start, count = i + 1, 0
+            continue
+        count += glance.moved
+        best = max(best, (start, count), key=lambda x: x[1])
+    return best
 
 
 def longest_run(flags: np.ndarray) -> tuple[int, int]:
@@ -102,51 +201,55 @@ def longest_run(flags: np.ndarray) -> tuple[int, int]:
     return (int(starts[lengths.argmax()]), int(lengths.max())) if len(starts) else (0, 0)
 
 
-def look_at_images(subject: Subject) -> dict[str, Look]:
-    """Decode runs of consecutive frames, spread over the episodes."""
-    columns, dataset = subject.columns, subject.dataset
-    found: dict[str, list[tuple[float, int, int, bool]]] = {key: [] for key in dataset.meta.camera_keys}
-    ranges: dict[str, list[tuple[float, float]]] = {key: [] for key in found}
-    sizes: dict[str, tuple[int, int]] = {}
-    spread = np.maximum(columns.state_ND.std(axis=0), 1e-9)
-    rows = frames_to_look_at(columns.episode, subject.images)
-    previous: dict[str, torch.Tensor] = {}
-    last = -2
-    for i in tqdm(rows, desc="images", disable=not found, leave=False):
-        item = dataset[int(i)]
-        joined = i == last + 1 and columns.episode[i] == columns.episode[last]
-        for key in found:
-            picture = item[key].float()
-            picture = picture / 255 if item[key].dtype == torch.uint8 else picture
-            sizes[key] = (picture.shape[-2], picture.shape[-1])
-            ranges[key].append((float(picture.min()), float(picture.max())))
-            small = F.adaptive_avg_pool2d(picture[None], GRID)[0]  # which evens out what a video codec adds
-            if joined:
-                step = np.abs(columns.state_ND[i] - columns.state_ND[last]) / spread
-                change = float((small - previous[key]).abs().max())
-                found[key].append((change, int(columns.episode[i]), int(columns.frame[i]), bool(step.max() > 0.05)))
-            previous[key] = small
-        last = i
-    return {key: _look(sizes[key], ranges[key], found[key]) for key in sizes}
+def look_at_camera(subject: Subject, key: str) -> Look:
+    """Samples of every episode, runs in some, and all frames of those that are suspicious."""
+    look, columns = Look(), subject.columns
+    numbers = np.unique(columns.episode).tolist()
+    for number in tqdm(numbers, desc=key, leave=False):
+        mine = np.flatnonzero(columns.episode == number)
+        look_at(subject, key, look, look.samples, mine[sample_of(len(mine), subject.dataset.meta.fps)])
+    for rows in runs_to_look_at(columns.episode, subject.images):
+        look_at(subject, key, look, look.runs, rows)
+    lively = lively_change(look)
+    dark = [number for number, glances in look.samples.items() if any(x.high < BLACK for x in glances)]
+    for number in sorted({*suspicious(look, lively), *dark})[:DECODED_IN_FULL]:
+        look_at(subject, key, look, look.runs, np.flatnonzero(columns.episode == number))
+    return look
 
 
-def _look(size: tuple[int, int], ranges: list[tuple[float, float]], found: list[tuple[float, int, int, bool]]) -> Look:
-    low, high = np.array(ranges).T
-    change, episode, frame, moving = zip(*found, strict=True) if found else ((), (), (), ())
-    return Look(
-        size, float(low.min()), float(high.max()), np.array(change), np.array(episode, int), np.array(frame, int),
-        np.array(moving, bool),
-    )  # fmt: skip
+def look_at(subject: Subject, key: str, look: Look, part: dict[int, list[Glance]], rows: np.ndarray) -> None:
+    """Decode some rows of one episode into one part of a Look."""
+    episode = int(subject.columns.episode[rows[0]])
+    moved = moving_between(subject.columns, rows, subject.noise)
+    try:
+        part[episode] = list(_glances(subject.dataset.pictures(key, rows), rows, moved, look))
+    except PictureError as error:
+        if episode not in look.failed[str(error)]:
+            look.failed[str(error)].append(episode)
 
 
-def frames_to_look_at(episode: np.ndarray, most: int) -> np.ndarray:
+def _glances(pictures: Iterator[torch.Tensor], rows: np.ndarray, moved: np.ndarray, look: Look) -> Iterator[Glance]:
+    before = None
+    for row, has_moved, picture in zip(rows.tolist(), moved.tolist(), pictures, strict=True):
+        look.size = (picture.shape[-2], picture.shape[-1])
+        small = F.adaptive_avg_pool2d(picture[None], GRID)[0]  # which evens out what a video codec adds
+        change = float("nan") if before is None else float((small - before).abs().max())
+        yield Glance(row, float(picture.min()), float(picture.max()), change, has_moved)
+        before = small
+
+
+def sample_of(length: int, fps: float) -> np.ndarray:
+    """Positions in an episode, a second apart, at least `SAMPLES` of them and with the first and the last frame."""
+    count = min(length, max(SAMPLES, int(length / fps) + 1))
+    return np.unique(np.linspace(0, length - 1, count).astype(int))
+
+
+def runs_to_look_at(episode: np.ndarray, most: int) -> Iterator[np.ndarray]:
     """Row numbers: a run in each of some episodes, the runs at the beginning, middle and end in turn."""
     numbers = np.unique(episode)
     chosen = numbers[np.unique(np.linspace(0, len(numbers) - 1, max(1, min(len(numbers), most // 40))).astype(int))]
-    length = most // len(chosen)
-    rows = []
+    length = max(2, most // len(chosen))
     for turn, number in enumerate(chosen):
         mine = np.flatnonzero(episode == number)
         start = max(0, len(mine) - length) * (turn % 3) // 2
-        rows.append(mine[start : start + length])
-    return np.concatenate(rows)
+        yield mine[start : start + length]

@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 from lerobot.configs import NormalizationMode
 from lerobot.datasets.compute_stats import compute_relative_action_stats
-from lerobot.utils.constants import ACTION
+from lerobot.utils.constants import ACTION, OBS_STATE
 
 from ...inputs.statistics import STATISTICS, check_relative_statistics, check_statistics
 from ..data import dim_names, some
 from .subject import ERROR, FINE, WARNING, Finding, Subject, array
 
 RECOMPUTE = "lerobot-edit-dataset --operation.type=recompute_stats computes them again"
+
+FLOAT32 = 32 * float(np.finfo(np.float32).eps)
+"""What LeRobot loses, relative to the square of the mean: it makes variances of sums of squares, in float32."""
 
 OUTLIER = 10.0
 """A normalised value beyond this is called an outlier."""
@@ -53,14 +56,13 @@ def foreign_statistics(subject: Subject) -> Iterable[Finding]:
         if key == ACTION and subject.config.use_relative_actions:
             mean, std, space = relative_statistics(subject)
         low, high = (array(subject.stats[key][name]) for name in STATISTICS[mode])
+        lost = FLOAT32 * np.abs(mean)
         if mode is NormalizationMode.MEAN_STD:
-            bad = (np.abs(low - mean) > 0.2 * std + 1e-6) | (np.abs(high - std) > 0.2 * std + 1e-6)
+            bad = np.abs(low - mean) > 0.2 * std + 1e-6 + lost
+            bad |= np.abs(high**2 - std**2) > 0.44 * std**2 + 1e-12 + FLOAT32 * mean**2
         else:
-            bad = (
-                (low > mean + 0.2 * std)
-                | (high < mean - 0.2 * std)
-                | (high - low > 4 * (np.ptp(values, axis=0) + 1e-6))
-            )
+            bad = (low > mean + 0.2 * std + lost) | (high < mean - 0.2 * std - lost)
+            bad |= high - low > 4 * (np.ptp(values, axis=0) + 1e-6 + lost)
         if bad.any():
             names = [dim_names(subject.dataset, key)[i] for i in np.flatnonzero(bad)]
             hint = " --operation.relative_action=true" if space == "relative" else ""
@@ -70,9 +72,11 @@ def foreign_statistics(subject: Subject) -> Iterable[Finding]:
 
 def relative_statistics(subject: Subject) -> tuple[np.ndarray, np.ndarray, str]:
     """Mean and deviation of actions relative to the state at the beginning of their chunk, as LeRobot makes them."""
+    columns = subject.columns
     try:
         stats = compute_relative_action_stats(
-            subject.dataset.hf_dataset.with_format("numpy"), subject.dataset.meta.features, subject.config.chunk_size,
+            {ACTION: columns.action_ND, OBS_STATE: columns.state_ND, "episode_index": columns.episode},
+            subject.dataset.meta.features, subject.config.chunk_size,
             subject.config.relative_exclude_joints,
         )  # fmt: skip
     except (RuntimeError, ValueError):  # no episode is as long as a chunk, and `episodes` says so

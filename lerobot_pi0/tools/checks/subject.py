@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from lerobot.configs import NormalizationMode
-from lerobot.datasets import LeRobotDataset
-from lerobot.processor import RelativeActionsProcessorStep
 from lerobot.robots import Robot
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from ...configuration_pi0 import PI0Config
-from ..data import Columns
+from ...inputs.joints import relative_mask
+from ..folder import Columns
+from ..recording import Recording
+from .noise import noise_of
 
 ERROR, WARNING, FINE = "error", "warning", "fine"
 
@@ -50,38 +51,43 @@ class Subject:
     config: PI0Config
     keeps_features: bool
     trained: Trained
-    dataset: LeRobotDataset
+    dataset: Recording
     all_episodes: bool
-    columns: Columns
     robot: Robot | None = None
     rename_map: dict[str, str] = field(default_factory=dict)
     images: int = 600
     card_gb: float | None = None
     batch_size: int = 8
 
+    @property
+    def columns(self) -> Columns:
+        return self.dataset.columns
+
     @cached_property
     def stats(self) -> dict[str, dict[str, Any]]:
         return self.dataset.meta.stats or {}
 
     @cached_property
+    def noise(self) -> np.ndarray:
+        """The least change of each joint of the state that counts as a motion (D)."""
+        return noise_of(self.columns.state_ND, self.columns.episode)
+
+    @cached_property
     def cameras(self) -> dict[str, str]:
         """The dataset's cameras: their keys, by the keys that the policy knows them under."""
-        return {self.rename_map.get(key, key): key for key in self.dataset.meta.camera_keys}
+        return {self.rename_map.get(key, key): key for key in self.dataset.cameras}
 
     def vectors(self) -> Iterator[tuple[str, np.ndarray, NormalizationMode]]:
         """State and actions as they are normalised: key, values (N, D), mode."""
         actions = self.columns.action_ND
         if self.config.use_relative_actions:
-            mask = relative_mask(self.config, actions.shape[1], self.columns.state_ND.shape[1])
-            actions = actions - np.where(mask, self.columns.state_ND[:, : actions.shape[1]], 0)
+            dims, states = actions.shape[1], self.columns.state_ND.shape[1]
+            mask = relative_mask(self.config, dims) & (np.arange(dims) < states)
+            state = np.zeros_like(actions)
+            state[:, : min(dims, states)] = self.columns.state_ND[:, :dims]
+            actions = actions - np.where(mask, state, 0)
         for key, kind, values in ((OBS_STATE, "STATE", self.columns.state_ND), (ACTION, "ACTION", actions)):
             yield key, values, self.config.normalization_mapping.get(kind, NormalizationMode.IDENTITY)
-
-
-def relative_mask(config: PI0Config, dims: int, state_dims: int) -> np.ndarray:
-    """Which dims of the actions are relative to the state."""
-    step = RelativeActionsProcessorStep(True, config.relative_exclude_joints, config.action_feature_names)
-    return np.array(step._build_mask(dims)) & (np.arange(dims) < state_dims)
 
 
 def array(x: Any) -> np.ndarray:

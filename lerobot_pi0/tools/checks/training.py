@@ -4,21 +4,27 @@ import copy
 from collections.abc import Iterable
 
 import torch
+from lerobot.datasets.utils import DEFAULT_TASKS_PATH as TASKS
 from lerobot.policies.factory import make_pre_post_processors
 
 from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.errors import CheckpointError
 from ...inputs.observation import ObservationMaker
 from .. import ToolError
+from ..recording import PictureError
 from ..show import network_parameters
 from .subject import ERROR, FINE, WARNING, Finding, Subject
 
 
 def one_batch(subject: Subject) -> Iterable[Finding]:
     """One sample goes through the processors and is accepted by the policy, weights apart."""
-    if subject.trained.tokenizer is None:
+    if subject.trained.tokenizer is None or TASKS in {damage.file for damage in subject.dataset.damage}:
         return
     config = subject.config
+    try:
+        item = subject.dataset.first_item()
+    except PictureError:  # which `images` reports
+        return
     try:
         overrides = {
             "device_processor": {"device": "cpu"},
@@ -34,7 +40,6 @@ def one_batch(subject: Subject) -> Iterable[Finding]:
             config, pretrained_path=source, dataset_stats=subject.stats,
             preprocessor_overrides=overrides if source else None,
         )  # fmt: skip
-        item = subject.dataset[0]
         ObservationMaker(config)(preprocessor(item), torch.device("cpu"))
     except (ValueError, KeyError, RuntimeError, OSError) as error:
         yield Finding(ERROR, "sample", f"the policy would not take the first frame: {error}", "see the errors above")
@@ -59,17 +64,19 @@ def memory(subject: Subject) -> Iterable[Finding]:
     """Whether a step of training fits the card."""
     if subject.card_gb is None:
         return
-    from ..plan import GIB, RESERVE_GB, Load, counted, largest_batch  # the network, which no other question needs
+    from ..plan import (
+        GIB,
+        RESERVE_GB,
+        counted,
+        dataset_load,
+        largest_batch,
+    )  # the network, which no other question needs
 
     config, batch, tokenizer = copy.deepcopy(subject.config), subject.batch_size, subject.trained.tokenizer
     shapes = [subject.dataset.meta.features[key]["shape"] for key in subject.cameras.values()]
-    images = tuple(tuple(sorted(shape)[-2:]) for shape in shapes)  # channels are 3, wherever they stand
-    longest = config.tokenizer_max_length or 1
-    if tokenizer is not None:
-        tasks = subject.dataset.meta.tasks.index
-        longest = min(longest, max(len(tokenizer(f"{task}\n")["input_ids"]) for task in tasks))
+    load = dataset_load(config, shapes, list(subject.dataset.meta.tasks.index), tokenizer)
     try:
-        counts, trained = counted(config, Load(images, longest), batch)
+        counts, trained = counted(config, load, batch)
     except ToolError as error:
         yield Finding(WARNING, "memory", str(error), "try the batch size in a short run")
         return

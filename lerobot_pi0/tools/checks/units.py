@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from lerobot.utils.constants import ACTION, OBS_STATE
 
-from ...inputs.statistics import NEAR_CONSTANT
 from ..data import dim_names, some
+from .noise import never_moves
 from .subject import ERROR, FINE, WARNING, Finding, Subject, array, permutation
 
 DEGREES_PER_RADIAN = 180 / np.pi
@@ -71,9 +71,9 @@ def motion(subject: Subject) -> Iterable[Finding]:
                 yield Finding(ERROR, "units", message, "convert one of them")
     for key, values, _ in subject.vectors():
         spread = values.max(axis=0) - values.min(axis=0)
-        flat = np.flatnonzero(spread <= max(NEAR_CONSTANT * spread.max(initial=0), 1e-8))
+        flat = np.flatnonzero(never_moves(values, subject.columns.episode))
         if len(flat):
-            names = [f"{dim_names(subject.dataset, key)[i]} (moves by {spread[i]:.3g})" for i in flat]
+            names = [f"{dim_names(subject.dataset, key)[i]} (changes by {spread[i]:.3g})" for i in flat]
             message = f"{key}: {some(names)} never move; normalised, their smallest change becomes a large one"
             yield Finding(
                 WARNING, "constant", message, "leave them out of the dataset unless they are meant to be fixed"

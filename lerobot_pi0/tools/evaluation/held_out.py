@@ -32,6 +32,6 @@ def _split(meta: LeRobotDatasetMetadata, seen: list[int], split: float) -> list[
     """The last episodes of each task, as LeRobot's `make_train_eval_datasets` holds them out."""
     by_task: dict[str, list[int]] = {}
     for episode in seen:
-        tasks = meta.episodes["tasks"][episode]
+        tasks = list(meta.episodes["tasks"][episode])
         by_task.setdefault(tasks[0] if tasks else "", []).append(episode)
     return sorted(e for group in by_task.values() for e in group[len(group) - math.ceil(len(group) * split) :])

@@ -12,20 +12,25 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 from tqdm import tqdm
 
-from ...inputs.statistics import NEAR_CONSTANT
 from ..data import dim_names
+from .intervals import delay, ratio_interval
 from .predictions import Change, Runner
 from .verdicts import ignored, verdicts
 
 
-def measure(runner: Runner, threshold: float) -> tuple[dict[str, Any], dict[str, Any]]:
-    """All numbers of the report, and what its plots need beside them."""
+def measure(
+    runner: Runner, threshold: float, spread_A: np.ndarray, still_A: np.ndarray
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All numbers of the report, and what its plots need beside them.
+
+    Args:
+        spread_A: the unit of errors, the deviation of each joint's actions in training.
+        still_A: joints that never move, which do not count.
+    """
     items, rows = runner.items, runner.rows
     recorded = np.stack([item[ACTION].double().numpy() for item in items])
     valid = np.stack([~item[f"{ACTION}_is_pad"].numpy() for item in items])
     actions, state = runner.columns.action_ND, runner.columns.state_ND[rows]
-    spread = actions.std(axis=0)
-    scale = np.maximum(spread, max(NEAR_CONSTANT * spread.max(), 1e-9))
     still = state if state.shape[1] == actions.shape[1] else actions[np.maximum(rows - 1, 0)]
     normalised, predicted = runner.chunks()
     guesses = {
@@ -33,18 +38,27 @@ def measure(runner: Runner, threshold: float) -> tuple[dict[str, Any], dict[str,
         "hold still": np.broadcast_to(still[:, None], recorded.shape),
         "mean action": np.broadcast_to(actions.mean(axis=0), recorded.shape),
     }
-    squares = {name: ((guess - recorded) / scale) ** 2 for name, guess in guesses.items()}
-    names = dim_names(runner.dataset, ACTION)
+    squares = {name: ((guess - recorded) / spread_A) ** 2 for name, guess in guesses.items()}
+    moving = {name: x[..., ~still_A] for name, x in squares.items()}
+    names, episode = dim_names(runner.dataset, ACTION), runner.columns.episode[rows]
+    error = {name: rms(x, valid) for name, x in moving.items()}
+    best = min(("hold still", "mean action"), key=error.__getitem__)
+    each = {name: np.where(valid[..., None], x, 0).sum(axis=(1, 2)) for name, x in moving.items()}
     content: dict[str, Any] = {
         "observations": len(rows),
-        "error": {name: rms(x, valid) for name, x in squares.items()},
-        "error by step": {name: by_step(x, valid) for name, x in squares.items()},
+        "episodes seen": len(np.unique(episode)),
+        "error": error,
+        "ratio": error["policy"] / max(error[best], 1e-9),
+        "interval": ratio_interval(each["policy"], each[best], episode, runner.seed),
+        "error by step": {name: by_step(x, valid) for name, x in moving.items()},
         "error by joint": {
             joint: {name: rms(x[..., i], valid) for name, x in squares.items()} for i, joint in enumerate(names)
         },
-        "way": rms(((predicted - still[:, None]) / scale) ** 2, valid)
-        / max(rms(((recorded - still[:, None]) / scale) ** 2, valid), 1e-9),
-        "reactions": reactions(runner, normalised, recorded, scale, valid),
+        "never move": [names[i] for i in np.flatnonzero(still_A)],
+        "way": rms(((predicted - still[:, None]) / spread_A)[..., ~still_A] ** 2, valid)
+        / max(rms(((recorded - still[:, None]) / spread_A)[..., ~still_A] ** 2, valid), 1e-9),
+        "delay": delay(*((x / spread_A)[..., ~still_A] for x in (predicted, recorded)), valid),
+        "reactions": reactions(runner, normalised, recorded[..., ~still_A], spread_A, valid, ~still_A),
         "threshold": threshold,
     }
     content["ignored"] = ignored(content)
@@ -65,11 +79,17 @@ def by_step(squares_NTA: np.ndarray, valid_NT: np.ndarray) -> list[float]:
 
 
 def reactions(
-    runner: Runner, normalised_NTA: np.ndarray, recorded_NTA: np.ndarray, scale_A: np.ndarray, valid_NT: np.ndarray
+    runner: Runner,
+    normalised_NTA: np.ndarray,
+    recorded_NTA: np.ndarray,
+    scale_A: np.ndarray,
+    valid_NT: np.ndarray,
+    counts_A: np.ndarray,
 ) -> dict[str, dict[str, float]]:
     """How far the normalised chunk moves when an input is exchanged, and how large its error is then.
 
     `moves` is in deviations of the actions; `of everything` is its part of what a wholly different observation does.
+    `recorded_NTA` holds the joints that count alone.
     """
     others = partners(runner.columns.episode[runner.rows], runner.seed)
     found: dict[str, dict[str, float]] = {}
@@ -78,7 +98,7 @@ def reactions(
         moved, physical = runner.chunks(change, others)
         found[name] = {
             "moves": float(np.sqrt(((moved - normalised_NTA) ** 2).mean())),
-            "error": rms(((physical - recorded_NTA) / scale_A) ** 2, valid_NT),
+            "error": rms(((physical[..., counts_A] - recorded_NTA) / scale_A[counts_A]) ** 2, valid_NT),
         }
     everything = max(found["everything"]["moves"], 1e-9)
     return {name: x | {"of everything": x["moves"] / everything} for name, x in found.items()}

@@ -15,10 +15,15 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from ...configuration_pi0 import PI0Config
-from ..data import read_columns
+from .. import ToolError
+from ..folder import Columns, short
 
 Change = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
 """From a batch of observations, and one of others, to a batch in which one input is exchanged."""
+
+
+GOLDEN = (5**0.5 - 1) / 2
+"""Multiples of it, modulo 1, are spread evenly however many there are."""
 
 
 class Runner:
@@ -28,6 +33,7 @@ class Runner:
         self,
         config: PI0Config,
         dataset: LeRobotDataset,
+        columns: Columns,
         rename_map: dict[str, str],
         observations: int,
         batch_size: int,
@@ -43,9 +49,9 @@ class Runner:
                 "rename_observations_processor": {"rename_map": rename_map},
             },
         )
-        self.columns = read_columns(dataset)
+        self.columns = columns
         self.rows = spread_over(self.columns.episode, observations)
-        self.items = [dataset[int(i)] for i in tqdm(self.rows, desc="frames", leave=False)]
+        self.items = [self._item(int(i)) for i in tqdm(self.rows, desc="frames", leave=False)]
         keys = [key for key in dataset.meta.camera_keys if rename_map.get(key, key) in config.image_features]
         self.cameras = {key: rename_map.get(key, key) for key in keys}
 
@@ -71,6 +77,16 @@ class Runner:
                 physical.append(self.postprocessor(chunk).double().cpu().numpy())
         return np.concatenate(normalised), np.concatenate(physical)
 
+    def _item(self, row: int) -> dict[str, Any]:
+        try:
+            return dict(self.dataset[row])
+        except Exception as error:  # what decoders raise for damaged data has many types
+            episode, frame = int(self.columns.episode[row]), int(self.columns.frame[row])
+            raise ToolError(
+                f"frame {frame} of episode {episode} cannot be read ({short(error)}); `lerobot-pi0 check` says what is "
+                "wrong. --dataset.episodes names others"
+            ) from error
+
     def _collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         return dict(default_collate(items))
 
@@ -94,12 +110,17 @@ def load_policy(config: PI0Config) -> Any:
 
 
 def spread_over(episode: np.ndarray, most: int) -> np.ndarray:
-    """At most that many rows, equally many and evenly spaced in each episode (or in some, if there are too many)."""
+    """At most that many rows, equally many and evenly spaced in each episode (or in some, if there are too many).
+
+    From episode to episode they begin at another part of the first step, so that few rows per episode, or a single one,
+    still are spread over the whole time.
+    """
     numbers = np.unique(episode)
     numbers = numbers[np.unique(np.linspace(0, len(numbers) - 1, min(len(numbers), most)).astype(int))]
     each = max(1, most // len(numbers))
     rows = []
-    for number in numbers:
+    for i, number in enumerate(numbers):
         mine = np.flatnonzero(episode == number)
-        rows.append(mine[np.unique(np.arange(each) * len(mine) // each)])
+        begin = i * GOLDEN % 1
+        rows.append(mine[np.unique(((np.arange(each) + begin) * len(mine) / each).astype(int))])
     return np.concatenate(rows)

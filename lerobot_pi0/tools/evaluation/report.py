@@ -17,7 +17,8 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>open-loop: {title}</title>
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222 }}
-img {{ max-width: 100% }} table {{ border-collapse: collapse }} td, th {{ padding: .2em .8em; text-align: right }}
+img {{ max-width: 100% }} h1 {{ overflow-wrap: anywhere }} 
+table {{ border-collapse: collapse }} td, th {{ padding: .2em .8em; text-align: right }}
 td:first-child, th:first-child {{ text-align: left }} tr {{ border-bottom: 1px solid #ddd }}
 .verdict {{ border-left: .4em solid {colour}; background: #f6f6f6; padding: .6em 1em; margin: 1em 0 }}
 </style></head><body>
@@ -25,8 +26,7 @@ td:first-child, th:first-child {{ text-align: left }} tr {{ border-bottom: 1px s
 <p>{facts}</p>
 <div class="verdict">{verdicts}</div>
 <h2>Error by step of the chunk</h2>
-<p>Root mean square over joints, in deviations of the recorded actions. A policy that learned stays below both
-others.</p>
+<p>Root mean square over joints, in deviations of the actions in training. {below}</p>
 {horizon}
 <h2>What it reacts to</h2>
 <p>How far the chunk moves when one input is exchanged, as part of what a wholly different observation does. The
@@ -49,12 +49,45 @@ def need_matplotlib() -> None:
         raise ToolError("the report needs matplotlib: pip install 'lerobot_policy_pi0[report]'")
 
 
+def ranges(numbers: list[int], most: int = 8) -> str:
+    """Numbers of episodes in few characters: 0-249, or 3, 5-7 and 12 more."""
+    runs: list[list[int]] = []
+    for x in sorted(numbers):
+        if runs and x == runs[-1][-1] + 1:
+            runs[-1].append(x)
+        else:
+            runs.append([x])
+    parts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs[:most]]
+    rest = sum(len(run) for run in runs[most:])
+    return ", ".join(parts) + (f" and {rest} more" if rest else "")
+
+
+def short_name(policy: str) -> str:
+    """A checkpoint's name without what all paths of checkpoints have in common."""
+    parts = [x for x in policy.replace("\\", "/").split("/") if x not in ("", "outputs", "train", "pretrained_model")]
+    return "/".join(x for x in parts[-3:] if x != "checkpoints") or policy
+
+
+def below(content: dict[str, Any]) -> str:
+    """In words, what the curves of errors show."""
+    errors = content["error by step"]
+    over = [
+        t + 1 for t, x in enumerate(errors["policy"]) if x >= min(errors["hold still"][t], errors["mean action"][t])
+    ]
+    steps = len(errors["policy"])
+    if not over:
+        return "This policy stays below both others at every step, as one that learned does."
+    if len(over) == steps:
+        return "A policy that learned stays below both others; this one does at no step."
+    return f"A policy that learned stays below both others; this one does not at steps {ranges(over)} of {steps}."
+
+
 def as_text(content: dict[str, Any]) -> str:
     """What is printed."""
     error = ", ".join(f"{name} {value:.3f}" for name, value in content["error"].items())
     lines = [
         f"{content['policy']} on {content['observations']} observations of {content['dataset']}, episodes "
-        f"{content['episodes']} ({content['episodes are']})",
+        f"{ranges(content['episodes'])} ({content['episodes are']})",
         f"error: {error} (in deviations of the actions)",
         f"moves {content['way']:.0%} of the recorded way",
         *(f"reacts to {name}: {x['of everything']:.1%}" for name, x in content["reactions"].items()),
@@ -68,12 +101,14 @@ def as_html(content: dict[str, Any], drawn: dict[str, Any], plots: int) -> str:
     """The page; `drawn` holds the chunks to draw, as `measure` returns them, of which `plots` episodes are shown."""
     good = content["verdicts"][0].startswith("good")
     facts = (
-        f"{content['observations']} observations of {content['dataset']}, episodes {content['episodes']}: "
-        f"{content['episodes are']}. It moves {content['way']:.0%} of the recorded way. Seed {content['seed']}, "
+        f"{content['observations']} observations of {content['dataset']}, episodes {ranges(content['episodes'])}: "
+        f"{content['episodes are']}. Policy: {content['policy']}. "
+        f"It moves {content['way']:.0%} of the recorded way. Seed {content['seed']}, "
         f"lerobot_policy_pi0 {content['version']}."
     )
     return PAGE.format(
-        title=html.escape(content["policy"]),
+        title=html.escape(short_name(content["policy"])),
+        below=html.escape(below(content)),
         facts=html.escape(facts),
         colour="#009e73" if good else "#d55e00",
         verdicts="<br>".join(html.escape(verdict) for verdict in content["verdicts"]),
