@@ -314,8 +314,8 @@ class Checkpoint:
     def _refuse_adapter(self) -> None:
         if self.source.file(ADAPTER_CONFIG_NAME) is not None:
             raise WrongPolicyError(
-                f"{self} holds a PEFT adapter, not a model: load it through LeRobot (--policy.path={self}), which "
-                "loads the base that the adapter names first"
+                f"{self} holds a PEFT adapter, not a model. LeRobot's commands and `lerobot-pi0 serve` load it over "
+                "its base; in code, call lerobot.policies.make_policy, or merge the two (examples/merge_adapter.py)"
             )
 
     def _adapts_vlm(self) -> bool:

@@ -199,9 +199,12 @@ class ObservationMaker:
         task = batch.get("task")
         prompts = [task] if isinstance(task, str) else task or []
         if any(isinstance(p, str) and not p.strip() for p in prompts):
-            raise ObservationError(
-                "'task' is empty: π₀ needs an instruction. Set --dataset.single_task when recording and "
-                "--task in lerobot-rollout, in the words of the training data"
+            self._warn(
+                "'task' is empty, so the policy acts without an instruction, as LeRobot's own π₀ does. Give one in the "
+                "words of the training data: --task in lerobot-rollout and in the robot's client, "
+                "--dataset.single_task when recording. lerobot-eval takes it from the environment, and some, such as "
+                "PushT, have none",
+                "empty task",
             )
         return tokens, mask
 
