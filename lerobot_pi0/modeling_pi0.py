@@ -28,6 +28,7 @@ from .configuration_pi0 import PI0Config
 from .control import bounds
 from .control.player import Player
 from .control.sampling import Sampler
+from .inputs.features import leave_out_depth
 from .inputs.observation import ObservationMaker
 from .inputs.statistics import check_dataset
 from .inputs.steps import PromptStep
@@ -115,6 +116,7 @@ class PI0Policy(PreTrainedPolicy):
         if not isinstance(config, PI0Config):
             raise TypeError(f"config is a {type(config).__name__}, expected lerobot_pi0.PI0Config")
         super().__init__(config)
+        leave_out_depth(config)
         config.validate_features()
         trains = dataset_stats is not None or dataset_meta is not None
         if trains:

@@ -5,19 +5,26 @@ checkpoint is state, and `take_over` puts `STEPS` into LeRobot's registry.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import torch
+from lerobot.configs import FeatureType
 from lerobot.lerobot_types import EnvTransition, TransitionKey
 from lerobot.policies.pi0.processor_pi0 import Pi0NewLineProcessor
-from lerobot.processor import ProcessorStep, RelativeActionsProcessorStep, TokenizerProcessorStep
+from lerobot.processor import (
+    NormalizerProcessorStep,
+    ProcessorStep,
+    RelativeActionsProcessorStep,
+    TokenizerProcessorStep,
+)
 from lerobot.utils.constants import OBS_STATE
 from torch import Tensor
 
 from ..configuration_pi0 import BYTE_TOKENIZER, PALIGEMMA_TOKENIZER
+from .features import ObservationError, check_sample, restore_dims
 
 NOT_CARRIED = "not_carried"
 """Name of the one tensor in the state of a tokenizer step whose checkpoint must not hold the tokenizer."""
@@ -146,6 +153,11 @@ class PromptStep(Pi0NewLineProcessor):
         PromptStep.asked = None
         self.cleans = bool(self._decided)
 
+    def __call__(self, transition: EnvTransition) -> EnvTransition:
+        """LeRobot's, after what π₀ needs of every sample: this step comes before all that look at the values."""
+        check_sample(transition)
+        return super().__call__(restore_dims(transition))
+
     def complementary_data(self, complementary_data: dict[str, Any]) -> dict[str, Any]:
         task = complementary_data.get("task")
         if self.cleans and isinstance(task, str | list):
@@ -176,6 +188,24 @@ class AnchoredRelativeStep(RelativeActionsProcessorStep):
         return transition
 
 
+class CheckedNormalizerStep(NormalizerProcessorStep):
+    """LeRobot's step, under LeRobot's name, which names a state or an action that is not as long as its statistics."""
+
+    @classmethod
+    def of(cls, step: NormalizerProcessorStep) -> "CheckedNormalizerStep":
+        """The same step, of this class."""
+        return cls(**{x.name: getattr(step, x.name) for x in fields(step) if x.init})
+
+    def _apply_transform(self, tensor: Tensor, key: str, feature_type: FeatureType, **kwargs: Any) -> Tensor:
+        lengths = {len(x) for x in self._tensor_stats.get(key, {}).values() if x.ndim == 1 and len(x) > 1}
+        if feature_type in (FeatureType.STATE, FeatureType.ACTION) and lengths - {tensor.shape[-1]}:
+            raise ObservationError(
+                f"{key!r} has {tensor.shape[-1]} dims, and the statistics that it is normalised with have "
+                f"{max(lengths)}: this is another robot, or another order of joints, than the policy was trained for"
+            )
+        return super()._apply_transform(tensor, key, feature_type, **kwargs)
+
+
 class Anchor:
     """The state to which the actions of the chunk that is being executed are relative."""
 
@@ -201,5 +231,6 @@ STEPS: dict[str, type[ProcessorStep]] = {
     "tokenizer_processor": PI0TokenizerStep,
     "pi0_new_line_processor": PromptStep,
     "relative_actions_processor": AnchoredRelativeStep,
+    "normalizer_processor": CheckedNormalizerStep,
 }
 """The steps by the names under which LeRobot rebuilds saved pipelines."""

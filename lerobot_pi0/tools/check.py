@@ -22,6 +22,7 @@ from lerobot.utils.feature_utils import dataset_to_policy_features
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..configuration_pi0 import PI0Config
+from ..inputs.features import leave_out_depth
 from ..inputs.steps import PI0TokenizerStep, TokenizerError, load_tokenizer
 from . import ToolError
 from .checks import CHECKS
@@ -79,6 +80,7 @@ def check(options: Options) -> Iterable[Finding]:
     keeps_features = bool(config.input_features)
     if not keeps_features:  # as LeRobot's make_policy does
         config.input_features = {key: x for key, x in features.items() if x.type is not FeatureType.ACTION}
+    leave_out_depth(config)
     config.output_features = {key: x for key, x in features.items() if x.type is FeatureType.ACTION}
     config.action_feature_names = dim_names(dataset, ACTION)
     subject = Subject(

@@ -55,7 +55,10 @@ def open_meta(options: DatasetOptions) -> LeRobotDatasetMetadata:
     except Exception as error:
         raise _unreadable(options, error) from error
     if missing := [key for key in (OBS_STATE, ACTION) if key not in meta.features]:
-        raise ToolError(f"{options.repo_id} has no {' and no '.join(missing)}, which π₀ learns from")
+        raise ToolError(
+            f"{options.repo_id} has no {' and no '.join(missing)}, which this command compares (lerobot-train learns "
+            "without a state, and not without actions)"
+        )
     return meta
 
 
