@@ -115,6 +115,9 @@ class PI0Config(BuiltinPI0Config):
     save_tokenizer: bool | None = option(True)
     # Write only the trained weights, and which checkpoint the frozen ones come from. None means False.
     save_expert_only: bool | None = option(False)
+    # How pictures shrink: "lerobot" as its π₀, "openpi" smoothed (antialiased), as openpi trained its checkpoints and
+    # `lerobot-pi0 convert` sets it. None: as the checkpoint, or lerobot.
+    image_resize: str | None = option("lerobot", one_of("lerobot", "openpi"))
     # How noise becomes actions: euler, midpoint, heun or adaptive, in num_inference_steps steps. None means euler.
     solver: str | None = option("euler", one_of("euler", "midpoint", "heun", "adaptive"))
     # Error per step of the adaptive solver, root mean square in units of normalised actions. None means 0.01.

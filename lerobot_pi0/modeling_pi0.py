@@ -31,13 +31,18 @@ from .control.lerobot_names import CHUNK_ARGUMENTS, LeRobotNames, refuse_unknown
 from .control.player import Player
 from .control.sampling import Sampler
 from .inputs.features import narrow_padded
+from .inputs.normalisation import Normalisation
 from .inputs.observation import ObservationMaker
+from .inputs.samples import leave_out_depth
 from .inputs.statistics import check_dataset
 from .kernels import rounding
 from .network.pi0 import PI0
 from .training import lora
 from .training.objective import Objective
 from .training.run import Run
+
+PREFIXES = ("", "base_model.model.")
+"""What stands before the names of weights: nothing, or what peft puts there."""
 
 
 class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
@@ -89,7 +94,7 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         dataset_meta: Any = None,
         saved: dict[str, Any] | None = None,
         pretrained: bool = False,
-        statistics: Callable[[], bounds.Statistics | None] = lambda: None,
+        statistics: Callable[[], Normalisation | None] = lambda: None,
     ) -> "PI0Policy":
         """A policy whose weights are on the `meta` device, in their final dtypes: fill them in, then call `finish`.
 
@@ -97,7 +102,7 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
             config, dataset_stats, dataset_meta: as for `PI0Policy()`.
             saved: what the checkpoint's `lerobot_pi0.json` says.
             pretrained: whether the VLM will get trained weights, which decides what is frozen by default.
-            statistics: reads the checkpoint's statistics; called if an option needs them and no dataset is given.
+            statistics: reads what the checkpoint's processors do; called if an option needs it and no dataset is given.
 
         Raises:
             ValueError: options, features or statistics do not go together.
@@ -113,18 +118,19 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         dataset_meta: Any,
         saved: dict[str, Any],
         pretrained: bool,
-        statistics: Callable[[], bounds.Statistics | None] = lambda: None,
+        statistics: Callable[[], Normalisation | None] = lambda: None,
     ) -> None:
         if not isinstance(config, PI0Config):
             raise TypeError(f"config is a {type(config).__name__}, expected lerobot_pi0.PI0Config")
         super().__init__(config)
+        leave_out_depth(config)
         config.validate_features()
         trains = dataset_stats is not None or dataset_meta is not None
         self._expert_only_asked = config.train_expert_only is True  # by the user, and not because the VLM is pretrained
         resolve(config, saved, pretrained)
         stats = dataset_stats if dataset_stats is not None else getattr(dataset_meta, "stats", None)
-        known = statistics if stats is None else lambda: stats
-        narrow_padded(config, known)
+        known = statistics if stats is None else lambda: Normalisation.of(config, stats)
+        narrow_padded(config, lambda: getattr(known(), "statistics", None))
         if trains:
             check_dataset(config, stats, dataset_meta)
         limits = bounds.make_bounds(config, known)
@@ -134,8 +140,7 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         self._run = Run(config)
         self._run.prepare(self.model, trains)
         if config.vlm_quantization:  # DDP cannot send rounded weights; peft puts a prefix before their names
-            names = list(rounding.layers(self))
-            self._ddp_params_and_buffers_to_ignore = [*names, *(f"base_model.model.{name}" for name in names)]
+            self._ddp_params_and_buffers_to_ignore = [f"{x}{name}" for name in rounding.layers(self) for x in PREFIXES]
         self.observe = ObservationMaker(config)
         sampler = Sampler(config.compile_mode if config.compile_model else None, config.cuda_graphs)
         self.objective = Objective(config, self.observe, sampler, self._run.autocast)
@@ -184,8 +189,7 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         checkpoint = Checkpoint.open(pretrained_name_or_path, **{k: kwargs[k] for k in HUB_OPTIONS if k in kwargs})
         config = checkpoint.config() if config is None else config
         trains = dataset_stats is not None or dataset_meta is not None
-        saved = checkpoint.settle(config, replaced=trains)
-        checkpoint.settle_processors(config, dataset_meta, trains)
+        saved = checkpoint.settle(config, dataset_meta, trains)
         statistics = partial(checkpoint.normalisation, config)  # read only if a bound needs them
         policy = cls.empty(config, dataset_stats, dataset_meta, saved, True, statistics)  # type: ignore[arg-type]
         parameters = dict(policy.named_parameters())

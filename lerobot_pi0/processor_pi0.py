@@ -14,7 +14,7 @@ from .configuration_pi0 import PI0Config
 from .inputs.finite import FiniteAbsoluteStep
 from .inputs.joints import check_relative_names
 from .inputs.statistics import check_statistics
-from .inputs.steps import AnchoredRelativeStep, PI0TokenizerStep, PromptStep
+from .inputs.steps import AnchoredRelativeStep, CheckedNormalizerStep, PI0TokenizerStep, PromptStep
 
 
 def make_pi0_pre_post_processors(
@@ -47,7 +47,7 @@ def make_pi0_pre_post_processors(
             _tokenizer_step(config),
             steps.to_device,
             relative,
-            steps.normalize,
+            CheckedNormalizerStep.of(steps.normalize),
         ],
         output_steps=[
             steps.unnormalize,

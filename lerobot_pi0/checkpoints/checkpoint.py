@@ -101,13 +101,14 @@ class Checkpoint:
         content = self.source.read_json(PLUGIN_CONFIG_NAME)
         return {} if content is None else decode_saved(content, self.source.place)
 
-    def settle(self, config: PreTrainedConfig, replaced: bool = False) -> dict[str, Any]:
+    def settle(self, config: PreTrainedConfig, meta: Any = None, trains: bool = False) -> dict[str, Any]:
         """Bring the options of a run together with the checkpoint: what it has decided for good overrules `config`.
 
         Args:
             config: options of the run, which LeRobot may have parsed. With `use_peft` and a `pretrained_path`, this
                 checkpoint is the base of the adapter there, and the run's own options lie beside the adapter.
-            replaced: as for `check_processors`, which is called here: LeRobot builds its pipelines after the policy.
+            meta, trains: as for `settle_processors`, which is called here, after the processors are checked: LeRobot
+                builds its pipelines after the policy.
 
         Returns:
             What this plugin saved, as `saved`, with the options of the run's own folder.
@@ -118,7 +119,7 @@ class Checkpoint:
         self.raw_config()
         saved = self.saved()
         run = self.of_run(config)
-        run.check_processors(config, replaced)
+        run.check_processors(config, replaced=trains)
         if not saved and (Path(self.source.place).resolve().parent / TRAINING_STATE_DIR).is_dir():
             logger.warning(
                 "%s was trained by LeRobot's built-in π₀: its weights are loaded, but the run cannot be resumed, as "
@@ -136,6 +137,7 @@ class Checkpoint:
                     "(examples/merge_adapter.py), or leave the option out"
                 )
             self._overrule(config, saved)
+        self.settle_processors(config, meta, trains)
         return saved
 
     def settle_processors(self, config: PreTrainedConfig, meta: Any, trains: bool) -> None:
@@ -341,8 +343,8 @@ class Checkpoint:
     def _refuse_adapter(self) -> None:
         if self.source.file(ADAPTER_CONFIG_NAME) is not None:
             raise WrongPolicyError(
-                f"{self} holds a PEFT adapter, not a model: load it through LeRobot (--policy.path={self}), which "
-                "loads the base that the adapter names first"
+                f"{self} holds a PEFT adapter, not a model. LeRobot's commands and `lerobot-pi0 serve` load it over "
+                "its base; in code, call lerobot.policies.make_policy, or merge the two (examples/merge_adapter.py)"
             )
 
     def _adapts_vlm(self) -> bool:

@@ -19,34 +19,30 @@ from torch import Tensor
 
 from ..configuration_pi0 import PI0Config
 from ..network.pi0 import Observation
+from .samples import IS_PAD, ObservationError, has_state
 
 logger = logging.getLogger(__name__)
-
-
-IS_PAD = f"{ACTION}_is_pad"
-"""LeRobot's name for: which steps of a chunk are beyond the end of the episode."""
-
-
-class ObservationError(ValueError):
-    """A batch that the policy cannot take; the message names the key, what was found and the way out."""
 
 
 Augment = Callable[[Tensor, list[str], list[int] | None], Tensor]
 """(images (B, N, C, H, W) in [0, 1], keys of the cameras, index of each sample in its dataset) -> images."""
 
 
-def resize_with_pad(images_BCHW: Tensor, side: int) -> Tensor:
-    """Scale into a square of `side` pixels without distortion; the rest is black. Values stay in [0, 1].
+def resize_with_pad(images_BCHW: Tensor, side: int, antialias: bool = False) -> Tensor:
+    """Scale into a square of `side` pixels without distortion, centred; the rest is black. Values stay in [0, 1].
 
-    Bilinear without antialiasing and centred, as openpi's `resize_with_pad_torch`, so that published
-    checkpoints see what they were trained on.
+    Args:
+        antialias: average all pixels that a smaller picture's pixel covers, as openpi's training (`resize_with_pad`
+            of its image_tools). False interpolates between the nearest four, as `resize_with_pad_torch` in LeRobot and
+            in openpi's PyTorch model.
     """
     height, width = images_BCHW.shape[-2:]
     if (height, width) == (side, side):
         return images_BCHW
     ratio = max(height, width) / side
     size = (int(height / ratio), int(width / ratio))
-    images = F.interpolate(images_BCHW, size=size, mode="bilinear", align_corners=False).clamp(0, 1)
+    images = F.interpolate(images_BCHW, size=size, mode="bilinear", align_corners=False, antialias=antialias)
+    images = images.clamp(0, 1)
     top, left = (side - size[0]) // 2, (side - size[1]) // 2
     return F.pad(images, (left, side - size[1] - left, top, side - size[0] - top))
 
@@ -82,8 +78,8 @@ class ObservationMaker:
         Raises:
             ObservationError: a key is missing, has the wrong shape, or holds values out of range.
         """
-        state = self._vector(batch, OBS_STATE, (self.config.max_state_dim, "max_state_dim"), device)
         cameras = self._cameras(batch, device)
+        state = self._state(batch, len(next(iter(cameras.values()))), device)
         tokens, mask = self._prompt(batch, len(state), device)
         for key, image in cameras.items():
             if len(image) != len(state):
@@ -107,7 +103,8 @@ class ObservationMaker:
         augment: Callable[[Tensor, list[str]], Tensor] | None = None,
     ) -> Observation:
         """An observation from images (B, 3, H, W) in [0, 1] and all that is in order; looks at no value."""
-        images = torch.stack([resize_with_pad(x, self.config.image_size) for x in cameras.values()], dim=1)
+        side, antialias = self.config.image_size, self.config.image_resize == "openpi"
+        images = torch.stack([resize_with_pad(x, side, antialias) for x in cameras.values()], dim=1)
         if augment is not None:
             images = augment(images, list(cameras))
         return Observation(
@@ -147,17 +144,29 @@ class ObservationMaker:
             raise ObservationError(f"{IS_PAD!r} has shape {tuple(padded.shape)}, expected (batch, steps) = {shape}")
         return ~padded.to(device, torch.bool)
 
+    def _state(self, batch: Mapping[str, Any], batch_size: int, device: torch.device) -> Tensor:
+        """The state; zeros for a policy that was trained without."""
+        if has_state(self.config, batch):
+            return self._vector(batch, OBS_STATE, (self.config.max_state_dim, "max_state_dim"), device)
+        self._warn(f"no {OBS_STATE!r} in the batch: the policy acts on pictures and the task alone", "no state")
+        return torch.zeros(batch_size, self.config.max_state_dim, device=device)
+
     def _vector(
         self, batch: Mapping[str, Any], key: str, most: tuple[int, str], device: torch.device, ndim: int = 2
     ) -> Tensor:
         if key not in batch:
             raise ObservationError(f"no {key!r} in the batch, which has {', '.join(map(repr, batch))}")
         x = torch.as_tensor(batch[key])
-        axes = "(batch, dims)" if ndim == 2 else "(batch, steps, dims)"
         if x.ndim != ndim:
-            raise ObservationError(
-                f"{key!r} has shape {tuple(x.shape)}, expected {axes}: the preprocessor adds the batch axis"
+            axes = "(batch, dims)" if ndim == 2 else "(batch, steps, dims)"
+            remedy = (
+                "load the dataset with the delta_timestamps of this config, as lerobot-train does"
+                if key == ACTION
+                else "LeRobot's preprocessor adds the batch axis of a single observation"
+                if x.ndim < ndim
+                else "leave out further axes, such as those of several observation steps"
             )
+            raise ObservationError(f"{key!r} has shape {tuple(x.shape)}, expected {axes}: {remedy}")
         if x.shape[-1] > most[0]:
             raise ObservationError(
                 f"{key!r} has {x.shape[-1]} dims, the network has room for {most[0]} ({most[1]}): train with a "
@@ -187,9 +196,9 @@ class ObservationMaker:
     def _image(self, key: str, x: Tensor) -> Tensor:
         """Channels first, float32, in [0, 1] if the batch keeps LeRobot's contract."""
         if x.ndim != 4 or 3 not in (x.shape[1], x.shape[-1]):
+            remedy = "LeRobot's preprocessor adds the batch axis of a single one" if x.ndim == 3 else "one per sample"
             raise ObservationError(
-                f"{key!r} has shape {tuple(x.shape)}, expected (batch, 3, height, width): RGB images, one per "
-                "sample; the preprocessor adds the batch axis"
+                f"{key!r} has shape {tuple(x.shape)}, expected (batch, 3, height, width): images in RGB; {remedy}"
             )
         if x.shape[1] != 3:
             x = x.permute(0, 3, 1, 2)
@@ -212,9 +221,12 @@ class ObservationMaker:
         task = batch.get("task")
         prompts = [task] if isinstance(task, str) else task or []
         if any(isinstance(p, str) and not p.strip() for p in prompts):
-            raise ObservationError(
-                "'task' is empty: π₀ needs an instruction. Set --dataset.single_task when recording and "
-                "--task in lerobot-rollout, in the words of the training data"
+            self._warn(
+                "'task' is empty, so the policy acts without an instruction, as LeRobot's own π₀ does. Give one in the "
+                "words of the training data: --task in lerobot-rollout and in the robot's client, "
+                "--dataset.single_task when recording. lerobot-eval takes it from the environment, and some, such as "
+                "PushT, have none",
+                "empty task",
             )
         return tokens, mask
 

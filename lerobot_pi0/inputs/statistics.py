@@ -12,6 +12,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from ..configuration_pi0 import PI0Config
 from .features import log_cameras, name_unread
 from .joints import check_pairing, check_relative_names, names_in_config, relative_mask, take_names
+from .samples import has_state
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,16 @@ def check_dataset(config: PI0Config, stats: Mapping[str, Mapping[str, Any]] | No
     name_unread(config, getattr(meta, "features", None) or {})
     if meta is not None and not config.pretrained_path:
         log_cameras(config, getattr(meta, "camera_keys", []), {})
+    recorded = getattr(meta, "features", None) or stats or {}
+    if config.use_relative_actions and OBS_STATE not in recorded:
+        raise ValueError(
+            f"use_relative_actions=true needs {OBS_STATE!r}, which the dataset does not have: set it to false"
+        )
+    if OBS_STATE in recorded and not has_state(config, stats or {}):
+        raise ValueError(
+            f"no statistics of {OBS_STATE!r}, which the dataset has: `lerobot-edit-dataset --operation.type "
+            "recompute_stats` makes them"
+        )
     check_statistics(config, stats)
     check_relative_statistics(config, stats or {}, meta)
 
@@ -58,6 +69,9 @@ def check_statistics(config: PI0Config, stats: Mapping[str, Mapping[str, Any]] |
     for key, feature in features.items():
         mode = config.normalization_mapping.get(feature.type.value, NormalizationMode.IDENTITY)
         if mode is NormalizationMode.IDENTITY or feature.type is FeatureType.VISUAL:
+            continue
+        if key == OBS_STATE and not has_state(config, stats or {}):
+            logger.warning("there is no %r: the policy learns from pictures and the task alone", OBS_STATE)
             continue
         names = STATISTICS[mode]
         found = (stats or {}).get(key, {})

@@ -5,20 +5,27 @@ checkpoint is state. In pipelines of π₀, `pipelines` puts `STEPS` where their
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from lerobot.configs import FeatureType
 from lerobot.lerobot_types import EnvTransition, TransitionKey
 from lerobot.policies.pi0.processor_pi0 import Pi0NewLineProcessor
-from lerobot.processor import ProcessorStep, RelativeActionsProcessorStep, TokenizerProcessorStep
+from lerobot.processor import (
+    NormalizerProcessorStep,
+    ProcessorStep,
+    RelativeActionsProcessorStep,
+    TokenizerProcessorStep,
+)
 from lerobot.utils.constants import OBS_STATE
 from torch import Tensor
 
 from ..configuration_pi0 import BYTE_TOKENIZER, PALIGEMMA_TOKENIZER
 from .finite import FiniteAbsoluteStep
+from .samples import ObservationError, check_sample, restore_dims
 
 TOKENIZER = "tokenizer_processor"
 """LeRobot's name of the tokenizer step."""
@@ -179,6 +186,11 @@ class PromptStep(Pi0NewLineProcessor):
         self._decided = cleans
         self.cleans = bool(cleans)
 
+    def __call__(self, transition: EnvTransition) -> EnvTransition:
+        """LeRobot's, after what π₀ needs of every sample: this step comes before all that look at the values."""
+        check_sample(transition)
+        return super().__call__(restore_dims(transition))
+
     def complementary_data(self, complementary_data: dict[str, Any]) -> dict[str, Any]:
         task = complementary_data.get("task")
         if self.cleans and isinstance(task, str | list):
@@ -209,6 +221,24 @@ class AnchoredRelativeStep(RelativeActionsProcessorStep):
         return transition
 
 
+class CheckedNormalizerStep(NormalizerProcessorStep):
+    """LeRobot's step, under LeRobot's name, which names a state or an action that is not as long as its statistics."""
+
+    @classmethod
+    def of(cls, step: NormalizerProcessorStep) -> "CheckedNormalizerStep":
+        """The same step, of this class."""
+        return cls(**{x.name: getattr(step, x.name) for x in fields(step) if x.init})
+
+    def _apply_transform(self, tensor: Tensor, key: str, feature_type: FeatureType, **kwargs: Any) -> Tensor:
+        lengths = {len(x) for x in self._tensor_stats.get(key, {}).values() if x.ndim == 1 and len(x) > 1}
+        if feature_type in (FeatureType.STATE, FeatureType.ACTION) and lengths - {tensor.shape[-1]}:
+            raise ObservationError(
+                f"{key!r} has {tensor.shape[-1]} dims, and the statistics that it is normalised with have "
+                f"{max(lengths)}: this is another robot, or another order of joints, than the policy was trained for"
+            )
+        return super()._apply_transform(tensor, key, feature_type, **kwargs)
+
+
 class Anchor:
     """The state to which the actions of the chunk that is being executed are relative."""
 
@@ -235,5 +265,6 @@ STEPS: dict[str, type[ProcessorStep]] = {
     "pi0_new_line_processor": PromptStep,
     "relative_actions_processor": AnchoredRelativeStep,
     "absolute_actions_processor": FiniteAbsoluteStep,
+    "normalizer_processor": CheckedNormalizerStep,
 }
 """The steps of this plugin by the names of LeRobot's, in whose place they stand in pipelines of π₀."""

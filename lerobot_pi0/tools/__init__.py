@@ -52,7 +52,8 @@ def usage() -> str:
 def parse(options: type, args: list[str], prog: str) -> Any:
     """Parse the options of a verb, which are written as for LeRobot's commands.
 
-    `--policy.path` fills the field `policy` from a checkpoint, as in LeRobot; `--flag` means `--flag=true`.
+    `--policy.path` fills the field `policy` from a checkpoint, as in LeRobot; where that field is a list, it gets the
+    `--policy.*` options, for a checkpoint that is named later. `--flag` means `--flag=true`.
 
     Raises:
         DecodingError: the value of an option is not valid.
@@ -61,12 +62,38 @@ def parse(options: type, args: list[str], prog: str) -> Any:
     flags = {f"--{field.name}" for field in fields(options) if field.type is bool}
     args = [f"{arg}=true" if arg in flags else arg for arg in args]
     path = parser.get_path_arg("policy", args)
+    if any(field.name == "policy" and field.type == list[str] for field in fields(options)):
+        return _parse_list(options, args, path, prog)
     parsed: Any = draccus.parse(options, args=parser.filter_path_args("policy", args), prog=prog)
     if path is not None:
-        Checkpoint.open(path).config()  # explains what is wrong with it; LeRobot's parser raises many kinds of errors
-        parsed.policy = PreTrainedConfig.from_pretrained(path, cli_overrides=parser.get_cli_overrides("policy", args))
-        parsed.policy.pretrained_path = path
+        parsed.policy = read_config(path, parser.get_cli_overrides("policy", args) or [])
     return parsed
+
+
+def _parse_list(options: type, args: list[str], path: str | None, prog: str) -> Any:
+    if path is not None:
+        raise ToolError("--policy.path is the client's to give, as --pretrained_name_or_path: leave it out here")
+    overrides = parser.get_cli_overrides("policy", args) or []
+    for name in [override.removeprefix("--").split("=")[0] for override in overrides]:
+        args = parser.filter_arg(f"policy.{name}", args)
+    parsed: Any = draccus.parse(options, args=args, prog=prog)
+    parsed.policy = overrides
+    return parsed
+
+
+def read_config(path: str, overrides: list[str]) -> Any:
+    """The options of a checkpoint, as LeRobot's commands read them with `--policy.path`.
+
+    Args:
+        overrides: options in place of the checkpoint's, such as `--device=cpu`.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is not π₀'s.
+    """
+    Checkpoint.open(path).config()  # explains what is wrong with it; LeRobot's parser raises many kinds of errors
+    config: Any = PreTrainedConfig.from_pretrained(path, cli_overrides=overrides)
+    config.pretrained_path = path
+    return config
 
 
 def main(args: Sequence[str] | None = None) -> int:

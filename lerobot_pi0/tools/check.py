@@ -28,6 +28,7 @@ from ..configuration_pi0 import PI0Config
 from ..inputs.features import narrow_padded
 from ..inputs.joints import take_names
 from ..inputs.pipelines import rename_cameras, run_of
+from ..inputs.samples import leave_out_depth
 from ..inputs.steps import PI0TokenizerStep, TokenizerError, load_tokenizer
 from . import ToolError
 from .checks import CHECKS, NEED_FRAMES
@@ -87,6 +88,7 @@ def check(options: Options) -> Iterable[Finding]:
     keeps_features = bool(config.input_features)
     if not keeps_features:  # as LeRobot's make_policy does
         config.input_features = {key: x for key, x in features.items() if x.type is not FeatureType.ACTION}
+    leave_out_depth(config)
     config.output_features = {key: x for key, x in features.items() if x.type is FeatureType.ACTION}
     config.action_feature_names = None
     take_names(config, dataset.meta)

@@ -8,6 +8,8 @@ The source is a folder of openpi's JAX training or releases (`params/`, `assets/
 
 - openpi normalises with (x - mean) / (std + 1e-6), LeRobot with 1e-8: the preprocessor written here carries 1e-6.
   Back, openpi computes x·(std + 1e-6) + mean and LeRobot x·std + mean: 1e-6 of an action's unit, which is left.
+- openpi antialiases pictures when it shrinks them, LeRobot does not: the checkpoint says image_resize=openpi, which
+  this plugin obeys and LeRobot's own π₀ does not know.
 - openpi cleans a prompt (strip, "_" and newlines to spaces) and appends a newline; LeRobot's π₀ only appends. Give
   prompts as clean text.
 - openpi's robot adapters (such as the flipped joints of its ALOHA) and delta actions are code in openpi's config, and
@@ -201,6 +203,7 @@ def make_config(source: OpenpiCheckpoint, options: Options, stats: dict[str, dic
             n_action_steps=options.n_action_steps or chunk,
             dtype=options.dtype or _dtype(source),
             text_tokenizer_name=options.text_tokenizer_name,
+            image_resize="openpi",
             use_relative_actions=options.use_relative_actions,
             relative_exclude_joints=options.relative_exclude_joints,
             action_feature_names=options.action_feature_names,

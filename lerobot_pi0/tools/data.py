@@ -58,7 +58,10 @@ def open_meta(options: DatasetOptions, whole: bool = True) -> FolderMetadata:
     root = options.root or home
     meta = FolderMetadata(options.repo_id, root if is_folder(root) else _download(options, whole))
     if missing := [key for key in (OBS_STATE, ACTION) if key not in meta.features]:
-        raise ToolError(f"{options.repo_id} has no {' and no '.join(missing)}, which π₀ learns from")
+        raise ToolError(
+            f"{options.repo_id} has no {' and no '.join(missing)}, which this command compares (lerobot-train learns "
+            "without a state, and not without actions)"
+        )
     return meta
 
 

@@ -212,14 +212,6 @@ REFUSED = {
         lambda b: b | {OBS_LANGUAGE_ATTENTION_MASK: torch.arange(12) < torch.tensor([[4], [0]])},
         ["no tokens", "'task'"],
     ),
-    "empty task": (
-        lambda b: b | {"task": ["pick the cube\n", "  \n"]},
-        ["'task' is empty", "--task", "single_task"],
-    ),
-    "empty task, not in a list": (
-        lambda b: b | {"task": "\n"},
-        ["'task' is empty"],
-    ),
 }  # fmt: skip
 
 

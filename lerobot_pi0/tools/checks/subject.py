@@ -74,8 +74,10 @@ class Subject:
 
     @cached_property
     def cameras(self) -> dict[str, str]:
-        """The dataset's cameras: their keys, by the keys that the policy knows them under."""
-        return {self.rename_map.get(key, key): key for key in self.dataset.cameras}
+        """The dataset's cameras, depth maps apart: their keys, by the keys that the policy knows them under."""
+        features = self.dataset.meta.features
+        colours = [key for key in self.dataset.cameras if 1 not in features[key]["shape"]]
+        return {self.rename_map.get(key, key): key for key in colours}
 
     def vectors(self) -> Iterator[tuple[str, np.ndarray, NormalizationMode]]:
         """State and actions as they are normalised: key, values (N, D), mode."""

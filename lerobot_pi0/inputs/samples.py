@@ -1,0 +1,91 @@
+"""Features of a dataset or robot that LeRobot hands on in a form which π₀ does not take: depth maps, scalars, arrays.
+
+Axes: B batch, T steps of a chunk, D = 1 dim.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from lerobot.configs import FeatureType
+from lerobot.lerobot_types import EnvTransition, TransitionKey
+from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
+from torch import Tensor
+
+from ..configuration_pi0 import PI0Config
+
+logger = logging.getLogger(__name__)
+
+IS_PAD = f"{ACTION}_is_pad"
+"""LeRobot's name for: which steps of a chunk are beyond the end of the episode."""
+
+
+class ObservationError(ValueError):
+    """A batch that the policy cannot take; the message names the key, what was found and the way out."""
+
+
+def leave_out_depth(config: PI0Config) -> None:
+    """Take cameras with one channel, depth maps, out of the config's input features: π₀ was trained on colours."""
+    features = config.input_features or {}
+    depth = [key for key, x in features.items() if x.type is FeatureType.VISUAL and 1 in (x.shape[0], x.shape[-1])]
+    if depth:
+        logger.warning("depth cameras are left out, as π₀ takes colours: %s", ", ".join(depth))
+        config.input_features = {key: x for key, x in features.items() if key not in depth}
+
+
+def has_state(config: PI0Config, names: Mapping[str, Any]) -> bool:
+    """Whether there is a state, by the names of features or statistics.
+
+    LeRobot puts a feature of `max_state_dim` dims where a dataset has no state, so that one may be absent.
+    """
+    feature = (config.input_features or {}).get(OBS_STATE)
+    return OBS_STATE in names or feature is None or tuple(feature.shape) != (config.max_state_dim,)
+
+
+def restore_dims(transition: EnvTransition) -> EnvTransition:
+    """Give states and actions of one dim their axis back: LeRobot reads such features as scalars.
+
+    States come as (B,), which LeRobot's step before this one makes (1, B), and chunks as (B, T); LeRobot's
+    `action_is_pad` tells them from single actions of T dims.
+    """
+    changed: Any = dict(transition)
+    observation, action = transition.get(TransitionKey.OBSERVATION) or {}, transition.get(TransitionKey.ACTION)
+    state = observation.get(OBS_STATE)
+    if isinstance(state, Tensor):
+        samples = [len(x) for key, x in observation.items() if key.startswith(OBS_IMAGES) and _is_batch(x)]
+        if state.ndim == 0:
+            state = state.reshape(1, 1)
+        elif samples and state.ndim == 2 and len(state) == 1 < samples[0] == state.shape[1]:
+            state = state.T
+        changed[TransitionKey.OBSERVATION] = {**observation, OBS_STATE: state}
+    padded = (transition.get(TransitionKey.COMPLEMENTARY_DATA) or {}).get(IS_PAD)
+    steps = 0 if padded is None else len(np.ravel(padded))
+    if isinstance(action, Tensor) and action.ndim == 2 and action.numel() == steps:
+        changed[TransitionKey.ACTION] = action[..., None]
+    return changed
+
+
+def _is_batch(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.ndim == 4
+
+
+def check_sample(transition: EnvTransition) -> None:
+    """Refuse what LeRobot's steps would stumble over, in words of their own.
+
+    Raises:
+        ObservationError: there is no task, or numpy arrays have no batch axis, which LeRobot gives to tensors alone.
+    """
+    task = (transition.get(TransitionKey.COMPLEMENTARY_DATA) or {}).get("task")
+    if task is None:
+        raise ObservationError(
+            "no 'task' in the batch: π₀ takes an instruction. Set batch['task'] = 'put the cube into the box', in the "
+            "words of the training data, or '' where there is none"
+        )
+    for key, x in (transition.get(TransitionKey.OBSERVATION) or {}).items():
+        axes = 2 if key == OBS_STATE else 4 if key.startswith(OBS_IMAGES) else 0
+        if isinstance(x, np.ndarray) and x.ndim < axes:
+            raise ObservationError(
+                f"{key!r} is a numpy array of shape {x.shape}, to which LeRobot's preprocessor adds no batch axis: "
+                "make tensors of the observation with lerobot.policies.utils.prepare_observation_for_inference"
+            )

@@ -1,0 +1,1 @@
+"""Parts of `lerobot-pi0 serve`: what requests may hold, and a server with the chunks of lerobot-rollout."""
