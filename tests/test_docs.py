@@ -50,7 +50,7 @@ ELSEWHERE = {
     ),
     "lerobot-train": "tests/test_registration.py::test_the_commands_run_ours",
     "lerobot-eval": "tests/test_registration.py::test_the_commands_run_ours",
-    "lerobot-edit-dataset": "tests/test_relative.py::test_the_command_makes_what_is_wanted",
+    "lerobot-edit-dataset": "tests/inputs/test_relative.py::test_the_command_makes_what_is_wanted",
     "lerobot-pi0 plan": "tests/tools/test_plan.py::test_the_command",
     "lerobot-pi0 check": "tests/tools/test_check.py::test_memory",
     "lerobot-pi0 serve": "tests/tools/test_serve.py::test_the_command",
