@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 Statistics = Mapping[str, Mapping[str, Any]]
 
 SECONDS_BETWEEN_WARNINGS = 1.0
-"""Bounds that act at every tick of a control loop are logged once a second."""
+"""Bounds may act at every tick of a control loop; warnings are logged at most once a second."""
 
 
 class BoundsError(ValueError):
@@ -38,10 +38,10 @@ class BoundsError(ValueError):
 
 
 def make_bounds(config: PI0Config, statistics: Callable[[], Statistics | None]) -> "ActionBounds | None":
-    """The bounds that the options ask for; None if they ask for none.
+    """The bounds that the options set; None if they set none.
 
     Args:
-        statistics: reads the statistics; not called if no bound is asked for.
+        statistics: reads the statistics; called only if a bound is set.
 
     Raises:
         BoundsError: statistics are missing, or the bounds make no sense with these features.
@@ -77,13 +77,13 @@ class ActionBounds:
         self._last_warning = -SECONDS_BETWEEN_WARNINGS
 
     def _check(self, features: dict[str, Any], modes: dict[Any, NormalizationMode], stats: Statistics) -> None:
-        """Raises CheckpointConfigError (a ValueError) where a bound could not be kept."""
+        """Raises BoundsError where a bound could not be kept."""
         asked = "max_action_step and action_range_margin"
         normalised = {key for key in features if modes[features[key].type] is not NormalizationMode.IDENTITY}
         if missing := sorted((normalised | {ACTION}) - stats.keys()):
             raise BoundsError(
                 f"{asked} are in the robot's units, but the policy has no statistics of {', '.join(missing)}: load a "
-                "checkpoint with its processors, or leave the bounds away"
+                "checkpoint with its processors, or remove these options"
             )
         if self.config.action_range_margin is not None and not {"min", "max"} <= stats[ACTION].keys():
             raise BoundsError(
@@ -98,14 +98,14 @@ class ActionBounds:
             )
 
     def _check_round_trip(self, dims: int, most: float) -> None:
-        """Refuse joints whose bounded action the postprocessor would change: those with a deviation of almost zero."""
+        """Refuse joints with a standard deviation near zero: the postprocessor would change their bounded action."""
         probe = self._units(self._to_units, torch.zeros(1, dims)) + most
         lost = (self._units(self._to_units, self._units(self._normalise, probe)) - probe).abs()[0] > 1e-3 * most
         if lost.any():
             fixed = ", ".join(name for name, x in zip(self.names, lost, strict=True) if x)
             raise BoundsError(
-                f"max_action_step cannot hold {fixed}, which never moved in the data: whatever the policy says, the "
-                "processors send the one value they know. Use the robot's own limit (max_relative_target), or "
+                f"max_action_step cannot hold {fixed}, which never moved in the data: for any action, the processors "
+                "send the one value that was recorded. Use the robot's own limit (max_relative_target), or "
                 "action_range_margin alone"
             )
 
@@ -120,8 +120,8 @@ class ActionBounds:
     def chunk(self, actions_BTA: Tensor, state_BA: Tensor, origin_BA: Tensor | None = None) -> Tensor:
         """A chunk, bounded by where the joints are now and then each action by the one before; all are normalised.
 
-        The range of the data is applied first, then the distance to the measured joints: an arm that stands outside of
-        the data's range moves into it slowly.
+        The range of the data is applied first, then the distance to the measured joints: an arm that stands outside
+        the range of the data moves into it slowly.
         """
         wanted = self._units(self._to_units, actions_BTA)
         bounded = wanted
@@ -145,7 +145,7 @@ class ActionBounds:
         return torch.where(changed, self._units(self._normalise, bounded).to(actions_BTA.dtype), actions_BTA)
 
     def _units(self, step: Any, x: Tensor, observed: bool = False) -> Tensor:
-        """Through LeRobot's (un)normalisation, in float64, which adds nothing to what is compared."""
+        """Apply LeRobot's (un)normalisation in float64, whose rounding is far below what is compared."""
         if observed:
             made = step(create_transition(observation={OBS_STATE: x.double()}))
             return made[TransitionKey.OBSERVATION][OBS_STATE].double()
@@ -156,7 +156,7 @@ class ActionBounds:
             self._acted.setdefault(option, []).append(cut_BTA.abs().flatten(0, -2).cpu())
 
     def _warn(self) -> None:
-        """Log, by joint, what was cut off since the last time."""
+        """Log for each joint how often and how much actions were changed since the last warning."""
         if not self._acted or time.monotonic() - self._last_warning < SECONDS_BETWEEN_WARNINGS:
             return
         for option, cuts in self._acted.items():

@@ -1,8 +1,8 @@
 """Sampling of a chunk: the context once, then a velocity per step of the solver, plain or compiled (`compile_model`).
 
-Functions are compiled, not the policy: they take the network as an argument, are whole graphs without a break, and
-keep their shapes from chunk to chunk. Everything that depends on values (checks, the length of prompts) happens
-before them, in `inputs/observation.py`, or after them.
+What is compiled are two functions, not the policy. They take the network as an argument, are whole graphs without a
+break, and have the same shapes in each chunk. Everything that depends on values (checks, the length of prompts)
+happens before them, in `inputs/observation.py`, or after them.
 
 Axes: B batch, K flow samples, T steps of a chunk, A action dim.
 """
@@ -40,10 +40,10 @@ def velocity(
 
 
 class Sampler:
-    """`context` and `velocity` of a network that each call is given, and `chunk`, which samples with them."""
+    """`context` and `velocity` as functions of the network, plain or compiled, and `chunk`, which samples with them."""
 
     def __init__(self, compile_mode: str | None = None) -> None:
-        """Compile with torch.compile's mode `compile_mode`; None compiles nothing."""
+        """Compile the two functions with torch.compile's mode `compile_mode`; None leaves them plain."""
         self.compiled = compile_mode is not None
         self.context, self.velocity = PI0.context, velocity
         if compile_mode is not None:
@@ -64,7 +64,7 @@ class Sampler:
         """
         self.begin()
         context = self.context(model, obs)
-        if not self.compiled:  # compiled graphs make these cheaply, and may not write into their inputs
+        if not self.compiled:  # compiled graphs compute these cheaply, and may not write into their inputs
             context = self._shared_by_steps(model, context, noise_BKTA, guide)
 
         def embed(time: Tensor) -> Tensor:
@@ -78,9 +78,9 @@ class Sampler:
 
     @staticmethod
     def _shared_by_steps(model: PI0, context: Context, noise_BKTA: Tensor, guide: guidance.Guide | None) -> Context:
-        """The context with what is the same in each step: positions, the mask, and memory for keys and values."""
+        """The context with all that the steps share: positions, the mask, and memory for new keys and values."""
         cache, (samples, steps) = context.cache, noise_BKTA.shape[1:3]
         rope_and_mask = model.rope_and_mask(context, samples, steps, cache[0].keys_BSD.dtype)
-        if guide is None or guide.mode != "vjp":  # vjp differentiates
+        if guide is None or guide.mode != "vjp":  # vjp differentiates, and this memory is overwritten
             cache = preallocate(cache, samples * steps)
         return context._replace(cache=cache, rope_and_mask=rope_and_mask)

@@ -1,4 +1,4 @@
-"""The network of π₀ as two calls: `context` encodes an observation, `velocity` says where noisy actions should go.
+"""The network of π₀ as two calls: `context` encodes an observation, `velocity` moves noisy actions towards data.
 
 Axes: B batch, N cameras, L prompt tokens, S tokens of the context, K flow samples, T steps of a chunk,
 A action dim, W width, H query heads.

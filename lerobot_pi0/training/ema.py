@@ -34,8 +34,8 @@ def check_averaging(use_peft: bool) -> None:
     """
     if obstacle := "adapters" if use_peft else sharding():
         raise ValueError(
-            f"ema_decay does not go together with {obstacle}: what is saved there is not the policy's to choose, so "
-            "the average would be lost. Set --policy.ema_decay=0"
+            f"ema_decay does not go together with {obstacle}: there the policy does not write the checkpoint, and the "
+            "average would be lost. Set --policy.ema_decay=0"
         )
 
 
@@ -66,7 +66,7 @@ class Ema(list[nn.Parameter]):
 
     @torch.no_grad()
     def deploy(self, deployed: bool) -> None:
-        """Put the averages into the parameters, or the weights back; they are exchanged, not copied."""
+        """Put the averages into the parameters, or put the weights back. The two are exchanged, not copied."""
         if self.averages and deployed != self.deployed:
             for i, p in enumerate(self):
                 p.data, self.averages[i] = self.averages[i], p.data
