@@ -18,8 +18,8 @@ and runs the line once, with LeRobot's and torch's own memory.
 
 With `--quantization int8` our VLM is in int8 wherever it is frozen, and the built-in is unchanged (TFLOP then counts
 integer operations too). Each chunk is compared with that of the unrounded VLM, from equal noise. With `--beside
-transformers` chunks are compared with those of transformers' `PI0ForConditionalGeneration`, given cameras that exist and no padding. With
-`--flow-samples K --beside K=1` a step with K draws is compared with one with a single draw.
+transformers` chunks are compared with those of transformers' `PI0ForConditionalGeneration`, given cameras that exist
+and no padding. With `--flow-samples K --beside K=1` a step with K draws is compared with one with a single draw.
 """
 
 import argparse

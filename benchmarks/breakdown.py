@@ -5,8 +5,8 @@
 
 Each part of a chunk is timed while the chunk runs (median over `--repeats`); the whole chunk is also timed without
 these clocks. A part's rate of operations is compared with the machine's rate for products of the VLM's MLP (the shape
-of most of the work). Its rate of reading weights is compared with the rate at which the machine reads memory. Both limits
-are measured in the same run.
+of most of the work). Its rate of reading weights is compared with the rate at which the machine reads memory. Both
+limits are measured in the same run.
 """
 
 import argparse

@@ -151,7 +151,14 @@ class Player:
                 "would be guided to the mean action. Give what this policy's predict_action_chunk returned"
             )
         if cfg.guidance == "trained" and delay > (most := cfg.rtc_training_max_delay or 0):
-            self._warn_of_delay(delay)
+            if not self._warned_of_delay:
+                self._warned_of_delay = True
+                logger.warning(
+                    "a chunk comes %d actions late, the policy was trained for %d: the arm may jerk. Train with a "
+                    "larger rtc_training_max_delay, or give --policy.rtc_guidance=identity",
+                    delay,
+                    most,
+                )
             delay = most
         return guidance.make_guide(
             cfg.guidance,
@@ -162,13 +169,3 @@ class Player:
             rtc.prefix_attention_schedule.value,
             rtc.max_guidance_weight,
         )
-
-    def _warn_of_delay(self, delay: int) -> None:
-        if not self._warned_of_delay:
-            self._warned_of_delay = True
-            logger.warning(
-                "a chunk comes %d actions late, the policy was trained for %d: the arm may jerk. Train with a larger "
-                "rtc_training_max_delay, or give --policy.rtc_guidance=identity",
-                delay,
-                self.config.rtc_training_max_delay,
-            )

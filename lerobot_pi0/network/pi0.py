@@ -42,11 +42,6 @@ class Context(NamedTuple):
     state_B1W: Tensor | None = None  # the state's token, if it is not in the cache but runs with the actions
     rope_and_mask: tuple[Rope, Mask] | None = None  # of the actions, if several velocities share them
 
-    @property
-    def length_B(self) -> Tensor:
-        """Position of the next token."""
-        return self.mask_BS.sum(dim=1)
-
 
 def block_mask(mask_BS: Tensor, samples: int, steps: int, heads: int, with_state: bool = False) -> Tensor:
     """What K samples of T action tokens see: the context where it is not padding, and their own sample.
@@ -175,7 +170,7 @@ class PI0(nn.Module):
         own = F.pad(own + 1, (1, 0)) if with_state else own
         visible = block_mask(context.mask_BS, samples, steps, self.expert.cfg.heads, with_state)
         mask = additive_mask(visible, dtype, samples, shared=int(with_state))
-        return self.expert.rope(context.length_B[:, None] + own), mask
+        return self.expert.rope(context.mask_BS.sum(dim=1, keepdim=True) + own), mask
 
     def embed_time(self, time: Tensor) -> Tensor:
         """The part of the first action MLP layer's output that depends on time alone, with its bias: (*, W).

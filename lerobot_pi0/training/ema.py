@@ -26,19 +26,6 @@ def sharding() -> str | None:
     return str(getattr(kind, "value", kind)) if kind in SHARDED else None
 
 
-def check_averaging(use_peft: bool) -> None:
-    """Refuse to average where a resumed run would not get its averages back.
-
-    Raises:
-        ValueError: there are adapters, whose file peft writes, or the weights are sharded over processes.
-    """
-    if obstacle := "adapters" if use_peft else sharding():
-        raise ValueError(
-            f"ema_decay does not go together with {obstacle}: there the policy does not write the checkpoint, and the "
-            "average would be lost. Set --policy.ema_decay=0"
-        )
-
-
 class Ema(list[nn.Parameter]):
     """The trained parameters and their averages.
 

@@ -1,7 +1,7 @@
 """One training run of a policy: which weights are trained, in which dtypes, how they are averaged and guarded."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from ..configuration_pi0 import PI0Config
 from ..kernels import rounding
 from ..network.pi0 import PI0
-from .ema import Ema, check_averaging, sharding
+from .ema import Ema, sharding
 from .guards import Guards
 from .optimizers import is_8bit
 
@@ -32,7 +32,7 @@ class Run:
     def __init__(self, config: PI0Config) -> None:
         self.config = config
         self._ema: Ema | None = None
-        self._guards = Guards(self._check_optimizer)
+        self.guards = Guards(self._check_optimizer)
         self._sizes: PartSizes | None = None  # counted before training, which may shard the weights
         self._autocasts = self._warned_of_update = False
 
@@ -113,11 +113,15 @@ class Run:
         """The same parameters, with their averages if `ema_decay` is set.
 
         Raises:
-            ValueError: the averages would be lost when the run is resumed.
+            ValueError: there are adapters or sharded weights, whose averages would be lost when the run is resumed.
         """
         if not self.config.ema_decay:
             return trained
-        check_averaging(self.config.use_peft)
+        if obstacle := "adapters" if self.config.use_peft else sharding():
+            raise ValueError(
+                f"ema_decay does not go together with {obstacle}: there the policy does not write the checkpoint, and "
+                "the average would be lost. Set --policy.ema_decay=0"
+            )
         if self._ema is None or [*map(id, self._ema)] != [*map(id, trained)]:
             self._ema = Ema(trained, self.config.ema_decay)
         return self._ema
@@ -146,24 +150,16 @@ class Run:
             )
         return policy.state_dict() | self._ema.deployed_state(policy.named_parameters())
 
-    def check_loss(self, policy: nn.Module, loss: float, per_sample_B: Tensor, batch: Mapping[str, Any]) -> None:
-        """Stop at a loss that is not finite, and before the next step at gradients that are not.
-
-        Raises:
-            DivergedError: the loss is not finite.
-        """
-        self._guards.check_loss(policy, loss, per_sample_B, batch)
-
     def update(self) -> None:
         """After a step of the optimizer: count it, so that the next draws are new, and update the averages."""
-        self._guards.stepped = False
+        self.guards.stepped = False
         self.config.updates += 1
         if self._ema is not None:
             self._ema.update()
 
     def catch_up(self) -> None:
         """Call `update` if the training loop did not; otherwise draws would repeat and averages would not change."""
-        if self._guards.stepped:
+        if self.guards.stepped:
             if not self._warned_of_update:
                 self._warned_of_update = True
                 logger.warning("policy.update() was not called after the optimizer's step, and is called now")

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from lerobot.configs import NormalizationMode
 from lerobot.datasets import LeRobotDataset
-from lerobot.processor import RelativeActionsProcessorStep
 from lerobot.robots import Robot
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from ...configuration_pi0 import PI0Config
+from ...inputs import joints
 from ..data import Columns
 
 ERROR, WARNING, FINE = "error", "warning", "fine"
@@ -77,8 +77,7 @@ class Subject:
 
 def relative_mask(config: PI0Config, dims: int, state_dims: int) -> np.ndarray:
     """Which dims of the actions are relative to the state."""
-    step = RelativeActionsProcessorStep(True, config.relative_exclude_joints, config.action_feature_names)
-    return np.array(step._build_mask(dims)) & (np.arange(dims) < state_dims)
+    return joints.relative_mask(config, dims) & (np.arange(dims) < state_dims)
 
 
 def array(x: Any) -> np.ndarray:
