@@ -7,19 +7,19 @@
     python benchmarks/bench.py --size full --what chunk --pairs 5 --beside transformers
     python benchmarks/bench.py --size full --what step-frozen --flow-samples 8 --beside K=1
 
-Lines: a training step (forward and backward pass, no optimizer) with the VLM frozen or with everything
-trained; a chunk of 50 actions; a tick of the control loop that only takes an action from the queue. Each with
-all three cameras and a full prompt, and with one camera of three and a prompt of 10 tokens.
+The table's lines are: a training step (forward and backward pass, no optimizer) with the VLM frozen or with everything
+trained; a chunk of 50 actions; a tick of the control loop that only takes an action from the queue. Each is measured
+with all three cameras and a full prompt, and with one camera of three and a prompt of 10 tokens.
 
-TFLOP and GiB kept by autograd are counted on tensors without memory. Seconds are medians over pairs of runs
-in turn, and the ratio is the median of the pairs' ratios. In bfloat16 a step runs under autocast, as
-lerobot-train runs it, and each policy stores its weights in the dtypes of its own rules. Peak memory is that of
-a process which builds one policy and runs the line once, LeRobot's and torch's own memory included.
+TFLOP and GiB kept by autograd are counted on fake tensors. Seconds are medians over alternating pairs of runs, and the
+ratio is the median of the pairs' ratios. In bfloat16 a step runs under autocast, as lerobot-train runs it, and each
+policy stores its weights in the dtypes that it chooses itself. Peak memory is that of a process that builds one policy
+and runs the line once, with LeRobot's and torch's own memory.
 
-With `--quantization int8` our VLM is in int8 wherever it is frozen, the built-in as ever (TFLOP are then operations),
-and each chunk is compared with the one over the VLM as it was, from equal noise. With `--beside transformers` chunks
-are compared with those of transformers' `PI0ForConditionalGeneration`, given cameras that exist and no padding. With
-`--flow-samples K --beside K=1` a step with K draws is compared with one with a single draw.
+With `--quantization int8` our VLM is in int8 wherever it is frozen, and the built-in is unchanged (TFLOP then counts
+integer operations too). Each chunk is compared with that of the unrounded VLM, from equal noise. With `--beside
+transformers` chunks are compared with those of transformers' `PI0ForConditionalGeneration`, given cameras that exist
+and no padding. With `--flow-samples K --beside K=1` a step with K draws is compared with one with a single draw.
 """
 
 import argparse
@@ -37,7 +37,7 @@ import measure
 import psutil
 import torch
 from presets import SIZES
-from subjects import CHUNK, SUBJECTS, NoWeights, Policy, RandomWeights, make_batch
+from subjects import CHUNK, SUBJECTS, NoWeights, Policy, RandomWeights, batch_for
 from torch import Tensor
 
 GIB, TERA = 2**30, 1e12
@@ -107,7 +107,7 @@ class Bench:
         return SUBJECTS[subject].build(SIZES[self.size], make, self.dtype, frozen, line.training, **options)
 
     def batch(self, line: Line) -> dict[str, Tensor]:
-        return make_batch(SIZES[self.size], line.cameras, line.prompt, self.batch_size)
+        return batch_for(SIZES[self.size], line.cameras, line.prompt, self.batch_size)
 
     def autocast(self) -> torch.autocast:
         """What accelerate puts around a training step."""
@@ -173,7 +173,7 @@ class Bench:
 
     @torch.no_grad()
     def rounding(self, line: Line) -> str:
-        """How far what is computed over the VLM in int8 is from what is computed over it as it was."""
+        """The difference between results with the VLM in int8 and results with the unrounded VLM."""
         make, batch, shape = functools.cache(RandomWeights()), self.batch(line), (self.batch_size, CHUNK, 32)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         policies = [self.build(OURS, line, make, rounded) for rounded in (True, False)]

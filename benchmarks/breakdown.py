@@ -3,9 +3,10 @@
     python benchmarks/breakdown.py --size full
     python benchmarks/breakdown.py --size full --quantization int8
 
-Times are taken around the parts of one chunk as it runs, the median over `--repeats`; the whole is timed without that
-too. A part's rate is set beside the machine's for products of the VLM's MLP (the shape that most of the work has), and
-what it reads of weights beside the rate at which the machine reads memory, both measured in the same run.
+Each part of a chunk is timed while the chunk runs (median over `--repeats`); the whole chunk is also timed without
+these clocks. A part's rate of operations is compared with the machine's rate for products of the VLM's MLP (the shape
+of most of the work). Its rate of reading weights is compared with the rate at which the machine reads memory. Both
+limits are measured in the same run.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from unittest import mock
 import torch
 from measure import account_inference, seconds
 from presets import SIZES
-from subjects import NoWeights, Ours, RandomWeights, make_batch
+from subjects import NoWeights, Ours, RandomWeights, batch_for
 from torch import Tensor, nn
 
 from lerobot_pi0 import PI0Policy
@@ -61,7 +62,7 @@ class Clock:
         return timed
 
     def within(self, stack: str, call: Callable) -> Callable:
-        """`call`, during which parts are this stack's; what they leave over is its `other`."""
+        """Run `call`, and count parts for this stack; time outside of the parts counts as its `other`."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             before, self.stack = sum(self.seconds.values()), stack
@@ -161,7 +162,7 @@ def limits(size: str, dtype: str, tokens: int, rounded: bool) -> dict[str, float
 def breakdown(options: argparse.Namespace) -> tuple[dict[str, dict[str, float]], dict[str, float], float, int]:
     """Numbers by part, the machine's limits, seconds of the whole without the clock, operations counted by torch."""
     size, rounded = SIZES[options.size], options.quantization is not None
-    batch = make_batch(size, options.cameras, options.prompt)
+    batch = batch_for(size, options.cameras, options.prompt)
     shapes = Ours.build(size, NoWeights(), options.dtype)
     counted = account_inference(lambda: Ours.chunk(shapes, batch))
     policy = Ours.build(size, RandomWeights(), options.dtype, rounded=rounded)

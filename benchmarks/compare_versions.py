@@ -10,8 +10,8 @@ checkpointing, real-time chunking in its three modes, int8. The other version is
 version writes into registries of LeRobot, transformers and draccus is exchanged whenever the other one runs.
 
 `--bench` times a training step with the VLM frozen, a chunk, a tick of the queue and a chunk over an int8 VLM, all in
-bfloat16, in pairs that alternate; then the import, in processes of their own. A ratio is the other version's seconds by
-ours, the median over the pairs: below `--limit` is slower. What both computed is compared bit for bit as well.
+bfloat16, in alternating pairs, and then the import, each in a fresh process. A ratio is the other version's seconds
+divided by ours, the median over the pairs; a ratio below `--limit` counts as slower. Results are compared bit for bit.
 
 The exit status is 1 if anything differs or is slower.
 """
@@ -228,7 +228,7 @@ class Bench:
 
 @torch.no_grad()
 def share(old: nn.Module, new: nn.Module) -> None:
-    """Let weights that nobody trains lie in memory once: both versions have read the same file."""
+    """Let both versions share the memory of frozen weights, which they have read from the same file."""
     theirs = dict(old.named_parameters())
     for name, p in new.named_parameters():
         other = theirs.get(name)

@@ -4,13 +4,14 @@
     python benchmarks/control.py --policy=DIR --what=solvers               # error, success and time by evaluations
     python benchmarks/control.py --policy=DIR --what=replanning            # n_action_steps
 
-A policy that `make demo` trained acts in the simulator, which waits for it; a delay is so many control steps for which
-the arm goes on with what it has. `sync` holds still meanwhile, `none` changes over to the new chunk without guidance,
-the others guide it. `lerobot` is LeRobot's own RTCProcessor around this network.
+A policy that `make demo` trained acts in the simulator, which waits for it. A delay is a number of control steps during
+which the arm executes the old chunk. `sync` stands still during the delay, `none` switches to the new chunk without
+guidance, the others guide it. `lerobot` is LeRobot's own RTCProcessor around this network.
 
-Success is the simulator's, with Wilson's 95 % interval over scenes. The jump at a seam is how far, in degrees, the
-first action of a new chunk is from what the arm was about to be told (mean over joints and seams); jerk is the root
-mean square third difference of commanded joint angles. Axes: B scenes, T steps of a chunk, A joints.
+Success comes from the simulator's state, with Wilson's 95 % interval over scenes. The jump at a seam is the distance,
+in degrees, between the first action of a new chunk and the old chunk's action that it replaces (mean over joints and
+seams). Jerk is the root mean square third difference of commanded joint angles.
+Axes: B scenes, T steps of a chunk, A joints.
 """
 
 import argparse
@@ -235,7 +236,7 @@ def measure_solvers(driver: Driver, every: int, batches: int = 4) -> list[dict]:
 
 
 def evaluations(policy: PI0Policy, run: Callable[[], Any]) -> int:
-    """How often `run` asks the network for a velocity."""
+    """How often `run` evaluates the network's velocity."""
     calls = 0
 
     def count(*_: Any) -> None:

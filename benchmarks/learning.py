@@ -1,15 +1,15 @@
-"""What options of training buy on the demo's task: flow samples, the average of the weights, augmentation.
+"""The effect of options of training on the demo's task: flow samples, the average of the weights, augmentation.
 
     python benchmarks/learning.py --dataset=outputs/demo/reach_2500            # on two cores, about an hour
 
-`lerobot-train` runs as the demo runs it, for each variant and seed, two runs at a time with one core each. `--steps`
-are those of the plain recipe; a variant with K flow samples gets as many as fit into the same time, by LeRobot's own
-measurement of its steps (`updt_s`). Runs and scores that are there already are used again.
+`lerobot-train` runs as in the demo, for each variant and seed, two runs at a time with one core each. `--steps` is the
+number of steps with K = 1. A variant with K flow samples gets as many steps as fit into the same time, by LeRobot's own
+measurement of its steps (`updt_s`). Runs and scores that exist already are used again.
 
-All runs average their weights (`ema_decay`), which changes nothing in training: the weights themselves are what is
-scored, and the average beside them. Scored are five checkpoints of each run on held-out episodes: the flow-matching
+All runs average their weights (`ema_decay`), which does not change the training: both the weights and the average are
+scored. Five checkpoints of each run are scored on held-out episodes: the flow-matching
 loss from fixed draws, and the mean squared error of sampled chunks in units of the actions' variance, over all frames
-and over the first frames of episodes, where only pictures and words tell what to do. Success is that of the last
+and over the first frames of episodes, where only images and words tell what to do. Success is that of the last
 checkpoint on scenes that are not in the data.
 """
 

@@ -4,7 +4,8 @@
 
 A policy with random weights is saved once; then each side loads that folder, with the file in the page cache, and
 saves it again. Seconds are those of the calls, without imports; memory is the process's peak. Before each call, free
-memory is used once: where a virtual machine's host makes it at first use, that takes longer than the call.
+memory is allocated once, because a virtual machine's host may provide it only at first use, which takes longer than the
+call.
 """
 
 import argparse
@@ -42,7 +43,7 @@ def options(size: str, dtype: str) -> dict:
 
 
 def prepare(folder: Path) -> None:
-    """Nothing is left to be written, `folder` is in the page cache, and memory for the call has been used before."""
+    """Wait until nothing is left to be written, put `folder` into the page cache, and touch memory for the call."""
     os.sync()
     size = 0
     for file in folder.glob("*.safetensors"):

@@ -111,21 +111,21 @@ def peak_bytes() -> int:
 
 
 def resident_bytes(most: bool = False) -> int:
-    """Memory that this process holds, or the most that it has held since `restart_peak`; on Linux."""
+    """Resident memory of this process, or its peak since `restart_peak`; on Linux."""
     key = "VmHWM" if most else "VmRSS"
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
     return int(line.split()[1]) * 1024
 
 
 def restart_peak() -> None:
-    """Forget the most; on Linux."""
+    """Start a new peak for `resident_bytes`; on Linux."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def give_back_at_once() -> None:
-    """Let every tensor have pages of its own, which the system gets back with it; on Linux with glibc.
+    """Let every tensor have its own pages, which are returned to the system with it; on Linux with glibc.
 
-    By default the heap keeps tensors of up to 32 MiB that are gone, for the next ones.
+    By default the heap keeps the memory of freed tensors of up to 32 MiB for later ones.
     """
     threshold = -3  # M_MMAP_THRESHOLD
     ctypes.CDLL(None).mallopt(threshold, 2**16)
@@ -133,7 +133,7 @@ def give_back_at_once() -> None:
 
 
 def give_back() -> None:
-    """Give memory of what is gone back to the system; on Linux with glibc."""
+    """Return freed memory to the system; on Linux with glibc."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 

@@ -3,10 +3,10 @@
     python benchmarks/plan.py                  # seven configurations of a medium network, minutes
     python benchmarks/plan.py --size full      # two at full size: 14 GiB
 
-Measured is the most memory that the process has resident during its second training step (the first makes the
-optimizer's states), less what was resident before the policy was built. A smaller policy has made a step before that,
-so that libraries are there already. Each tensor is given pages of its own (`measure.give_back_at_once`): otherwise the
-heap keeps some of what is free, by a part that depends on the order of sizes. `--heap` measures with that.
+Measured is the peak of resident memory during the second training step (the first creates the optimizer's states),
+minus the resident memory before the policy was built. A smaller policy takes a step before that, so that libraries are
+loaded already. Each tensor has its own pages (`measure.give_back_at_once`): otherwise the heap keeps freed memory, and
+how much depends on the order of sizes. `--heap` measures without that.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import measure
 import torch
 from lerobot.configs.default import PeftConfig
 from presets import SIZES, presets
-from subjects import Ours, RandomWeights, make_batch, with_weights
+from subjects import Ours, RandomWeights, batch_for, with_weights
 
 from lerobot_pi0 import PI0Policy
 from lerobot_pi0.kernels import rounding
@@ -67,7 +67,7 @@ class Result:
 
     @property
     def deviation(self) -> float:
-        """By which part of what was measured the count is too high."""
+        """How much the count is above the measurement, as a fraction of the measurement."""
         return self.counted / self.measured - 1
 
 
@@ -101,7 +101,7 @@ def trainer(line: Configuration, size: str) -> Callable[[], None]:
     with_weights(policy, RandomWeights(), training=True)
     preset = policy.config.get_optimizer_preset()
     optimizer = preset.build(policy.get_optim_params())
-    batch = make_batch(SIZES[size], line.cameras, batch_size=line.batch)
+    batch = batch_for(SIZES[size], line.cameras, batch_size=line.batch)
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=line.dtype == "bfloat16"):

@@ -1,6 +1,7 @@
-"""Sizes of π₀ for benchmarks and tests: what "gemma_2b" and "gemma_300m" mean, in our presets and in LeRobot's π₀.
+"""Sizes, features and batches for benchmarks and tests, of this π₀ and of LeRobot's.
 
-LeRobot's built-in has its sizes written into its code; here they are patched.
+LeRobot's built-in has the sizes of "gemma_2b" and "gemma_300m" written into its code; here they are patched, in our
+presets too.
 """
 
 import contextlib
@@ -9,6 +10,9 @@ from dataclasses import dataclass
 
 import lerobot.policies.pi0.modeling_pi0 as builtin
 import pytest
+import torch
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 
 import lerobot_pi0.configuration_pi0 as ours
 from lerobot_pi0.network.sizes import (
@@ -20,6 +24,9 @@ from lerobot_pi0.network.sizes import (
     PaliGemmaSize,
     VisionSize,
 )
+
+CAMERAS = ("observation.images.front", "observation.images.left", "observation.images.wrist")
+DIMS = 6
 
 
 @dataclass(frozen=True)
@@ -85,3 +92,32 @@ def presets(size: Size) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         set_presets(patch, size)
         yield
+
+
+def features(cameras=CAMERAS, dims: int = DIMS, size: int = 32) -> dict:
+    """Config arguments for a robot with these cameras and joints."""
+    visual = {key: PolicyFeature(FeatureType.VISUAL, (3, size, size)) for key in cameras}
+    return {
+        "input_features": visual | {OBS_STATE: PolicyFeature(FeatureType.STATE, (dims,))},
+        "output_features": {ACTION: PolicyFeature(FeatureType.ACTION, (dims,))},
+    }
+
+
+def make_batch(
+    seed: int = 0, batch_size: int = 2, cameras=CAMERAS, prompt=(9, 5), dims: int = DIMS, size: int = 32,
+    chunk: int = 50, length: int = 12, vocab_size: int = 300,
+) -> dict:  # fmt: skip
+    """A random batch, as the preprocessor would make it, for either policy.
+
+    Args:
+        prompt: numbers of tokens of the prompts, repeated over the batch; the rest of `length` is padding.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([prompt[i % len(prompt)] for i in range(batch_size)])
+    batch = {key: torch.rand(batch_size, 3, size, size, generator=draw) for key in cameras}
+    return batch | {
+        OBS_STATE: torch.randn(batch_size, dims, generator=draw),
+        ACTION: torch.randn(batch_size, chunk, dims, generator=draw),
+        OBS_LANGUAGE_TOKENS: torch.randint(1, vocab_size, (batch_size, length), generator=draw),
+        OBS_LANGUAGE_ATTENTION_MASK: torch.arange(length) < lengths[:, None],
+    }

@@ -16,10 +16,9 @@ import lerobot.policies.pi0.modeling_pi0 as lerobot_modeling
 import torch
 import torch.nn.functional as F  # noqa: N812
 from accelerate import init_empty_weights
-from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.pi0.configuration_pi0 import PI0Config as BuiltinConfig
-from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
-from presets import Size, presets
+from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
+from presets import CAMERAS, DIMS, Size, features, make_batch, presets
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from transformers import GemmaConfig, PaliGemmaConfig, PI0ForConditionalGeneration, SiglipVisionConfig
@@ -32,8 +31,6 @@ from lerobot_pi0.network import flow
 from lerobot_pi0.network.pi0 import PI0
 from lerobot_pi0.network.sizes import GemmaSize
 
-CAMERAS = ("observation.images.front", "observation.images.left", "observation.images.wrist")
-DIMS = 6
 CHUNK = 50
 PROMPT = 48
 
@@ -71,10 +68,8 @@ class NoWeights:
 
 def _config(cls: type, size: Size, dtype: str, train_expert_only: bool | None, **options):
     side = size.vlm.vision.image_size
-    visual = {key: PolicyFeature(FeatureType.VISUAL, (3, side, side)) for key in CAMERAS}
     return cls(
-        input_features=visual | {OBS_STATE: PolicyFeature(FeatureType.STATE, (DIMS,))},
-        output_features={ACTION: PolicyFeature(FeatureType.ACTION, (DIMS,))},
+        **features(size=side),
         device="cpu",
         dtype=dtype,
         image_resolution=(side, side),
@@ -241,14 +236,7 @@ class Transformers:
 SUBJECTS = {"ours": Ours, "built-in": Builtin, "transformers": Transformers, "K=1": Ours}
 
 
-def make_batch(size: Size, cameras: int = 3, prompt: int = PROMPT, batch_size: int = 1) -> dict[str, Tensor]:
-    """What the preprocessor would hand to either policy: `cameras` of the three, `prompt` of 48 tokens."""
-    draw = torch.Generator().manual_seed(0)
-    side = size.vlm.vision.image_size
-    images = {key: torch.rand(batch_size, 3, side, side, generator=draw) for key in CAMERAS[:cameras]}
-    return images | {
-        OBS_STATE: torch.randn(batch_size, DIMS, generator=draw),
-        ACTION: torch.randn(batch_size, CHUNK, DIMS, generator=draw),
-        OBS_LANGUAGE_TOKENS: torch.randint(1, size.vlm.vocab_size, (batch_size, PROMPT), generator=draw),
-        OBS_LANGUAGE_ATTENTION_MASK: (torch.arange(PROMPT) < prompt).expand(batch_size, -1),
-    }
+def batch_for(size: Size, cameras: int = 3, prompt: int = PROMPT, batch_size: int = 1) -> dict[str, Tensor]:
+    """A random batch at this size: `cameras` of the three, `prompt` of the 48 tokens."""
+    side, words = size.vlm.vision.image_size, size.vlm.vocab_size
+    return make_batch(0, batch_size, CAMERAS[:cameras], (prompt,), DIMS, side, CHUNK, PROMPT, words)

@@ -25,7 +25,7 @@ KEPT = ("paligemma_variant", "action_expert_variant", "max_state_dim", "max_acti
 class Options:
     """Fine-tune a checkpoint, or train the small preset from random weights."""
 
-    # Dataset: a Hub id, or any name where `root` says where it is.
+    # Dataset: a Hub id, or any name if `root` is given.
     dataset: str
     # Folder of the dataset, without a network.
     root: Path | None = None
@@ -44,7 +44,7 @@ class Options:
 @draccus.wrap()
 def main(options: Options) -> None:
     network = TINY
-    if options.start is not None:  # sizes alone: cameras and joints are the dataset's
+    if options.start is not None:  # only sizes: cameras and joints come from the dataset
         start = Checkpoint.open(options.start).config()
         network = {name: getattr(start, name) for name in KEPT} | {"dtype": "bfloat16"}
     policy = PI0Config(**network, pretrained_path=options.start, device=options.device, push_to_hub=False)

@@ -1,9 +1,9 @@
-"""Load a policy and ask it for actions, in the robot's units: what lerobot-rollout does at every tick, without a robot.
+"""Load a policy and compute actions in the robot's units: what lerobot-rollout does at every tick, without a robot.
 
     python examples/load_and_act.py --policy=you/pi0_cubes --dataset=you/cubes --frame=40
 
 The observation is a frame of a dataset; on a robot it is what `robot.get_observation()` returns. The recorded actions
-stand beside the policy's.
+are printed next to the policy's.
 """
 
 from dataclasses import dataclass
@@ -24,13 +24,13 @@ class Options:
 
     # Checkpoint: a Hub id, or a folder such as outputs/train/…/checkpoints/last/pretrained_model.
     policy: str
-    # Dataset whose frame is looked at: a Hub id, or any name where `root` says where it is.
+    # Dataset with the frame: a Hub id, or any name if `root` is given.
     dataset: str
     # Folder of the dataset, without a network.
     root: Path | None = None
     # Which frame.
     frame: int = 0
-    # Where to compute, such as cuda or cpu; by default what the checkpoint says, or what there is.
+    # Device, such as cuda or cpu; by default the checkpoint's, or one that this machine has.
     device: str | None = None
 
 

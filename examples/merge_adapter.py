@@ -1,4 +1,4 @@
-"""Merge a LoRA adapter into the weights it adapts: a checkpoint like any other, to go on from in whatever mode.
+"""Merge a LoRA adapter into the weights it adapts. The result is an ordinary checkpoint, for training in any mode.
 
     python examples/merge_adapter.py --adapter=outputs/train/my_lora/checkpoints/last/pretrained_model --output=merged
 
@@ -33,7 +33,7 @@ def main(options: Options) -> None:
         raise SystemExit(f"{options.output} exists: name a new folder")
     config = PreTrainedConfig.from_pretrained(options.adapter)
     assert isinstance(config, PI0Config)
-    config.use_peft = False  # not what the weights will be
+    config.use_peft = False  # the merged weights have no adapter
     config.take_saved(Checkpoint.open(options.adapter).saved())
     base = PeftConfig.from_pretrained(options.adapter).base_model_name_or_path
     policy = PI0Policy.from_pretrained(base, config=config)

@@ -23,9 +23,9 @@ class Options:
 
     # Folder of the checkpoint, `pretrained_model`.
     policy: Path
-    # Where to: owner/name. The repository is made if there is none.
+    # Repository on the Hub: owner/name. It is created if it does not exist.
     repo_id: str
-    # Whether others may not see it.
+    # Whether the repository is private.
     private: bool = False
 
 

@@ -268,7 +268,7 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction={reduction!r} is not one of mean, none")
         loss, per_sample, info = self.objective.summary(self.losses(batch, noise, time, delay))
-        self._run.check_loss(self, info["loss"], per_sample, batch)
+        self._run.guards.check_loss(self, info["loss"], per_sample, batch)
         if not (self.training or torch.is_grad_enabled()):
             info["chunk_error"] = self.objective.chunk_error(self.model, batch, self._player.sample)
         return (loss if reduction == "mean" else per_sample), info

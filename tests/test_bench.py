@@ -69,7 +69,7 @@ def test_beside_transformers(bench):
 
     policies = [subject.build(size, make) for subject in (subjects.Ours, subjects.Transformers)]
     for cameras, prompt in ((3, 48), (1, 10)):
-        batch, noise = subjects.make_batch(size, cameras, prompt), torch.randn(1, subjects.CHUNK, 32)
+        batch, noise = subjects.batch_for(size, cameras, prompt), torch.randn(1, subjects.CHUNK, 32)
         ours, theirs = (policy.predict_action_chunk(batch, noise=noise) for policy in policies)
         assert (ours - theirs[..., : subjects.DIMS]).norm() < 1e-4 * ours.norm()
 

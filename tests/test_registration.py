@@ -4,13 +4,13 @@ The processes run beside each other, and each answers all that one order of impo
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import write_dataset
+from processes import finish, start
 
 TOOK_OVER = "policy type 'pi0' is lerobot_policy_pi0"
 
@@ -60,26 +60,6 @@ answers["made policy"] = type(policy).__module__
 answers["action names"] = policy.config.action_feature_names
 answers["tokenizer step"] = type(preprocessor.steps[3]).__module__
 """
-
-
-def start(code: str, *arguments: str, **environment: str) -> subprocess.Popen:
-    """A Python process that answers in JSON, in its last line."""
-    program = f"import json\nanswers = {{}}\n{code}\nprint(json.dumps(answers))"
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | environment,
-        cwd=Path(__file__).parent,  # not the root: the package has to be found because it is installed
-    )
-
-
-def finish(process: subprocess.Popen) -> tuple[dict, str]:
-    """What it answered and what it logged."""
-    out, log = process.communicate(timeout=300)
-    assert process.returncode == 0, log[-4000:]
-    return json.loads(out.splitlines()[-1]), log
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from ..inputs.normalisation import Normalisation, Statistics, name_of_bad, probl
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_WARNINGS = 1.0
-"""Bounds that act at every tick of a control loop are logged once a second."""
+"""Bounds may act at every tick of a control loop; warnings are logged at most once a second."""
 
 
 class BoundsError(ValueError):
@@ -82,13 +82,13 @@ class ActionBounds:
         self._last_warning = -SECONDS_BETWEEN_WARNINGS
 
     def _check(self, features: dict[str, Any], modes: dict[Any, NormalizationMode], stats: Statistics) -> None:
-        """Raises CheckpointConfigError (a ValueError) where a bound could not be kept."""
+        """Raises BoundsError where a bound could not be kept."""
         asked = "max_action_step and action_range_margin"
         normalised = {key for key in features if modes[features[key].type] is not NormalizationMode.IDENTITY}
         if missing := sorted((normalised | {ACTION}) - stats.keys()):
             raise BoundsError(
                 f"{asked} are in the robot's units, but the policy has no statistics of {', '.join(missing)}: load a "
-                "checkpoint with its processors, or leave the bounds away"
+                "checkpoint with its processors, or remove these options"
             )
         if self.config.action_range_margin is not None and not {"min", "max"} <= stats[ACTION].keys():
             raise BoundsError(
@@ -103,14 +103,14 @@ class ActionBounds:
             )
 
     def _check_round_trip(self, dims: int, most: float) -> None:
-        """Refuse joints whose bounded action the postprocessor would change: those with a deviation of almost zero."""
+        """Refuse joints with a standard deviation near zero: the postprocessor would change their bounded action."""
         probe = self._units(self._to_units, torch.zeros(1, dims)) + most
         lost = (self._units(self._to_units, self._units(self._normalise, probe)) - probe).abs()[0] > 1e-3 * most
         if lost.any():
             fixed = ", ".join(name for name, x in zip(self.names, lost, strict=True) if x)
             raise BoundsError(
-                f"max_action_step cannot hold {fixed}, which never moved in the data: whatever the policy says, the "
-                "processors send the one value they know. Use the robot's own limit (max_relative_target), or "
+                f"max_action_step cannot hold {fixed}, which never moved in the data: for any action, the processors "
+                "send the one value that was recorded. Use the robot's own limit (max_relative_target), or "
                 "action_range_margin alone"
             )
 
@@ -169,7 +169,7 @@ class ActionBounds:
             )
 
     def _units(self, step: Any, x: Tensor, observed: bool = False) -> Tensor:
-        """Through LeRobot's (un)normalisation, in float64, which adds nothing to what is compared."""
+        """Apply LeRobot's (un)normalisation in float64, whose rounding is far below what is compared."""
         if observed:
             made = step(create_transition(observation={OBS_STATE: x.double()}))
             return made[TransitionKey.OBSERVATION][OBS_STATE].double()
@@ -180,7 +180,7 @@ class ActionBounds:
             self._acted.setdefault(option, []).append(cut_BTA.abs().flatten(0, -2).cpu())
 
     def _warn(self) -> None:
-        """Log, by joint, what was cut off since the last time."""
+        """Log for each joint how often and how much actions were changed since the last warning."""
         if not self._acted or time.monotonic() - self._last_warning < SECONDS_BETWEEN_WARNINGS:
             return
         for option, cuts in self._acted.items():

@@ -56,10 +56,10 @@ class Player:
         """Begin with an empty queue.
 
         Args:
-            observe: makes observations of batches.
-            sampler: makes chunks of what a network says.
+            observe: turns batches into observations.
+            sampler: samples chunks from the network.
             autocast: the context in which the network is called.
-            bounds: what bounds actions; None if nothing does.
+            bounds: limits on actions, if there are any.
         """
         self.config, self._observe, self._sampler, self._autocast = config, observe, sampler, autocast
         self._bounds = bounds
@@ -225,11 +225,18 @@ class Player:
             return None
         if left_over is not None and left_over.numel() and left_over.shape[-1] < self._dims:
             raise ValueError(
-                f"prev_chunk_left_over has {left_over.shape[-1]} dims and the robot {self._dims}: those that "
-                "are missing would be drawn to the mean"
+                f"prev_chunk_left_over has {left_over.shape[-1]} dims and the robot {self._dims}: the missing ones "
+                "would be guided to the mean action. Give what this policy's predict_action_chunk returned"
             )
         if cfg.guidance == "trained" and delay > (most := cfg.rtc_training_max_delay or 0):
-            self._warn_of_delay(delay)
+            if not self._warned_of_delay:
+                self._warned_of_delay = True
+                logger.warning(
+                    "a chunk comes %d actions late, the policy was trained for %d: the arm may jerk. Train with a "
+                    "larger rtc_training_max_delay, or give --policy.rtc_guidance=identity",
+                    delay,
+                    most,
+                )
             delay = most
         return guidance.make_guide(
             cfg.guidance,
@@ -240,13 +247,3 @@ class Player:
             rtc.prefix_attention_schedule.value,
             rtc.max_guidance_weight,
         )
-
-    def _warn_of_delay(self, delay: int) -> None:
-        if not self._warned_of_delay:
-            self._warned_of_delay = True
-            logger.warning(
-                "a chunk comes %d actions late, the policy was trained for %d: seams may jerk. Train with a larger "
-                "rtc_training_max_delay, or give --policy.rtc_guidance=identity",
-                delay,
-                self.config.rtc_training_max_delay,
-            )

@@ -1,8 +1,8 @@
 """Sampling of a chunk: the context once, then a velocity per step of the solver, plain or compiled (`compile_model`).
 
-Functions are compiled, not the policy: they take the network as an argument, are whole graphs without a break, and
-keep their shapes from chunk to chunk. Everything that depends on values (checks, the length of prompts) happens
-before them, in `inputs/observation.py`, or after them.
+What is compiled are two functions, not the policy. They take the network as an argument, are whole graphs without a
+break, and have the same shapes in each chunk. Everything that depends on values (checks, the length of prompts)
+happens before them, in `inputs/observation.py`, or after them.
 
 Axes: B batch, K flow samples, T steps of a chunk, A action dim.
 """
@@ -54,7 +54,7 @@ def velocity(
 
 
 class Sampler:
-    """`context` and `velocity` of a network that each call is given, and `chunk`, which samples with them."""
+    """`context` and `velocity` as functions of the network, plain or compiled, and `chunk`, which samples with them."""
 
     def __init__(self, compile_mode: str | None = None, cuda_graphs: bool | None = False) -> None:
         """Decide how the network is called.
@@ -142,9 +142,9 @@ class Sampler:
 
     @staticmethod
     def _shared_by_steps(model: PI0, context: Context, noise_BKTA: Tensor, guide: guidance.Guide | None) -> Context:
-        """The context with what is the same in each step: positions, the mask, and memory for keys and values."""
+        """The context with all that the steps share: positions, the mask, and memory for new keys and values."""
         cache, (samples, steps) = context.cache, noise_BKTA.shape[1:3]
         rope_and_mask = model.rope_and_mask(context, samples, steps, cache[0].keys_BSD.dtype)
-        if guide is None or guide.mode != "vjp":  # vjp differentiates
+        if guide is None or guide.mode != "vjp":  # vjp differentiates, and this memory is overwritten
             cache = preallocate(cache, samples * steps)
         return context._replace(cache=cache, rope_and_mask=rope_and_mask)

@@ -1,6 +1,6 @@
 """Faster forms of the network's layers. π₀ runs and is right without them.
 
-`install` replaces layers by faster subclasses; parameters and their names stay. A new processor is a new file here.
+`install` replaces layers by faster subclasses; parameters and their names stay. Other hardware gets a file of its own.
 
 What acts on the whole process, and not on one model:
 

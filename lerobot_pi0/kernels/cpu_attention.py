@@ -1,8 +1,8 @@
 """Blockwise attention in bfloat16 on CPUs, with its backward pass.
 
-torch's fused attention multiplies bfloat16 at a fifth of the rate of plain matrix products on CPUs. Where those are
-fast, scores, softmax and weighted sum are computed one after the other, for a block of queries at a time. Elsewhere
-attention stays torch's.
+On CPUs, torch's fused attention in bfloat16 has a fifth of the rate of plain matrix products. Where these are fast
+in bfloat16, scores, softmax and weighted sum are computed one after the other, for a block of queries at a time.
+Elsewhere torch's attention is used.
 
 Axes: B batch, H heads, Q queries, P keys of earlier calls, N keys of this one, S keys of both, D head dim.
 """
@@ -87,7 +87,7 @@ class _Blockwise(torch.autograd.Function):
     def backward(ctx: Any, grad_BQD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, past_k, past_v, bias, out = ctx.saved_tensors
         past = 0 if past_k is None else past_k.shape[1]
-        trained = past if any(ctx.needs_input_grad[3:5]) else 0  # keys of the past that need a gradient: all or none
+        trained = past if any(ctx.needs_input_grad[3:5]) else 0  # how many keys of the past need a gradient
         common, scale = trained + ctx.shared, q.shape[-1] ** -0.5
         dq = torch.empty_like(q)
         dk, dv = (x.new_zeros(len(x), trained + x.shape[1], x.shape[2], dtype=torch.float32) for x in (k, v))

@@ -57,7 +57,7 @@ class Linear(nn.Linear):
 def is_inference(x: Tensor) -> bool:
     """Whether this is a bfloat16 tensor on a CPU that is neither differentiated nor traced.
 
-    A layer may then change its output in place, and saves fresh memory, which the system hands out slowly.
+    A layer may then change its output in place. This saves fresh memory, which the system provides slowly.
     """
     plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and plain
@@ -91,10 +91,10 @@ def gated(gate: nn.Module, up: nn.Module, x: Tensor) -> Tensor:
 
 
 def can_fuse(layer: nn.Module, x: Tensor) -> bool:
-    """Whether oneDNN can apply GELU or the gate to a product while its numbers are at hand, as torch.compile does.
+    """Whether oneDNN can fuse GELU or the gate with the product, as torch.compile does.
 
-    On their own they take a seventh of the time of the VLM's MLP, mostly to read memory. Not for a layer of another
-    class (an adapter around ours), nor for what is differentiated, traced or counted.
+    As separate operations they take a seventh of the time of the VLM's MLP, mostly to read memory. False for a layer
+    of another class (an adapter around ours), and where the layer is differentiated, traced or counted.
     """
     return type(layer) is Linear and is_inference(x) and fast_in_bfloat16(layer.weight, x)
 
@@ -105,7 +105,7 @@ def _for_onednn(layer: nn.Module) -> Any:
 
 
 HIDDEN = 2**22
-"""Numbers between the layers of Gemma's MLP at a time: more of them would be fresh memory from the system each time."""
+"""Most hidden activations of Gemma's MLP at a time: for more, the system provides fresh memory at each call."""
 
 
 class GemmaMLP(gemma.MLP):
@@ -130,11 +130,11 @@ class SiglipMLP(siglip.MLP):
 
 @contextlib.contextmanager
 def packed(module: nn.Module) -> Iterator[None]:
-    """Let the linear layers of `module` read copies of their weights in the order in which oneDNN multiplies them.
+    """Let the linear layers of `module` use copies of their weights, packed in the order in which oneDNN reads them.
 
-    Otherwise oneDNN reorders each weight at each product, a third of the time of a product with few tokens. A copy is
-    kept for the next use while the weight's checksum is the same. So a weight that was changed in any way (by an
-    optimizer, a merged adapter, or without autograd's knowledge) is packed again.
+    Without that, oneDNN reorders each weight at each product, which is a third of the time of a product with few
+    tokens. A copy is used again as long as the weight's checksum is the same. So a weight that has changed in any way
+    (by an optimizer, a merged adapter, or without autograd's knowledge) is packed again.
     """
     layers = [m for m in module.modules() if type(m) is Linear and _can_be_packed(m.weight)]
     for layer in layers:

@@ -10,8 +10,8 @@ from ..network.attention import KVCache
 class PreallocatedKVCache(KVCache):
     """Keys and values of a layer, (B, S + T, D), of which the last T are memory for new tokens.
 
-    `append` writes the new tokens there and returns the whole; the next `append` overwrites them, as each step of a
-    solver has new actions after the same context. Not for what is differentiated, nor for two threads.
+    `append` writes the new tokens there and returns the whole. The next `append` overwrites them, because each step of
+    a solver has new actions after the same context. It cannot be differentiated, and only one thread may use it.
     """
 
     def append(self, new: KVCache) -> KVCache:
@@ -22,5 +22,5 @@ class PreallocatedKVCache(KVCache):
 
 
 def preallocate(cache: Iterable[KVCache], tokens: int) -> list[KVCache]:
-    """The KV cache of each layer, copied once into one with memory for so many tokens more."""
+    """A copy of each layer's KV cache, with memory for this many more tokens."""
     return [PreallocatedKVCache(*(F.pad(x, (0, 0, 0, tokens)) for x in layer)) for layer in cache]

@@ -4,11 +4,11 @@
     x ≈ scale of the token · int8                 at each call: what a token gives depends on no other token
     y = both scales · the product of the integers, which is exact
 
-In NF4 (arXiv 2305.14314), w ≈ scale of its block of 64 · one of 16 levels, by bitsandbytes; activations stay.
+In NF4 (arXiv 2305.14314), w ≈ scale of its block of 64 · one of 16 levels, by bitsandbytes; activations stay exact.
 
-Rounded are the linear layers of the vision tower and of the VLM's decoder. Embeddings, norms, convolutions, the
-projector between the two and all of the action expert stay as they are. What is rounded cannot be trained and is
-never written: a checkpoint holds the trained weights, and names the one that has the others as they were.
+The linear layers of the vision tower and of the VLM's decoder are rounded. Embeddings, norms, convolutions, the
+projector between the two and all of the action expert are not. Rounded weights cannot be trained and are never saved:
+a checkpoint holds the trained weights, and names the checkpoint that has the unrounded ones.
 
 Axes: M tokens, K inputs, N outputs.
 """
@@ -25,20 +25,20 @@ from ..network.pi0 import PI0
 
 WEIGHT_RANGE = 127
 TOKEN_RANGE = 126
-"""Largest integers. A token's leaves room for its scale, which in bfloat16 may be too small by one part in 512."""
+"""Largest integers. The one of tokens is smaller, as a scale in bfloat16 may be too small by one part in 512."""
 
 OFFSET = 128
-"""oneDNN has a fast product for activations of uint8 with a zero point; for int8 it has its reference alone."""
+"""Zero point: oneDNN has a fast product for uint8 activations with a zero point, but only a slow one for int8."""
 
 CUDA_TOKENS = 17
 """Fewest tokens that `torch._int_mm` takes on CUDA."""
 
 PART = 2**18
-"""Numbers that a CPU rounds at a time: what is made in between stays in the cache."""
+"""Numbers that a CPU rounds at a time, so that intermediate results stay in the cache."""
 
 
 def check(kind: str, device: torch.device) -> None:
-    """Refuse where int8 would be slow or wrong, without VNNI: such CPUs add products in 16 bits, which overflow.
+    """Refuse int8 on CPUs without VNNI, where it is slow and wrong: they add products in 16 bits, which overflow.
 
     Raises:
         ImportError: NF4 without bitsandbytes.
@@ -58,12 +58,12 @@ def check(kind: str, device: torch.device) -> None:
     if not fast:
         raise ValueError(
             f"vlm_quantization=int8 needs CUDA, or a CPU with AVX512-VNNI and PyTorch's oneDNN, and this {device.type} "
-            "device is neither: leave it out"
+            "device is neither: leave the option out"
         )
 
 
 def _on_cpu(x: Tensor) -> bool:
-    """Whether these are numbers on a CPU. What has none, and is only counted, goes the way of GPUs."""
+    """Whether this is a real tensor on a CPU. Fake tensors, with which memory is counted, are treated as on a GPU."""
     return x.device.type == "cpu" and not isinstance(x, FakeTensor)
 
 
@@ -81,25 +81,25 @@ def _rounded_rows(x_RK: Tensor, most: int, dtype: torch.dtype) -> tuple[Tensor, 
 
 @torch.no_grad()
 def rounded(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight as int8 (N, K), and the scale of each output channel, float32 (N,)."""
+    """A weight as int8 (N, K), and the scale of each output channel, float32 (N)."""
     whole, scale_N1 = _rounded_rows(weight_NK, WEIGHT_RANGE, torch.float32)
     return whole, scale_N1[:, 0]
 
 
 def rounded_tokens(x_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """Activations as int8 (M, K), and the scale of each token (M, 1), in their dtype; not finite where they are not."""
+    """Activations as int8 (M, K), and the scale of each token (M, 1) in their dtype, not finite if the token is not."""
     return _rounded_rows(x_MK, TOKEN_RANGE, x_MK.dtype)
 
 
 def plain_product(x_MK: Tensor, weight_NK: Tensor, scale_N: Tensor, dtype: torch.dtype) -> Tensor:
-    """The product of int8 tensors, times the channels' scales: PyTorch's own, the one there is on CUDA."""
+    """The product of int8 tensors, times the channels' scales, by PyTorch's own function, which CUDA has too."""
     padded = F.pad(x_MK, (0, 0, 0, max(0, CUDA_TOKENS - len(x_MK))))
     return (torch._int_mm(padded, weight_NK.t())[: len(x_MK)] * scale_N).to(dtype)
 
 
 def packed_product(x_MK: Tensor, packed_KN: Tensor, scale_N: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same by oneDNN, from a weight in the order that its product reads it (`qlinear_prepack`); changes x_MK."""
-    x_MK = x_MK.view(torch.uint8).bitwise_xor_(OFFSET)  # x + 128, in uint8; nobody else has them
+    """The same product by oneDNN, from a weight that `qlinear_prepack` has packed; changes x_MK."""
+    x_MK = x_MK.view(torch.uint8).bitwise_xor_(OFFSET)  # x + 128, in uint8; in place, as nothing else uses them
     zero = scale_N.new_zeros(1, dtype=torch.int32)
     return torch.ops.onednn.qlinear_pointwise(
         x_MK, 1.0, OFFSET, packed_KN, scale_N, zero, None, 1.0, 0, dtype, "none", [], ""
@@ -107,10 +107,10 @@ def packed_product(x_MK: Tensor, packed_KN: Tensor, scale_N: Tensor, dtype: torc
 
 
 class RoundedLinear(nn.Module):
-    """A frozen linear layer in int8; below it one in NF4.
+    """A frozen linear layer in int8; the base class of the one in NF4.
 
-    Its parameter `weight` has the published name and shape but no numbers (it is on the `meta` device), so that nobody
-    takes the rounded ones for the real ones: a state dict cannot be written without noticing, nor loaded.
+    Its parameter `weight` has the published name and shape but no numbers (it is on the `meta` device). So rounded
+    weights cannot be mistaken for real ones: saving a state dict, or loading one, fails instead.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -125,7 +125,7 @@ class RoundedLinear(nn.Module):
         self._scale_N = torch.empty(0)
 
     def put(self, weight: Tensor) -> None:
-        """Take the numbers of `weight` (N, K), on the device where they shall stay."""
+        """Round `weight` (N, K), and keep the result on its device."""
         whole, self._scale_N = rounded(weight.detach())
         self._product = packed_product if _on_cpu(weight) else plain_product
         self._rounded = torch.ops.onednn.qlinear_prepack(whole, None) if _on_cpu(weight) else whole
@@ -134,12 +134,12 @@ class RoundedLinear(nn.Module):
         """The layer's output in the dtype that its weights had, as autocast makes an nn.Linear answer.
 
         Raises:
-            RuntimeError: a gradient would have to pass, or no weight has been put yet.
+            RuntimeError: a gradient would have to pass, or `put` has not been called yet.
         """
         if self._rounded is None or (torch.is_grad_enabled() and x.requires_grad):
             raise RuntimeError(
-                "a layer of the VLM is rounded (vlm_quantization), and is to be differentiated or has no weights: "
-                "load the policy from a checkpoint, and freeze all of the VLM to train"
+                "a layer of the VLM is rounded (vlm_quantization), so it passes no gradient and has no weights before "
+                "a checkpoint is loaded: load the policy from a checkpoint, and freeze all of the VLM to train"
             )
         return self._answer(x.detach().to(self.dtype), self._rounded)
 
@@ -150,16 +150,13 @@ class RoundedLinear(nn.Module):
         return y_MN.view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "RoundedLinear":
-        """What `to()` does to each tensor: not to the one that has no numbers.
-
-        Raises:
-            RuntimeError: another device or dtype, which would need the numbers as they were.
-        """
+        """What `to()` does to each tensor, except for `weight`, which has no numbers; a RuntimeError where device or
+        dtype would change, which would need the unrounded weights."""
         probe = torch.empty(0, dtype=self.dtype, device=self._scale_N.device)
         if self._rounded is not None and (fn(probe).device, fn(probe).dtype) != (probe.device, probe.dtype):
             raise RuntimeError(
                 f"the VLM is rounded (vlm_quantization) and stays on {probe.device} in {probe.dtype}: load the policy "
-                "anew, with device and dtype in its config"
+                "again, with the new device and dtype in its config"
             )
         weight = self._parameters.pop("weight")
         try:
@@ -168,7 +165,7 @@ class RoundedLinear(nn.Module):
             self._parameters["weight"] = weight
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RoundedLinear":
-        """A copy; the numbers, which never change, are shared, and oneDNN's have no storage that torch could copy."""
+        """A copy that shares the rounded weights: they never change, and torch cannot copy oneDNN's packed ones."""
         memo[id(self._rounded)] = self._rounded
         other = memo[id(self)] = type(self).__new__(type(self))
         other.__dict__.update(copy.deepcopy(self.__dict__, memo))
@@ -183,7 +180,7 @@ class RoundedLinear(nn.Module):
 
 
 class NF4Linear(RoundedLinear):
-    """The same in 4 bits: bitsandbytes' product, which makes the weight anew at each call."""
+    """A frozen linear layer in 4 bits: bitsandbytes' product, which unpacks the weight at each call."""
 
     def put(self, weight: Tensor) -> None:
         from bitsandbytes.functional import quantize_4bit  # an extra
@@ -201,7 +198,7 @@ LAYERS = {"int8": RoundedLinear, "nf4": NF4Linear}
 
 
 def prepare(model: PI0, kind: str) -> None:
-    """Freeze the VLM, and put layers that wait for their weights in place of its linear ones."""
+    """Freeze the VLM, and replace its linear layers by rounded ones; `put` gives each its weights later."""
     model.paligemma.requires_grad_(False)
     for part in (model.vision, model.vlm):
         for name, child in list(part.named_modules()):

@@ -22,7 +22,7 @@ class KVCache(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """Which keys a query sees. `bias` says it in full; the other two tell a kernel which keys it can skip.
+    """Which keys a query sees. `bias` says it completely; the other two tell a kernel which keys it can skip.
 
     With `samples`, the new tokens are first `shared` ones and then the samples, all of equal length. A sample's token
     sees the past, the shared tokens and its own sample; a shared token sees the past and the shared tokens.
@@ -34,7 +34,7 @@ class Mask(NamedTuple):
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype, samples: int | None = None, shared: int = 0) -> Mask:
-    """The mask in which `visible`, boolean (B, 1 or Q, S), is seen. Made once for all layers."""
+    """The mask for `visible`, boolean (B, 1 or Q, S): True where a query sees a key. Made once for all layers."""
     zeros = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return Mask(zeros.masked_fill(~visible, float("-inf")), samples, shared)
 

@@ -51,7 +51,7 @@ Embed = Callable[[Tensor], Tensor]
 
 
 class Tableau(NamedTuple):
-    """An explicit Runge-Kutta method: where in a step slopes are taken, from which earlier ones, and their mean."""
+    """An explicit Runge-Kutta method as its Butcher tableau: times within a step, stages, and weights of the slopes."""
 
     nodes: tuple[float, ...]
     stages: tuple[tuple[float, ...], ...]
@@ -69,7 +69,7 @@ FIXED = {
 def fixed_times(solver: str, steps: int, device: torch.device) -> Tensor:
     """Times at which `solver` evaluates the velocity, in order: float32 (steps · stages,)."""
     step = torch.arange(steps, dtype=torch.float32, device=device)
-    stages = [1.0 - (step + node) / steps for node in FIXED[solver].nodes]  # of a tensor of nodes, a GPU would wait
+    stages = [1.0 - (step + node) / steps for node in FIXED[solver].nodes]  # floats: a copy to the GPU would wait
     return torch.stack(stages, dim=1).flatten()
 
 
@@ -86,11 +86,11 @@ def integrate(
 
     Args:
         solver: one of `FIXED`, whose times are embedded in one call, or "adaptive".
-        steps: steps of a fixed solver, the most steps that the adaptive one tries.
+        steps: number of steps of a fixed solver, largest number of steps of the adaptive one.
         tolerance, dims: of the adaptive solver.
 
     Raises:
-        ValueError: no step, which would give noise for actions.
+        ValueError: fewer than one step, which would return the noise as actions.
     """
     if steps < 1:
         raise ValueError(f"num_inference_steps={steps} must be at least 1")
@@ -115,9 +115,9 @@ def _adaptive(velocity: Velocity, embed: Embed, x: Tensor, steps: int, tolerance
     """Bogacki and Shampine's method of third order, with its second-order one to control the step.
 
     Each observation has its own step sizes, so that its chunk does not depend on the others in the batch; those that
-    reach t = 0 first wait for the rest. At most `steps` steps are tried, with three evaluations each and one before the
-    first. A step is never shorter than the remaining time divided by the remaining steps, and a step of that length is
-    always accepted. Each step checks whether all have reached t = 0, for which the host waits for a GPU.
+    reach t = 0 first wait for the others. There are at most `steps` steps, each with three evaluations, and one before
+    the first. A step is never shorter than the remaining time divided by the remaining steps, and a step of that length
+    is always accepted. After each step the host waits for the GPU, to check whether all have reached t = 0.
 
     Args:
         tolerance: root mean square of a step's error, over the first `dims` dims of the chunk.
@@ -136,7 +136,7 @@ def _adaptive(velocity: Velocity, embed: Embed, x: Tensor, steps: int, tolerance
         k4 = velocity(ahead, end, embed(end)).float()
         gap = h_ * (-5 * k1 + 6 * k2 + 8 * k3 - 9 * k4) / 72
         error = gap[..., :dims].square().mean(dim=(1, 2, 3)).sqrt()[:, None, None] / tolerance
-        good = ~(error > 1) | (h <= shortest)  # NaN passes, to be found in the chunk
+        good = ~(error > 1) | (h <= shortest)  # NaN is accepted here; the check of the finished chunk reports it
         t = torch.where(good, end, t)
         x, k1 = (torch.where(good[..., None], new, old) for new, old in ((ahead, x), (k4, k1)))
         h = h * (0.9 * error.clamp(min=1e-6) ** (-1 / 3)).clamp(0.2, 5.0)

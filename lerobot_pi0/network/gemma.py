@@ -2,8 +2,8 @@
 
 Axes: B batch, T tokens of this call, S tokens attended to, H query heads, D head dim, W width.
 
-It differs from a language model's decoder in two ways: attention is not causal but follows the mask it is given, and
-the keys and values of earlier tokens come from outside (`past`), possibly made by other weights. Parameter names
+It differs from a language model's decoder in two ways. Attention is not causal but follows the mask it is given. And
+the keys and values of earlier tokens are an argument (`past`); other weights may have computed them. Parameter names
 are those of transformers' `GemmaModel`. Sources: openpi `models/gemma.py`, transformers `models/gemma`.
 """
 

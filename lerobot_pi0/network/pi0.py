@@ -1,4 +1,4 @@
-"""The network of π₀ as two calls: `context` encodes an observation, `velocity` says where noisy actions should go.
+"""The network of π₀ as two calls: `context` encodes an observation, `velocity` moves noisy actions towards data.
 
 Axes: B batch, N cameras, L prompt tokens, S tokens of the context, K flow samples, T steps of a chunk,
 A action dim, W width, H query heads.
@@ -43,11 +43,6 @@ class Context(NamedTuple):
     state_B1W: Tensor | None = None  # the state's token, if it is not in the cache but runs with the actions
     rope_and_mask: tuple[Rope, Mask | None] | None = None  # of the actions, if several velocities share them
     padded: bool = True
-
-    @property
-    def length_B(self) -> Tensor:
-        """Position of the next token."""
-        return self.mask_BS.sum(dim=1)
 
 
 def block_mask(mask_BS: Tensor, samples: int, steps: int, heads: int, with_state: bool = False) -> Tensor:
@@ -179,7 +174,7 @@ class PI0(nn.Module):
         with_state = context.state_B1W is not None
         own = torch.arange(steps, device=context.mask_BS.device).repeat(samples)
         own = F.pad(own + 1, (1, 0)) if with_state else own
-        rope = self.expert.rope(context.length_B[:, None] + own)
+        rope = self.expert.rope(context.mask_BS.sum(dim=1, keepdim=True) + own)
         if samples == 1 and not with_state and not context.padded:
             return rope, None
         visible = block_mask(context.mask_BS, samples, steps, self.expert.cfg.heads, with_state)

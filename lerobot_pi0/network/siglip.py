@@ -23,9 +23,9 @@ LAYER_NORM_EPS = 1e-6
 class ConvolutionalStem(nn.Module):
     """Patches through several convolutions in place of one, for small towers.
 
-    One linear map of 16 x 16 pixels tells little about where in it an object is, and the two layers of a small tower
-    cannot make up for it (measured in docs/learning.md; Xiao et al. 2021, arXiv 2106.14881). Each image is normalised
-    to zero mean and unit variance, since patches differ little compared with what they have in common.
+    One linear map of 16 x 16 pixels says little about where in the patch an object is, and the two layers of a small
+    tower cannot compensate for that (measured in docs/learning.md; Xiao et al. 2021, arXiv 2106.14881). Each image is
+    normalised to zero mean and unit variance, because patches differ little compared with what they share.
     """
 
     def __init__(self, cfg: VisionSize) -> None:
@@ -40,7 +40,7 @@ class ConvolutionalStem(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight whose dtype the images take, as of the single convolution."""
+        """The weight of the first convolution; images are cast to its dtype, as with a single convolution."""
         return self.layers[0].weight  # type: ignore[return-value]
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ class SiglipEncoderLayer(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Features of image patches, one a patch, after the last norm.
+    """Features of image patches, one per patch, after the last norm.
 
     Raises:
         ValueError: an image is smaller than a patch.

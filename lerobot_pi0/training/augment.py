@@ -38,14 +38,14 @@ class Change(NamedTuple):
 
 
 def change_of(uniform_FBN: Tensor, fixed: Sequence[bool]) -> Change:
-    """The change that numbers between 0 and 1 stand for: six of them per image.
+    """The change that six numbers between 0 and 1 describe, for each image.
 
     Args:
         fixed: per camera, whether it is neither cropped nor rotated.
     """
     u = 2 * uniform_FBN - 1
     moves = u.new_ones(len(fixed))
-    for camera, still in enumerate(fixed):  # filled on the device: copying a list would make the host wait
+    for camera, still in enumerate(fixed):  # set on the device: to copy a list there, the host would have to wait
         moves[camera].mul_(not still)
     margin = (1 - CROP) * moves
     return Change(
@@ -60,7 +60,7 @@ def change_of(uniform_FBN: Tensor, fixed: Sequence[bool]) -> Change:
 
 
 def draw(seed: int, update: int, samples: Sequence[int], cameras: int) -> Tensor:
-    """Uniform numbers (F, B, N) for `change_of` that depend on nothing but seed, update and sample; on the CPU.
+    """Uniform numbers (F, B, N) for `change_of`, which depend only on seed, update and sample; on the CPU.
 
     Args:
         samples: a number per observation, such as its index in the dataset.

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 @cache
 def code(signed: bool) -> list[float]:
-    """The number that each byte stands for; a list of real numbers also under `FakeTensorMode`."""
+    """The number that each byte stands for: real numbers even under `FakeTensorMode`."""
     with unset_fake_temporarily():
         return functional.create_dynamic_map(signed).tolist()
 

@@ -26,19 +26,6 @@ def sharding() -> str | None:
     return str(getattr(kind, "value", kind)) if kind in SHARDED else None
 
 
-def check_averaging(use_peft: bool) -> None:
-    """Refuse to average where a resumed run would not get its averages back.
-
-    Raises:
-        ValueError: there are adapters, whose file peft writes, or the weights are sharded over processes.
-    """
-    if obstacle := "adapters" if use_peft else sharding():
-        raise ValueError(
-            f"ema_decay does not go together with {obstacle}: what is saved there is not the policy's to choose, so "
-            "the average would be lost. Set --policy.ema_decay=0"
-        )
-
-
 class Ema(list[nn.Parameter]):
     """The trained parameters and their averages.
 
@@ -66,7 +53,7 @@ class Ema(list[nn.Parameter]):
 
     @torch.no_grad()
     def deploy(self, deployed: bool) -> None:
-        """Put the averages into the parameters, or the weights back; they are exchanged, not copied."""
+        """Put the averages into the parameters, or put the weights back. The two are exchanged, not copied."""
         if self.averages and deployed != self.deployed:
             for i, p in enumerate(self):
                 p.data, self.averages[i] = self.averages[i], p.data

@@ -1,7 +1,7 @@
 """Guards against numbers that are not finite: a run stops before an optimizer takes NaN or infinity into the weights.
 
-LeRobot steps the optimizer before it lets a policy see the gradients. So gradients are looked at in a hook that torch
-calls before the step of any optimizer: after they are reduced over processes, so that all processes stop.
+LeRobot steps the optimizer before a policy could look at the gradients. So they are checked in a hook that torch calls
+before the step of any optimizer. By then gradients are summed over processes, so that all processes stop.
 """
 
 import math
@@ -40,7 +40,7 @@ class Guards:
         Raises:
             DivergedError: the loss is not finite; says for which samples, and which values of the batch cause it.
         """
-        _guarded()[network] = self  # here and not when they are made: a policy may be a copy of another
+        _guarded()[network] = self  # here and not in __init__, because a policy may be a copy of another
         self._expects_gradients = per_sample_B.requires_grad
         self._index, self._keys = batch.get("index"), ", ".join(batch)
         if math.isfinite(loss):
@@ -86,7 +86,7 @@ class Guards:
 
 @cache
 def _guarded() -> "WeakKeyDictionary[nn.Module, Guards]":
-    """The guards of each network that had a loss; the first call registers torch's hook, for the whole process."""
+    """The guards of each network that has computed a loss; the first call registers torch's hook in this process."""
     guarded: WeakKeyDictionary[nn.Module, Guards] = WeakKeyDictionary()
 
     def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

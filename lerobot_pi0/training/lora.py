@@ -12,7 +12,7 @@ LINEAR = r"(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 
 
 def targets(depth: int, with_vlm: bool, vlm_is_rounded: bool = False) -> dict[str, Any]:
-    """peft's options for the expert and, if `with_vlm`, for what π₀ reads of the VLM's `depth` layers.
+    """peft's options for the expert and, if `with_vlm`, for those parts of the VLM's `depth` layers that π₀ uses.
 
     Raises:
         ValueError: the VLM would be adapted, and is rounded.

@@ -23,7 +23,7 @@ from . import augment, draws
 logger = logging.getLogger(__name__)
 
 HELD_OUT_SAMPLES = 4
-"""Flow samples K of a held-out loss, whatever K of training is: held-out losses of all runs compare."""
+"""Flow samples K of a held-out loss, whatever K is in training, so that the losses of all runs can be compared."""
 
 
 class NetworkCalls(Protocol):
@@ -49,8 +49,8 @@ class Objective:
         """Take the seed of the draws from torch's generator.
 
         Args:
-            observe: makes observations of batches.
-            calls: how the network is called.
+            observe: turns batches into observations.
+            calls: the network's two calls.
             autocast: the context in which the network is called.
         """
         self.config, self._observe, self._calls, self._autocast = config, observe, calls, autocast
@@ -75,10 +75,10 @@ class Objective:
     ) -> Tensor:
         """Squared errors of the velocity, float32 (B, K, T, dims of the robot's actions).
 
-        With `rtc_training_max_delay` the first `delay` actions are known (arXiv 2512.05964): they enter as they are, at
-        t = 0, and their errors are zero; the others' are scaled so that the mean over T is theirs.
-        In training, steps after the end of an episode count or do not as `mask_padded_actions` says; in evaluation they
-        never do.
+        With `rtc_training_max_delay` the first `delay` actions are known (arXiv 2512.05964): they enter without noise,
+        at t = 0, and their errors are zero. The errors of the other actions are scaled so that the mean over T is the
+        mean over these. In training, `mask_padded_actions` leaves out the steps after the end of an episode; in
+        evaluation they are always left out.
         """
         cfg, device = self.config, _device(model)
         augmented = model.training and cfg.augment_images
@@ -93,7 +93,7 @@ class Objective:
         masked = cfg.mask_padded_actions if model.training else IS_PAD in batch
         if masked:
             valid = self._observe.valid(batch, device)[:, None, :, None].float()
-            errors = errors * valid  # zeros, so that every other step weighs the same in all batches of training
+            errors = errors * valid  # in training every valid step has the same weight, whatever the batch
             if not model.training:  # the mean over T becomes the mean over the valid steps
                 errors = errors / valid.mean(dim=2, keepdim=True).clamp(min=1 / cfg.chunk_size)
         return errors
@@ -107,7 +107,7 @@ class Objective:
         time: Tensor,
         delay: Tensor | None = None,
     ) -> Tensor:
-        """`losses` of given draws, before padded actions are masked. No control flow depends on a tensor's values."""
+        """`losses` for given draws, before padded actions are masked. No control flow depends on a tensor's values."""
         time, free = time[..., None], torch.ones(1, device=time.device)
         if self.config.rtc_training_max_delay and delay is not None:
             free = (torch.arange(self.config.chunk_size, device=time.device) >= delay[..., None]).float()
@@ -121,7 +121,7 @@ class Objective:
         return errors * (free / free.mean(dim=-1, keepdim=True))[..., None]
 
     def summary(self, losses_BKTA: Tensor) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """The loss, the losses of the samples (B,), and numbers to log: the loss, and that of each joint."""
+        """The loss, the loss of each sample (B,), and numbers to log: the loss, and the loss of each joint."""
         per_sample = losses_BKTA.mean(dim=(1, 2, 3))
         loss = per_sample.mean()
         numbers = torch.cat([loss[None], losses_BKTA.mean(dim=(0, 1, 2))]).tolist()  # one wait for the device
@@ -133,7 +133,7 @@ class Objective:
         self._chunk_errors.report(self._joints)
 
     def chunk_error(self, model: PI0, batch: dict[str, Any], sample: Callable[..., Tensor]) -> float:
-        """Mean squared error of chunks of a held-out batch, sampled from noise that is always the same.
+        """Mean squared error of chunks for a held-out batch, sampled from noise that depends on the sample alone.
 
         Args:
             sample: makes chunks (B, T, dims) from the network, an observation and noise.
@@ -165,8 +165,8 @@ class Objective:
         """Noise (B, K, T, A), times (B, K) and delays (B, K): a function of seed, update and sample.
 
         In evaluation they depend on the sample alone, with a fixed K, LeRobot's distribution of times and no known
-        actions, so that held-out losses of runs with other options compare. A batch without LeRobot's `index` is drawn
-        from torch's own generator.
+        actions, so that held-out losses of runs with different options can be compared. A batch without LeRobot's
+        `index` gets draws from torch's own generator.
         """
         cfg = self.config
         samples, most, distribution = HELD_OUT_SAMPLES, 0, flow.BetaTime()
@@ -192,10 +192,10 @@ class Objective:
 class ChunkErrors:
     """Mean squared error of sampled chunks over the held-out samples of one evaluation.
 
-    The held-out loss that LeRobot reports says little about what the robot will do, and LeRobot discards the other
-    numbers that a policy returns, so this error is logged. Where actions are normalised by mean and standard deviation,
-    its unit is their variance: a policy that always predicts the dataset's mean has an error of 1. Steps after the end
-    of an episode do not count.
+    The held-out loss that LeRobot reports says little about what the robot will do. LeRobot discards the other
+    numbers that a policy returns, so this error is logged here. Where actions are normalised by mean and standard
+    deviation, its unit is their variance: a policy that always predicts the dataset's mean has an error of 1. Steps
+    after the end of an episode do not count.
     """
 
     def __init__(self) -> None:

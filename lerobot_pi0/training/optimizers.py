@@ -1,7 +1,7 @@
 """Optimizers and schedules that LeRobot knows by name after `take_over`: averages, 8-bit moments, openpi's schedule.
 
-A run's `train_config.json` holds these names, and `--resume` builds what they say. This module is imported at the
-start of every LeRobot command, so bitsandbytes is not, before an optimizer is built with it.
+A run's `train_config.json` holds these names, and `--resume` builds the optimizer and the schedule from them. This
+module is imported at the start of every LeRobot command; bitsandbytes only when an optimizer is built with it.
 """
 
 import math

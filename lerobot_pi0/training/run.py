@@ -1,7 +1,7 @@
 """One training run of a policy: which weights are trained, in which dtypes, how they are averaged and guarded."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from ..configuration_pi0 import PI0Config
 from ..kernels import rounding
 from ..network.pi0 import PI0
-from .ema import Ema, check_averaging, sharding
+from .ema import Ema, sharding
 from .guards import Guards
 from .optimizers import is_8bit, use_fused_kernel
 
@@ -23,15 +23,16 @@ PartSizes = dict[str, tuple[int, int]]
 
 
 class Run:
-    """What training keeps between steps. The network is an argument of each call; none is kept.
+    """What training keeps between steps. The network is an argument of each call; no network is stored.
 
-    Methods that need no more than parameters take the policy: sharding (FSDP) may move those of the network to it.
+    Methods that only need parameters take the policy, because sharding (FSDP) may move parameters from the network to
+    the module around it.
     """
 
     def __init__(self, config: PI0Config) -> None:
         self.config = config
         self._ema: Ema | None = None
-        self._guards = Guards(self._check_optimizer)
+        self.guards = Guards(self._check_optimizer)
         self._sizes: PartSizes | None = None  # counted before training, which may shard the weights
         self._autocasts = self._warned_of_update = False
 
@@ -39,7 +40,7 @@ class Run:
         """Freeze what the options freeze, and choose dtypes; the weights may be on the `meta` device.
 
         Args:
-            trains: hold trained weights in float32, whatever `dtype` says.
+            trains: whether trained weights are held in float32, whatever `dtype` says.
 
         Raises:
             ValueError: `vlm_quantization` does not go together with the device or with other options.
@@ -76,11 +77,11 @@ class Run:
         return torch.autocast(device, torch.bfloat16) if self._autocasts else nullcontext()
 
     def choose_autocast(self, policy: nn.Module) -> None:
-        """Weights of two dtypes need autocast; weights of one dtype do without its overhead."""
+        """Use autocast where weights have two dtypes; with a single dtype it would only cost time."""
         self._autocasts = self.config.dtype == "bfloat16" and any(p.dtype == torch.float32 for p in policy.parameters())
 
     def set_dtypes(self, policy: nn.Module) -> None:
-        """Before training: trained weights in float32, and those that an adapter froze in float32 back in `dtype`."""
+        """Before training: trained weights to float32, and float32 weights that an adapter froze back to `dtype`."""
         storage = getattr(torch, self.config.dtype)
         for p in policy.parameters():
             wanted = torch.float32 if p.requires_grad else storage
@@ -92,9 +93,9 @@ class Run:
         """The parameters that are trained.
 
         Raises:
-            ValueError: there are none, or the VLM is rounded and a part of it would be trained.
+            ValueError: nothing would be trained, or a part of a rounded VLM would be.
         """
-        _freeze_unread(model)  # again, as adapters may be attached there
+        _freeze_unread(model)  # again, because adapters may be attached there
         if self.config.vlm_quantization and any(p.requires_grad for p in model.paligemma.parameters()):
             raise ValueError(
                 "a part of the VLM would be trained (--peft.target_modules?), but it is rounded: leave "
@@ -103,8 +104,8 @@ class Run:
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:
             raise ValueError(
-                "nothing would be trained: the targets of the adapter (--peft.target_modules) are layers whose output "
-                "π₀ never reads (queries, attention output and MLP of the VLM's last layer)"
+                "nothing would be trained: the adapter's targets (--peft.target_modules) are only layers on which π₀'s "
+                "actions do not depend (queries, attention output and MLP of the VLM's last layer). Add other layers"
             )
         return trained
 
@@ -112,11 +113,15 @@ class Run:
         """The same parameters, with their averages if `ema_decay` is set.
 
         Raises:
-            ValueError: averages could not be kept when the run is resumed.
+            ValueError: there are adapters or sharded weights, whose averages would be lost when the run is resumed.
         """
         if not self.config.ema_decay:
             return trained
-        check_averaging(self.config.use_peft)
+        if obstacle := "adapters" if self.config.use_peft else sharding():
+            raise ValueError(
+                f"ema_decay does not go together with {obstacle}: there the policy does not write the checkpoint, and "
+                "the average would be lost. Set --policy.ema_decay=0"
+            )
         if self._ema is None or [*map(id, self._ema)] != [*map(id, trained)]:
             self._ema = Ema(trained, self.config.ema_decay)
         return self._ema
@@ -127,10 +132,10 @@ class Run:
             self._ema.deploy(deployed)
 
     def deployed_state(self, policy: nn.Module, gathered: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The state dict to save: the averages of averaged weights, and all others as they are.
+        """The state dict to save, with the averages in place of the averaged weights.
 
         Args:
-            gathered: a state dict to take in place of the policy's own, gathered from processes (FSDP).
+            gathered: a state dict that was gathered from several processes (FSDP), in place of the policy's own.
 
         Raises:
             ValueError: there are averages and gathered weights.
@@ -139,34 +144,29 @@ class Run:
         if self._ema is None:
             return policy.state_dict() if gathered is None else gathered
         if gathered is not None:
-            raise ValueError("ema_decay does not go together with weights that are gathered from several processes")
+            raise ValueError(
+                "ema_decay does not go together with weights that are gathered from several processes: set "
+                "--policy.ema_decay=0"
+            )
         return policy.state_dict() | self._ema.deployed_state(policy.named_parameters())
 
-    def check_loss(self, policy: nn.Module, loss: float, per_sample_B: Tensor, batch: Mapping[str, Any]) -> None:
-        """Stop at a loss that is not finite, and before the next step at gradients that are not.
-
-        Raises:
-            DivergedError: the loss is not finite.
-        """
-        self._guards.check_loss(policy, loss, per_sample_B, batch)
-
     def update(self) -> None:
-        """After a step of the optimizer: count it, which renews the draws, and update the averages."""
-        self._guards.stepped = False
+        """After a step of the optimizer: count it, so that the next draws are new, and update the averages."""
+        self.guards.stepped = False
         self.config.updates += 1
         if self._ema is not None:
             self._ema.update()
 
     def catch_up(self) -> None:
-        """Call `update` for a training loop that did not: draws would repeat and averages stand still."""
-        if self._guards.stepped:
+        """Call `update` if the training loop did not; otherwise draws would repeat and averages would not change."""
+        if self.guards.stepped:
             if not self._warned_of_update:
                 self._warned_of_update = True
                 logger.warning("policy.update() was not called after the optimizer's step, and is called now")
             self.update()
 
     def _check_optimizer(self, optimizer: Optimizer) -> None:
-        """Refuse an optimizer that is not the one that the options ask for: the run brings its own, or is resumed."""
+        """Refuse an optimizer that the options do not ask for: the run sets another one, or is resumed."""
         remedy = (
             "leave --use_policy_training_preset at true; a run that is resumed keeps its optimizer, so leave the "
             "option as it was, or begin a new run from its checkpoint (--policy.path)"
@@ -179,7 +179,7 @@ class Run:
         use_fused_kernel(optimizer)
 
     def part_sizes(self, model: PI0) -> PartSizes:
-        """`part_sizes`, as they were before training began."""
+        """`part_sizes` as counted before training began."""
         return self._sizes or part_sizes(model)
 
     def log_trained(self, model: PI0) -> None:

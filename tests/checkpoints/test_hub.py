@@ -15,11 +15,11 @@ import torch
 from conftest import CAMERAS, DIMS, tiny_config, write_dataset
 from hub_server import TOKEN, Hub, serve
 from huggingface_hub import ModelCard, constants
-from inputs.test_processor import word_tokenizer
 from lerobot.policies import make_pre_post_processors
 from lerobot.utils.constants import OBS_STATE
+from processes import finish, start
+from raw_frames import word_tokenizer
 from safetensors.torch import load, load_file, save_file
-from test_registration import finish, start
 
 from lerobot_pi0 import PI0Policy
 from lerobot_pi0.checkpoints.checkpoint import Checkpoint

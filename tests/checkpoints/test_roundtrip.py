@@ -31,11 +31,11 @@ from conftest import (
     without_plugin,
 )
 from full_size import OnMeta, theirs  # noqa: F401  a fixture
-from inputs.test_processor import sample, word_tokenizer
 from lerobot.configs import PreTrainedConfig
 from lerobot.optim.optimizers import load_optimizer_state, save_optimizer_state
 from lerobot.policies import make_policy, make_pre_post_processors
 from peft import PeftModel
+from raw_frames import sample, word_tokenizer
 from safetensors.torch import load_file
 
 from lerobot_pi0 import PI0Policy, make_pi0_pre_post_processors

@@ -7,9 +7,9 @@ from dataclasses import fields
 import pytest
 import torch
 from conftest import ACTION, CAMERAS, DIMS, OBS_STATE, BuiltinPI0Config, features, stats, tiny_config
-from inputs.test_processor import sample
 from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.policies import make_pre_post_processors
+from raw_frames import sample
 
 from lerobot_pi0 import PI0Policy, make_pi0_pre_post_processors
 from lerobot_pi0.configuration_pi0 import PI0Config

@@ -24,11 +24,9 @@ from conftest import (
 from lerobot.configs import NormalizationMode
 from lerobot.policies import make_pre_post_processors
 from lerobot.processor import PolicyProcessorPipeline, ProcessorStepRegistry
+from raw_frames import TASK, sample, word_tokenizer
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer
 
 from lerobot_pi0 import PI0Policy, make_pi0_pre_post_processors
 from lerobot_pi0.inputs.statistics import check_statistics
@@ -48,30 +46,6 @@ PUBLISHED = json.loads("""
 {"registry_name": "normalizer_processor", "config": {"eps": 1e-08, "features": {},
  "norm_map": {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}}}]}
 """)
-
-TASK = "reach the red cube"
-
-
-def sample(seed: int = 0) -> dict:
-    """One frame in raw units, without a batch axis but for the chunk of actions, to which LeRobot adds none."""
-    draw = torch.Generator().manual_seed(seed)
-    images = {key: torch.rand(3, 64, 64, generator=draw) for key in CAMERAS}
-    return images | {
-        OBS_STATE: torch.randn(DIMS, generator=draw) * 40,
-        ACTION: torch.randn(1, 50, DIMS, generator=draw) * 40,
-        "task": TASK,
-    }
-
-
-def word_tokenizer(folder) -> str:
-    """A folder with a real tokenizer of five words, padded on the side that must not matter."""
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", *TASK.split()])}
-    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", padding_side="left"
-    ).save_pretrained(folder)
-    return str(folder)
 
 
 def saved_and_reloaded(pipelines, config, folder):

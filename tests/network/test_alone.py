@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import CAMERAS, make_batch, tiny_config
+from conftest import CAMERAS, DIMS, make_batch, tiny_config
 
 import lerobot_pi0
 from lerobot_pi0 import PI0Policy
@@ -48,7 +48,7 @@ def test_a_copy_gives_the_same_chunk(tmp_path):
     (tmp_path / "alone.py").write_text(ALONE)
     done = subprocess.run([sys.executable, "alone.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    found = torch.load(tmp_path / "chunk.pt")[:, 0, :, : len(policy._joints)]
+    found = torch.load(tmp_path / "chunk.pt")[:, 0, :, :DIMS]
     assert torch.equal(found, policy.predict_action_chunk(batch, noise=noise))
 
 

@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from conftest import (
     CAMERAS,
+    PEFT_CLI,
     assert_gradients_close,
     draws,
     gradients,
@@ -25,7 +26,6 @@ from conftest import (
 )
 from lerobot.utils.constants import OBS_STATE
 from safetensors.torch import load_file
-from training.test_lora import CLI
 
 from lerobot_pi0 import PI0Policy
 from lerobot_pi0.checkpoints import reading
@@ -143,13 +143,13 @@ def test_what_a_rounded_layer_refuses(kind):
     """Catches a gradient that ends without a word, and numbers that get in, out or elsewhere unnoticed."""
     plain, x = layer_and_tokens(torch.float32)
     layer = in_int8(plain, kind)
-    with pytest.raises(RuntimeError, match="differentiated"):
+    with pytest.raises(RuntimeError, match="passes no gradient"):
         layer(x.requires_grad_())
     with pytest.raises(RuntimeError, match="no weights"):
         LAYERS[kind](plain)(x.detach())
     with pytest.raises(RuntimeError, match="from_pretrained"):
         layer.load_state_dict(plain.state_dict())
-    with pytest.raises(RuntimeError, match="load the policy anew"):
+    with pytest.raises(RuntimeError, match="load the policy again"):
         layer.to(torch.bfloat16)
     assert not any(p.requires_grad for p in layer.parameters())
     assert layer.to("cpu").weight.is_meta and layer.weight.shape == plain.weight.shape
@@ -170,7 +170,6 @@ def load(folder, training: bool = False, **options) -> PI0Policy:
     config = Checkpoint.open(folder).config()
     for name, value in options.items():
         setattr(config, name, value)
-    config._check()
     return PI0Policy.from_pretrained(folder, config=config, dataset_stats=stats() if training else None)
 
 
@@ -332,9 +331,9 @@ def test_lora(base):
     """Catches adapters around rounded weights; in the expert they are welcome."""
     policy = load(base, training=True, **TRAINING | {"train_expert_only": None}, pretrained_path=str(base))
     with pytest.raises(ValueError, match="expert alone"):
-        policy.wrap_with_peft(peft_cli_overrides=CLI)
+        policy.wrap_with_peft(peft_cli_overrides=PEFT_CLI)
     policy = load(base, training=True, **TRAINING, pretrained_path=str(base))
-    policy.wrap_with_peft(peft_cli_overrides=CLI).train()
+    policy.wrap_with_peft(peft_cli_overrides=PEFT_CLI).train()
     policy.forward(make_batch())[0].backward()
     assert any("lora_" in name for name in gradients(policy))
     policy = load(base, training=True, **TRAINING)
@@ -348,7 +347,7 @@ def test_lora(base):
 def test_a_trained_adapter(base, tmp_path, frozen):
     """Catches an adapter of the VLM over rounded weights, which peft refuses in words of its own."""
     policy = load(base, training=True, train_expert_only=frozen, pretrained_path=str(base))
-    policy.wrap_with_peft(peft_cli_overrides=CLI).save_pretrained(tmp_path / "adapter")
+    policy.wrap_with_peft(peft_cli_overrides=PEFT_CLI).save_pretrained(tmp_path / "adapter")
     config = small_config(base)
     config.use_peft, config.pretrained_path = True, tmp_path / "adapter"
     if frozen:
@@ -389,7 +388,7 @@ def test_several_processes(base, adapted):
     """Catches LeRobot's data-parallel training, which sends round every parameter at its start, stumbling over weights
     that have no numbers."""
     policy = load(base, training=True, **TRAINING, pretrained_path=str(base))
-    policy = (policy.wrap_with_peft(peft_cli_overrides=CLI) if adapted else policy).train()
+    policy = (policy.wrap_with_peft(peft_cli_overrides=PEFT_CLI) if adapted else policy).train()
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         wrapped = torch.nn.parallel.DistributedDataParallel(policy, find_unused_parameters=True)

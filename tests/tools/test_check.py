@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 import torch
 from conftest import CAMERAS, DIMS, tiny_config
-from inputs.test_processor import word_tokenizer
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.utils.constants import ACTION, OBS_STATE
+from raw_frames import word_tokenizer
 
 from lerobot_pi0 import PI0Policy, make_pi0_pre_post_processors
 from lerobot_pi0.tools import main

@@ -13,6 +13,7 @@ from lerobot.utils.logging_utils import AverageMeter, MetricsTracker
 from lerobot_pi0 import PI0Policy
 from lerobot_pi0.inputs.observation import ObservationError
 from lerobot_pi0.network import flow
+from lerobot_pi0.training import draws
 from lerobot_pi0.training.guards import DivergedError
 from lerobot_pi0.training.objective import HELD_OUT_SAMPLES
 
@@ -129,7 +130,7 @@ def test_held_out_chunks(caplog):
     errors, steps = torch.zeros(DIMS), 0
     for batch, info in zip(batches, infos, strict=True):
         shape = (HELD_OUT_SAMPLES, 50, 32)
-        noise, *_ = flow.repeatable_draws(0, -1, batch["index"].tolist(), shape, flow.BetaTime(), 0)
+        noise, *_ = draws.repeatable_draws(0, -1, batch["index"].tolist(), shape, flow.BetaTime(), 0)
         squares = (policy.eval().predict_action_chunk(batch, noise=noise[:, 0]) - batch[ACTION]).square()
         valid = torch.cat([squares[0], squares[1, :20]])
         assert info["chunk_error"] == pytest.approx(valid.mean().item(), rel=1e-5)

@@ -4,15 +4,12 @@ import logging
 
 import pytest
 import torch
-from conftest import CAMERAS, make_batch, tiny_config
+from conftest import CAMERAS, PEFT_CLI, make_batch, tiny_config
 
 from lerobot_pi0 import PI0Policy
 from lerobot_pi0.training.lora import PROJECTIONS
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-CLI = {"method_type": "LORA", "r": 16, "target_modules": None, "full_training_modules": None, "init_type": None,
-       "lora_alpha": None}  # fmt: skip
-"""What `--peft.method_type=LORA` hands to the policy."""
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +24,7 @@ def adapted(base, overrides=(), **options):
     """A policy that LeRobot has wrapped for training."""
     config = tiny_config(CAMERAS[:1], pretrained_path=base, **options)
     policy = PI0Policy.from_pretrained(base, config=config)
-    return policy.wrap_with_peft(peft_cli_overrides=CLI | dict(overrides))
+    return policy.wrap_with_peft(peft_cli_overrides=PEFT_CLI | dict(overrides))
 
 
 def ranks(model) -> dict[str, tuple[int, float]]:
@@ -86,7 +83,7 @@ def test_dtypes_and_gradients(base, caplog):
 
     config = tiny_config(CAMERAS[:1], pretrained_path=base, dtype="bfloat16", train_expert_only=False)
     policy = PI0Policy.from_pretrained(base, config=config, dataset_stats=stats(cameras=CAMERAS[:1]))
-    model = policy.wrap_with_peft(peft_cli_overrides=CLI)
+    model = policy.wrap_with_peft(peft_cli_overrides=PEFT_CLI)
     with caplog.at_level(logging.INFO):
         model.train()
     for name, p in model.named_parameters():

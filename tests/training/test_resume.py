@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CAMERAS, stats, tiny_config, write_dataset
+from processes import finish, start
 from safetensors.torch import load_file
-from test_registration import finish, start
 
 from lerobot_pi0 import PI0Policy, make_pi0_pre_post_processors
 

@@ -1,4 +1,4 @@
-"""What reached the servos, against what was meant: the log of a bus beside a dataset's actions."""
+"""Audit of a bus: the goals that reached the servos, compared with the actions in a dataset."""
 
 import json
 from pathlib import Path
@@ -32,9 +32,9 @@ def to_ticks(actions: np.ndarray, role: str = "follower") -> np.ndarray:
 
 
 def unmeant(log: Path, actions: np.ndarray, role: str = "follower") -> np.ndarray:
-    """Goals (N, 6) on the bus that are none of the actions (M, 6), or out of their order.
+    """Goals (N, 6) on the bus that are not among the actions (M, 6), or are out of order.
 
-    A goal may be missing (a packet was lost); one that nobody meant may not be there.
+    A goal may be missing (a packet was lost), but a goal that is no action is an error.
     """
     meant, left = to_ticks(np.asarray(actions, np.float64), role), 0
     strangers = []

@@ -39,9 +39,9 @@ def processes() -> multiprocessing.context.BaseContext:
 
 
 def at_once(priority: int) -> None:
-    """Let the calling process run as soon as it has something to do, where the system allows that.
+    """Give the calling process real-time priority, where the system allows that.
 
-    Servos and gravity do not wait for a processor, and servos (2) not for gravity (1).
+    Real servos and gravity never wait for a processor. Servos (2) come before gravity (1).
     """
     with contextlib.suppress(OSError, AttributeError):  # macOS has no such function
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(priority))

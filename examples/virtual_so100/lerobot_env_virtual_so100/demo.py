@@ -1,4 +1,4 @@
-"""The main job end to end: demonstrations, training, evaluation on unseen scenes, beside controls.
+"""The demo: record demonstrations, train π₀, and evaluate it and controls on unseen scenes.
 
     python -m lerobot_env_virtual_so100.demo [--task=pick_place --episodes=… --steps=…]
 
