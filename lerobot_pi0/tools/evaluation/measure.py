@@ -12,6 +12,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 from tqdm import tqdm
 
+from ...configuration_pi0 import choices
 from ...inputs.statistics import NEAR_CONSTANT
 from ..data import dim_names
 from .predictions import Change, Runner
@@ -44,6 +45,7 @@ def measure(runner: Runner, threshold: float) -> tuple[dict[str, Any], dict[str,
         },
         "way": rms(((predicted - still[:, None]) / scale) ** 2, valid)
         / max(rms(((recorded - still[:, None]) / scale) ** 2, valid), 1e-9),
+        "error by resizing": by_resizing(runner, recorded, scale, valid),
         "reactions": reactions(runner, normalised, recorded, scale, valid),
         "threshold": threshold,
     }
@@ -51,6 +53,18 @@ def measure(runner: Runner, threshold: float) -> tuple[dict[str, Any], dict[str,
     content["verdicts"] = verdicts(content)
     drawn = {"predicted": predicted, "valid": valid, "rows": rows, "columns": runner.columns, "joints": names}
     return content, drawn
+
+
+def by_resizing(
+    runner: Runner, recorded_NTA: np.ndarray, scale_A: np.ndarray, valid_NT: np.ndarray
+) -> dict[str, float]:
+    """The policy's error for each way in which pictures can shrink (`image_resize`)."""
+    used, errors = runner.config.image_resize, {}
+    for way in choices("image_resize"):
+        runner.config.image_resize = way
+        errors[way] = rms(((runner.chunks()[1] - recorded_NTA) / scale_A) ** 2, valid_NT)
+    runner.config.image_resize = used
+    return errors
 
 
 def rms(squares: np.ndarray, valid_NT: np.ndarray) -> float:
