@@ -209,7 +209,6 @@ def make_config(source: OpenpiCheckpoint, options: Options, stats: dict[str, dic
             action_feature_names=options.action_feature_names,
             device="cpu",
         )
-        config.validate_features()
     except ValueError as error:
         raise ToolError(str(error)) from error
     config.resolve({}, vlm_is_pretrained=True)

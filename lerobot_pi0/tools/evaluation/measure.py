@@ -12,6 +12,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 from tqdm import tqdm
 
+from ...configuration_pi0 import choices
 from ..data import dim_names
 from .intervals import delay, ratio_interval
 from .predictions import Change, Runner
@@ -58,6 +59,7 @@ def measure(
         "way": rms(((predicted - still[:, None]) / spread_A)[..., ~still_A] ** 2, valid)
         / max(rms(((recorded - still[:, None]) / spread_A)[..., ~still_A] ** 2, valid), 1e-9),
         "delay": delay(*((x / spread_A)[..., ~still_A] for x in (predicted, recorded)), valid),
+        "error by resizing": by_resizing(runner, recorded[..., ~still_A], spread_A[~still_A], valid, ~still_A),
         "reactions": reactions(runner, normalised, recorded[..., ~still_A], spread_A, valid, ~still_A),
         "threshold": threshold,
     }
@@ -65,6 +67,18 @@ def measure(
     content["verdicts"] = verdicts(content)
     drawn = {"predicted": predicted, "valid": valid, "rows": rows, "columns": runner.columns, "joints": names}
     return content, drawn
+
+
+def by_resizing(
+    runner: Runner, recorded_NTA: np.ndarray, spread_A: np.ndarray, valid_NT: np.ndarray, moving: np.ndarray
+) -> dict[str, float]:
+    """The policy's error for each way in which pictures can shrink (`image_resize`), of the joints that move."""
+    used, errors = runner.config.image_resize, {}
+    for way in choices("image_resize"):
+        runner.config.image_resize = way
+        errors[way] = rms(((runner.chunks()[1][..., moving] - recorded_NTA) / spread_A) ** 2, valid_NT)
+    runner.config.image_resize = used
+    return errors
 
 
 def rms(squares: np.ndarray, valid_NT: np.ndarray) -> float:

@@ -89,6 +89,7 @@ def as_text(content: dict[str, Any]) -> str:
         f"{content['policy']} on {content['observations']} observations of {content['dataset']}, episodes "
         f"{ranges(content['episodes'])} ({content['episodes are']})",
         f"error: {error} (in deviations of the actions)",
+        "error by image_resize: " + ", ".join(f"{way} {x:.3f}" for way, x in content["error by resizing"].items()),
         f"moves {content['way']:.0%} of the recorded way",
         *(f"reacts to {name}: {x['of everything']:.1%}" for name, x in content["reactions"].items()),
         "",
