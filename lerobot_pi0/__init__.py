@@ -45,7 +45,8 @@ def take_over() -> None:
     - saved steps of `inputs.steps.STEPS` (tokenizer, prompt, relative and absolute actions) are rebuilt as ours, for
       every policy;
     - `OPTIMIZERS` and `SCHEDULES` of `configuration_pi0` are known, so that a train_config.json which names them
-      can be parsed.
+      can be parsed;
+    - a pipeline that is saved beside a policy of this plugin is recorded in the checkpoint's manifest.
 
     Beside it, `inputs.steps.PromptStep.asked` is a note from a policy that is built for training to the prompt step
     that is built next in this process.
@@ -53,12 +54,14 @@ def take_over() -> None:
     `register_subclass` would raise for `pi0`, since LeRobot has registered its own by then, and plugin discovery only
     logs what raises: the built-in would run in silence.
     """
+    from .checkpoints.recorder import record_saved_pipelines
     from .inputs.steps import STEPS
 
     took_over = PreTrainedConfig.get_known_choices()["pi0"] is PI0Config
     PreTrainedConfig.get_known_choices()["pi0"] = PI0Config
     OptimizerConfig.get_known_choices().update(OPTIMIZERS)
     LRSchedulerConfig.get_known_choices().update(SCHEDULES)
+    record_saved_pipelines()
     for name, step in STEPS.items():
         ProcessorStepRegistry.unregister(name)
         ProcessorStepRegistry.register(name)(step)

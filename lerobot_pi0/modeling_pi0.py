@@ -28,6 +28,7 @@ from .configuration_pi0 import PI0Config
 from .control import bounds
 from .control.player import Player
 from .control.sampling import Sampler
+from .inputs.normalisation import digest_of
 from .inputs.observation import ObservationMaker
 from .inputs.statistics import check_dataset
 from .inputs.steps import PromptStep
@@ -137,7 +138,7 @@ class PI0Policy(PreTrainedPolicy):
         self.objective = Objective(config, self.observe, sampler, self._run.autocast)
         self._player = Player(config, self.observe, sampler, self._run.autocast, limits)
         config.updates = saved.get("updates", 0)
-        self.origin = Origin(saved.get("start"))
+        self.origin = Origin(saved.get("start"), statistics=digest_of(stats))
 
     def _initialise(self, names: Iterable[str]) -> None:
         """Random numbers for these parameters; the others, which are on the `meta` device, stay there."""
@@ -184,7 +185,7 @@ class PI0Policy(PreTrainedPolicy):
         parameters = dict(policy.named_parameters())
         policy._initialise(checkpoint.check(parameters, strict, policy.config, rounding.layers(policy)))
         digests = checkpoint.read(policy, torch.device(policy.config.device), policy.config.save_expert_only)
-        policy.origin = Origin.of(checkpoint.source, saved, digests)
+        policy.origin = Origin.of(checkpoint.source, saved, digests, policy.origin.statistics)
         return policy.finish()
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:

@@ -21,6 +21,7 @@ from lerobot.utils.constants import ACTION, POLICY_PREPROCESSOR_DEFAULT_NAME
 from lerobot.utils.feature_utils import dataset_to_policy_features
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.quoting import plain
 from ..configuration_pi0 import PI0Config
 from ..inputs.steps import PI0TokenizerStep, TokenizerError, load_tokenizer
 from . import ToolError
@@ -61,7 +62,7 @@ def run(options: Options) -> int:
     if options.json:
         print(json.dumps({"counts": counts, "findings": [finding._asdict() for finding in findings]}, indent=2))
     else:
-        print(as_text(findings))
+        print(plain(as_text(findings), keep="\n"))
     return 1 if counts[ERROR] else 0
 
 

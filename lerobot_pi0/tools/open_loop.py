@@ -22,6 +22,7 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.datasets.factory import resolve_delta_timestamps
 
 from .. import __version__
+from ..checkpoints.quoting import plain
 from . import ToolError
 from .data import DatasetOptions, need_pi0, open_dataset, open_meta
 from .evaluation import report
@@ -87,5 +88,5 @@ def run(options: Options) -> None:
     options.output_dir.mkdir(parents=True, exist_ok=True)
     (options.output_dir / "report.json").write_text(json.dumps(content, indent=2) + "\n")
     (options.output_dir / "report.html").write_text(report.as_html(content, drawn, options.plots))
-    print(json.dumps(content, indent=2) if options.json else report.as_text(content))
+    print(json.dumps(content, indent=2) if options.json else plain(report.as_text(content), keep="\n"))
     logger.info("wrote %s", options.output_dir / "report.html")
