@@ -49,11 +49,13 @@ def take_over() -> None:
     - `lerobot-rollout --inference.rtc.mode=trained`, which LeRobot after 0.6.1 has for π₀.₅ only, takes π₀: it
       checks the mode once its options are loaded (`PI0Policy.init_rtc_processor`);
     - `OPTIMIZERS` and `SCHEDULES` of `configuration_pi0` are known, so that a train_config.json which names them
-      can be parsed.
+      can be parsed;
+    - a pipeline that is saved beside a policy of this plugin is recorded in the checkpoint's manifest.
 
     `register_subclass` would raise for `pi0`, since LeRobot has registered its own by then, and plugin discovery only
     logs what raises: the built-in would run in silence.
     """
+    from .checkpoints.recorder import record_saved_pipelines
     from .inputs.pipelines import take_over_pipelines
 
     took_over = PreTrainedConfig.get_known_choices()["pi0"] is PI0Config
@@ -62,6 +64,7 @@ def take_over() -> None:
     OptimizerConfig.get_known_choices().update(OPTIMIZERS)
     LRSchedulerConfig.get_known_choices().update(SCHEDULES)
     _accept_trained_mode(sys.modules.get("lerobot.rollout.context"))
+    record_saved_pipelines()
     take_over_pipelines()
     if not took_over:
         # A warning, because LeRobot sets logging up after it has imported the plugins: an info line is lost.

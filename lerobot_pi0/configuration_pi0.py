@@ -143,6 +143,8 @@ class PI0Config(BuiltinPI0Config):
     updates = 0
     # No option: sizes and start of the policy, for a model card that LeRobot writes from the config alone.
     card_facts = {}, None  # type: ignore[var-annotated]
+    # Nor this: notes, beside a config that is saved, which checkpoint the weights are of, for an adapter.
+    _after_save = None
 
     def __post_init__(self) -> None:
         try:
@@ -273,6 +275,10 @@ class PI0Config(BuiltinPI0Config):
             )
         self._check()
 
+    def call_after_save(self, note: Callable[[Path, dict[str, dict[str, Any]]], None]) -> None:
+        """Have `note` called with the folder and the content of its files whenever the config is saved."""
+        self.__dict__["_after_save"] = note
+
     def get_optimizer_preset(self) -> AdamWConfig:
         """LeRobot's; openpi's recipe hardly decays weights, and averages have to travel with the optimizer."""
         preset = super().get_optimizer_preset()
@@ -294,8 +300,11 @@ class PI0Config(BuiltinPI0Config):
         return {CONFIG_NAME: options, PLUGIN_CONFIG_NAME: ours | {"updates": self.updates}}
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        for name, content in self.to_files().items():
-            (save_directory / name).write_text(json.dumps(content, indent=4) + "\n")
+        texts = {name: json.dumps(content, indent=4) + "\n" for name, content in self.to_files().items()}
+        for name, text in texts.items():
+            (save_directory / name).write_text(text)
+        if self._after_save is not None:
+            self._after_save(save_directory, {name: json.loads(text) for name, text in texts.items()})
 
 
 OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in fields(PI0Config) if "option" in f.metadata}

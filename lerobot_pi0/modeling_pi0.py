@@ -31,7 +31,7 @@ from .control.lerobot_names import CHUNK_ARGUMENTS, LeRobotNames, refuse_unknown
 from .control.player import Player
 from .control.sampling import Sampler
 from .inputs.features import narrow_padded
-from .inputs.normalisation import Normalisation
+from .inputs.normalisation import Normalisation, digest_of
 from .inputs.observation import ObservationMaker
 from .inputs.samples import leave_out_depth
 from .inputs.statistics import check_dataset
@@ -147,7 +147,7 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         self._player = Player(config, self.observe, sampler, self._run.autocast, limits)
         self.init_rtc_processor()
         config.updates = saved.get("updates", 0)
-        self.origin = Origin(saved.get("start"))
+        self.origin = Origin(saved.get("start"), statistics=digest_of(stats))
 
     def _initialise(self, names: Iterable[str]) -> None:
         """Random numbers for these parameters; the others, which are on the `meta` device, stay there."""
@@ -195,7 +195,7 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         parameters = dict(policy.named_parameters())
         policy._initialise(checkpoint.check(parameters, strict, policy.config, rounding.layers(policy)))
         digests = checkpoint.read(policy, torch.device(policy.config.device), policy.config.save_expert_only)
-        policy.origin = Origin.of(checkpoint.source, saved, digests)
+        policy.origin = Origin.of(checkpoint.source, saved, digests, policy.origin.statistics)
         return policy.finish()
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:

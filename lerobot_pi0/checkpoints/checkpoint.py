@@ -7,7 +7,7 @@ the `meta` device, and each tensor is read straight into its final place, so tha
 import logging
 import time
 from collections.abc import Container, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..configuration_pi0 import PLUGIN_CONFIG_NAME, PI0Config
 from ..inputs.normalisation import Normalisation
-from . import pipelines
+from . import adapters, guard, manifest
 from .configs import check_type, decode_config, decode_saved
 from .errors import (
     CheckpointConfigError,
@@ -45,8 +45,7 @@ class Checkpoint:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        if source.folder is not None:
-            finish_interrupted_save(source.folder)
+        self._finish_save()
 
     @classmethod
     def open(cls, place: str | Path, **hub: Any) -> "Checkpoint":
@@ -63,6 +62,10 @@ class Checkpoint:
 
     def __str__(self) -> str:
         return str(self.source)
+
+    def _finish_save(self) -> None:
+        if self.source.folder is not None:
+            self.source.reads_new = finish_interrupted_save(self.source.folder)
 
     # --- configuration ---
 
@@ -117,9 +120,8 @@ class Checkpoint:
             CheckpointError: a file is broken or another policy's, or the adapter does not go with the options.
         """
         self.raw_config()
-        saved = self.saved()
-        run = self.of_run(config)
-        run.check_processors(config, replaced=trains)
+        saved, run = self.saved(), self.of_run(config)
+        statistics = run.check_processors(config, replaced=trains)
         if not saved and (Path(self.source.place).resolve().parent / TRAINING_STATE_DIR).is_dir():
             logger.warning(
                 "%s was trained by LeRobot's built-in π₀: its weights are loaded, but the run cannot be resumed, as "
@@ -138,7 +140,7 @@ class Checkpoint:
                 )
             self._overrule(config, saved)
         self.settle_processors(config, meta, trains)
-        return saved
+        return saved | {"statistics": statistics}
 
     def settle_processors(self, config: PreTrainedConfig, meta: Any, trains: bool) -> None:
         """Bring the options of a run together with the processors that LeRobot will rebuild from this checkpoint.
@@ -179,32 +181,13 @@ class Checkpoint:
 
     # --- processors ---
 
-    def check_processors(self, config: PreTrainedConfig, replaced: bool = False) -> None:
-        """Refuse processors that would run a program, or that are not π₀'s; to be called before LeRobot builds them.
-
-        Args:
-            config: the options that statistics and steps have to suit.
-            replaced: whether the run puts statistics of its own in the place of the checkpoint's.
-
-        Raises:
-            UnsafeCheckpointError: a step names a class, or loads code.
-            CheckpointError: a file is broken, or the steps and statistics are not π₀'s.
-        """
-        found = pipelines.read(self.source)
-        if isinstance(config, PI0Config):
-            pipelines.check(self.source, found, config, replaced)
+    def check_processors(self, config: PreTrainedConfig, replaced: bool = False) -> str | None:
+        """`guard.check` of this checkpoint; to be called before LeRobot builds its pipelines."""
+        return guard.check(self.source, config, replaced)
 
     def normalisation(self, config: PreTrainedConfig) -> Normalisation:
-        """What the run's preprocessor does to state and actions; without statistics if there is none.
-
-        Args:
-            config: says whose processors the run has, as in `settle`.
-
-        Raises:
-            CheckpointError: a file is broken.
-        """
-        found = pipelines.read(self.of_run(config).source).normalisation
-        return Normalisation({}, {}) if found is None else found
+        """`guard.normalisation` of the processors that the run has: an adapter's, if there is one."""
+        return guard.normalisation(self.of_run(config).source)
 
     # --- weights ---
 
@@ -250,6 +233,12 @@ class Checkpoint:
         Raises:
             CheckpointError: the weights are not there, broken, or not this network's.
         """
+        if known := manifest.read(self.source):
+            manifest.check_weights(self.source, known, {stored.name: stored.digest for stored in self.own.values()})
+        if config is not None:
+            if (run := self.of_run(config)) is not self:
+                adapters.check_base(run.source, self.source, self.own)
+            config.call_after_save(partial(adapters.record, self.source, self.own))
         missing = check_tensors(self.source.place, parameters, self.tensors, strict, lambda: self._advice(config))
         if nowhere := [name for name in missing if name in rounded]:
             raise MismatchedCheckpointError(
@@ -290,6 +279,8 @@ class Checkpoint:
                 f"{self._base.revision}); but what is missing in it has the digest {digest_of_digests(digests)} there, "
                 f"not {self._base.digest}: the base has changed since, or weights were taken out"
             )
+        if self.source.read_json(manifest.MANIFEST_NAME, again=True) != self.source.read_json(manifest.MANIFEST_NAME):
+            raise manifest.being_written(self.source)
         seconds = time.perf_counter() - started
         logger.info("loaded %d of %s from %s in %.1f s", len(names), _summary(wanted), self, seconds)
         return digests
@@ -321,8 +312,7 @@ class Checkpoint:
     def _weight_files(self) -> list[Path]:
         """The safetensors files: one, or the shards that the index names."""
         source = self.source
-        if source.folder is not None:
-            finish_interrupted_save(source.folder)  # it may have been committed since the checkpoint was opened
+        self._finish_save()  # it may have been committed since the checkpoint was opened
         if (single := source.file(SAFETENSORS_SINGLE_FILE)) is not None:
             return [single]
         index = source.read_json(SAFETENSORS_INDEX_FILE)

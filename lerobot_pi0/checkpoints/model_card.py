@@ -11,6 +11,7 @@ from lerobot.utils.constants import ACTION
 from .. import __version__
 from ..configuration_pi0 import PALIGEMMA_TOKENIZER, PI0Config
 from ..inputs.joints import is_numbered, joint_names
+from .quoting import markdown, shell
 
 GEMMA_TERMS = (
     "The weights derive from PaliGemma: their use is bound by the "
@@ -50,13 +51,13 @@ def make_card(
     return ModelCard.from_template(
         _metadata(config, licence, dataset, base if on_hub else None),
         template_str=TEMPLATE.read_text(encoding="utf-8"),
-        title=config.repo_id or "π₀",
+        title=markdown(config.repo_id or "π₀"),
         version=__version__,
-        facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
-        repo_id=config.repo_id or "FOLDER",
-        robot=getattr(dataset_meta, "robot_type", None) or "ROBOT",
-        cameras=_cameras(config),
-        task=next(iter(tasks), "…"),
+        facts="\n".join(f"| {name} | {markdown(value)} |" for name, value in facts.items()),
+        repo_id=shell(config.repo_id or "FOLDER"),
+        robot=shell(getattr(dataset_meta, "robot_type", None) or "ROBOT"),
+        cameras=shell(_cameras(config)),
+        task=shell(next(iter(tasks), "…")),
         features=_features(config, dataset_meta),
         licence=terms,
     )
@@ -66,7 +67,8 @@ def _licence(config: PI0Config) -> tuple[str, str]:
     """The Hub's name of the licence, and the sentences about it."""
     gemma = config.tokenizer == PALIGEMMA_TOKENIZER or config.paligemma_variant != "tiny"
     licence = config.license or ("gemma" if gemma else "apache-2.0")
-    return licence, f"{licence}. {GEMMA_TERMS}" if gemma else f"{licence}."
+    named = markdown(licence)
+    return licence, f"{named}. {GEMMA_TERMS}" if gemma else f"{named}."
 
 
 def _metadata(config: PI0Config, licence: str, dataset: str | None, base: str | None) -> ModelCardData:
@@ -126,6 +128,12 @@ def _actions(config: PI0Config) -> str:
     return f"{kind}; chunks of {config.chunk_size}, of which {config.n_action_steps} are executed"
 
 
+def _code(text: str) -> str:
+    """As code, where that cannot end early."""
+    quoted = markdown(text)
+    return f"`{text}`" if quoted == text else quoted
+
+
 def _features(config: PI0Config, meta: Any) -> str:
     rows = ["| feature | shape | in order |", "|---|---|---|"]
     for key, feature in {**(config.input_features or {}), **(config.output_features or {})}.items():
@@ -135,5 +143,5 @@ def _features(config: PI0Config, meta: Any) -> str:
         if feature.type is FeatureType.VISUAL:
             names = ["channels", "height", "width"]  # the dataset's names are in the order that it stores
         listed = "" if is_numbered(names, key) else ", ".join(names)
-        rows.append(f"| `{key}` | {tuple(feature.shape)} | {listed} |")
+        rows.append(f"| {_code(key)} | {tuple(feature.shape)} | {markdown(listed)} |")
     return "\n".join(rows)

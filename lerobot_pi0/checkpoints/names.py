@@ -16,7 +16,9 @@ ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 
 DIGESTS = "lerobot_pi0.digests"
 CONFIG_DIGEST = "lerobot_pi0.config"
-"""Keys of a safetensors file's metadata: a digest per tensor, as JSON, and one of the config.json written with it."""
+OPTIONS = "lerobot_pi0.options"
+"""Keys of a safetensors file's metadata: a digest per tensor, as JSON; one of the config.json written with it; and, as
+JSON, the options of lerobot_pi0.json without which the policy would act otherwise."""
 
 # Known spellings of the same tensors, applied in this order. What follows in `index_tensors`: the head of the VLM is
 # its embedding, and the head of the expert is read by nothing.

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..configuration_pi0 import PLUGIN_CONFIG_NAME, PI0Config
+from . import manifest
 from .names import published_state
 from .source import Source
 from .tensor_bytes import digest_of_digests
@@ -34,27 +35,34 @@ class Origin:
         start: what the run began with: a Hub id or a folder; None for random weights.
         base: the checkpoint that the weights were read from; None if they are random.
         digests: of weights that the base has, by name, as its files hold them; empty unless a save may leave them out.
+        statistics: digest of the statistics that the policy was built with, or that it was loaded with.
     """
 
     start: str | None = None
     base: Base | None = None
     digests: dict[str, str] = field(default_factory=dict)
+    statistics: str | None = None
+    _saved_in: Path | None = None
 
     @classmethod
-    def of(cls, source: Source, saved: dict[str, Any], digests: dict[str, str]) -> "Origin":
+    def of(
+        cls, source: Source, saved: dict[str, Any], digests: dict[str, str], statistics: str | None = None
+    ) -> "Origin":
         """The origin of a policy that was loaded.
 
         Args:
             saved: what this plugin saved with the checkpoint (`Checkpoint.settle`).
             digests: what `Checkpoint.read` returned.
+            statistics: digest of those that a run has put in the checkpoint's place, if it has.
         """
         base: Base | None = saved.get("base")
         start = saved.get("start")
         # A folder by where it really is: the link `last` will lead to another one soon.
         own = Base(str(source.folder.resolve()) if source.folder else source.place, source.revision, digest="")
-        if not saved or source.folder is None:  # our own folders know what their run began with
+        ours = saved.keys() - {"statistics"}
+        if not ours or source.folder is None:  # our own folders know what their run began with
             start = own.id if base is None else source.place
-        return cls(start, base or own, digests)
+        return cls(start, base or own, digests, statistics or saved.get("statistics"))
 
     @property
     def folder(self) -> str | None:
@@ -84,7 +92,16 @@ class Origin:
             tensors = {name: x for name, x in state.items() if name not in names}
         else:
             tensors = published_state(state)
-        save(folder, configs, tensors)
+        save(folder, configs, tensors, self._recorded_statistics())
+        self._saved_in = folder
+
+    def _recorded_statistics(self) -> str | None:
+        """Those of the processors that were last saved with this policy, or else those that it was built with.
+
+        A resumed run keeps the processors of its checkpoint, whatever its dataset has become.
+        """
+        known = None if self._saved_in is None else manifest.read(Source(self._saved_in))
+        return self.statistics if known is None or known["processors"] is None else known["statistics"]
 
     def left_to_base(self, module: nn.Module, folder: Path | None = None) -> tuple[set[str], Base]:
         """Which weights a checkpoint need not hold, and the base that has them: those that are frozen and the base's.

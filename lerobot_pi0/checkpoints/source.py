@@ -1,5 +1,6 @@
 """Files of a checkpoint, from a folder or from the Hugging Face Hub."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_down
 """Options of `hf_hub_download` that a checkpoint can be opened with."""
 
 
+NEW = ".new"
+"""Ending of a file that a save has written and not yet put in its place."""
+
+
 class Source:
     """A folder, or a Hub repository at one commit: all files come from the same one, whoever pushes meanwhile.
 
@@ -36,6 +41,8 @@ class Source:
     def __init__(self, place: str | Path, **hub: Any) -> None:
         self.place = str(place)
         self._hub = hub
+        self._known: dict[str, dict[str, Any] | None] = {}
+        self.reads_new = False  # of a committed save that nobody may finish, in a read-only folder
         self.folder = Path(place) if Path(place).is_dir() else None
         if self.folder is None and (snapshot := self.file(CONFIG_NAME)) is not None:
             self._hub = hub | {"revision": snapshot.parent.name}
@@ -59,6 +66,9 @@ class Source:
             CheckpointNotFoundError: there is no such checkpoint, or no way to it.
         """
         if self.folder is not None:
+            new = self.folder / (name + NEW)
+            if self.reads_new and new.is_file():
+                return new
             return self.folder / name if (self.folder / name).is_file() else None
         try:
             return Path(hf_hub_download(self.place, name, **self._hub))
@@ -74,14 +84,24 @@ class Source:
         except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
             raise CheckpointNotFoundError(self._explain(error)) from error
 
-    def read_json(self, name: str) -> dict[str, Any] | None:
+    def read_json(self, name: str, again: bool = False) -> dict[str, Any] | None:
         """The object in a JSON file; None where the checkpoint has no such file.
+
+        A file is read once, so that all who ask see the same, whatever is written meanwhile.
+
+        Args:
+            again: read it anew.
 
         Raises:
             CheckpointError: there is no way to the file, it is cut, or it holds no object.
         """
-        file = self.file(name)
-        return None if file is None else read_json(file)
+        if again or name not in self._known:
+            file = self.file(name)
+            content = None if file is None else read_json(file)
+            if again:
+                return content
+            self._known[name] = content
+        return copy.deepcopy(self._known[name])
 
     def _explain(self, error: Exception) -> str:
         """What an error of the Hub means for a user."""
@@ -121,6 +141,8 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CorruptCheckpointError(f"{file} cannot be read ({error}): copy or download it again") from error
     except (ValueError, RecursionError) as error:  # also what is no text, and numbers and nesting without end
         raise CorruptCheckpointError(f"{file} is no JSON ({error}): download or copy it again") from error
     if not isinstance(content, dict):

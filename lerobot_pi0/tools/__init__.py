@@ -18,6 +18,7 @@ from lerobot.utils.utils import init_logging
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.errors import CheckpointError
+from ..checkpoints.quoting import plain
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         options = parse(module.Options, rest, prog=f"lerobot-pi0 {verb}")
     except (CheckpointError, ToolError) as error:
-        logger.error("%s: %s", type(error).__name__, error)
+        logger.error("%s: %s", type(error).__name__, plain(error, keep="\n"))
         return 1
     except (DecodingError, ValueError) as error:  # ValueError: the policy's config refuses an option
         print(f"lerobot-pi0 {verb}: {error}; --help lists the options", file=sys.stderr)
@@ -124,6 +125,6 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         status = module.run(options)
     except (CheckpointError, ToolError) as error:
-        logger.error("%s: %s", type(error).__name__, error)
+        logger.error("%s: %s", type(error).__name__, plain(error, keep="\n"))
         return 1
     return status if isinstance(status, int) else 0

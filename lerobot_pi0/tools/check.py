@@ -24,6 +24,7 @@ from lerobot.utils.feature_utils import dataset_to_policy_features
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.processors import saved_rename_map
+from ..checkpoints.quoting import plain
 from ..configuration_pi0 import PI0Config
 from ..inputs.features import narrow_padded
 from ..inputs.joints import take_names
@@ -71,7 +72,7 @@ def run(options: Options) -> int:
     if options.json:
         print(json.dumps({"counts": counts, "findings": [finding._asdict() for finding in findings]}, indent=2))
     else:
-        print(as_text(findings))
+        print(plain(as_text(findings), keep="\n"))
     return 1 if counts[ERROR] else 0
 
 

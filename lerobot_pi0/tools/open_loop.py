@@ -24,6 +24,7 @@ from lerobot.datasets.factory import resolve_delta_timestamps
 from .. import __version__
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.processors import saved_rename_map
+from ..checkpoints.quoting import plain
 from . import ToolError
 from .data import DatasetOptions, need_pi0, need_whole, open_dataset, open_meta
 from .evaluation import report
@@ -96,5 +97,5 @@ def run(options: Options) -> None:
     options.output_dir.mkdir(parents=True, exist_ok=True)
     (options.output_dir / "report.json").write_text(json.dumps(content, indent=2) + "\n")
     (options.output_dir / "report.html").write_text(report.as_html(content, drawn, options.plots))
-    print(json.dumps(content, indent=2) if options.json else report.as_text(content))
+    print(json.dumps(content, indent=2) if options.json else plain(report.as_text(content), keep="\n"))
     logger.info("wrote %s", options.output_dir / "report.html")

@@ -25,6 +25,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, EMBEDDING, LM_HEAD, NETWORK, VLM
 from ..checkpoints.origin import Base
+from ..checkpoints.quoting import plain
 from ..checkpoints.reading import Stored, index_tensors
 from ..configuration_pi0 import BYTE_TOKENIZER, PLUGIN_FIELDS, PI0Config
 from ..inputs.joints import names_in_config
@@ -60,7 +61,7 @@ def run(options: Options) -> int:
         CheckpointError: there is no such checkpoint, or it is no π₀.
     """
     content = describe(options.source, revision=options.revision)
-    print(json.dumps(content, indent=2) if options.json else as_text(content))
+    print(json.dumps(content, indent=2) if options.json else plain(as_text(content), keep="\n"))
     return 0 if content["this plugin"]["loads"] else 1
 
 

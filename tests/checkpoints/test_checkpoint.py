@@ -474,7 +474,12 @@ def test_nothing_else_is_left(tmp_path):
     """Catches temporary files that are pushed to the Hub with the checkpoint, or found by `*.json`."""
     for seed in range(2):
         micro_policy(seed).save_pretrained(tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "lerobot_pi0.json", WEIGHTS}
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "config.json",
+        "lerobot_pi0.json",
+        "lerobot_pi0_manifest.json",
+        WEIGHTS,
+    }
 
 
 # --- save_expert_only ---------------------------------------------------------------------------------------

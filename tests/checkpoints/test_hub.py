@@ -163,8 +163,9 @@ def test_everything_arrived(story):
         "policy_postprocessor_step_0_unnormalizer_processor.safetensors",
     }
     own = {"model.safetensors", "config.json", "lerobot_pi0.json", "train_config.json", "README.md"}
+    own |= {"lerobot_pi0_manifest.json"}
     assert {path for path in files if not path.startswith("checkpoints/")} == own | processors
-    for name in (own | processors) - {"README.md", "train_config.json"}:
+    for name in (own | processors) - {"README.md", "train_config.json", "lerobot_pi0_manifest.json"}:
         here = (story.run("scratch", 2) / name).read_bytes()
         if name.endswith(".json"):
             assert files[name] == here, name

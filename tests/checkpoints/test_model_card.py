@@ -205,7 +205,7 @@ def test_the_command_is_for_this_policy_and_robot(dataset, monkeypatch):
     policy = PI0Policy(tiny_config(cameras=CAMERAS[:2], repo_id="me/x"), dataset_stats=stats(), dataset_meta=dataset)
     text = card_of(policy, dataset).text
     assert "--policy.path=me/x --robot.type=my_arm " in text
-    assert '--task="reach cube 0"' in text
+    assert "--task='reach cube 0'" in text
     assert "# me/x" in text
     unknown = card_of(PI0Policy(tiny_config())).text
     assert "--policy.path=FOLDER --robot.type=ROBOT " in unknown

@@ -1,0 +1,259 @@
+"""Manifest of a checkpoint: what was saved together, so that a file of another checkpoint is noticed and named.
+
+LeRobot saves weights first and processors later. So the policy writes the manifest with its weights, and each pipeline
+that is then saved into the same folder is recorded in it. A save that is cut off between the two leaves a manifest
+without processors, which is not taken for one that was tampered with.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from huggingface_hub.constants import CONFIG_NAME
+from lerobot.configs import FeatureType
+
+from ..configuration_pi0 import OPTIONS, PLUGIN_CONFIG_NAME
+from .errors import CheckpointConfigError, CorruptCheckpointError
+from .names import ADAPTER_WEIGHTS_NAME, EXPERT_HEAD
+from .pipelines import POSTPROCESSOR, PREPROCESSOR
+from .source import Source
+from .tensor_bytes import digest_of_digests
+
+logger = logging.getLogger(__name__)
+
+MANIFEST_NAME = "lerobot_pi0_manifest.json"
+
+FIXED = {
+    CONFIG_NAME: (
+        "input_features", "output_features", "normalization_mapping", "action_feature_names", "use_relative_actions",
+        "relative_exclude_joints", "min_period", "max_period", "image_resolution",
+    ),
+    PLUGIN_CONFIG_NAME: ("base", "rtc_training_max_delay"),
+}  # fmt: skip
+"""What weights and statistics were made for, and cannot be edited in a file. Everything else is an option."""
+
+HOW_TO_ACCEPT = f"If the change is meant, remove {MANIFEST_NAME}: nothing is compared then"
+
+
+def make(
+    configs: Mapping[str, Mapping[str, Any]], weights: str | None, statistics: str | None, base: Any = None
+) -> dict[str, Any]:
+    """The manifest of a policy that is being saved; its processors come later.
+
+    Args:
+        configs: content of config.json and lerobot_pi0.json, by file name.
+        weights: digest of the weights (`digest_of_weights`, or of an adapter's file).
+        statistics: digest of the statistics that the policy was built with, if it was.
+        base: the checkpoint that an adapter belongs to, as `origin.Base` without its class.
+    """
+    return {
+        "version": 1,
+        "options": {name: {key: _digest(x) for key, x in content.items()} for name, content in configs.items()},
+        "cameras": cameras(configs[CONFIG_NAME]),
+        "weights": weights,
+        "statistics": statistics,
+        "base": base,
+        "processors": None,
+    }
+
+
+ACTING = (
+    "solver", "solver_tolerance", "max_action_step", "action_range_margin", "rtc_guidance", "rtc_training_max_delay",
+)  # fmt: skip
+"""Options of lerobot_pi0.json without which a policy acts otherwise, or without its bounds."""
+
+
+def options_that_matter(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Those of `ACTING` that are not what they would be without the file; weights carry them too."""
+    ours = configs[PLUGIN_CONFIG_NAME]
+    return {name: ours[name] for name in ACTING if ours.get(name) not in (None, math.inf, OPTIONS[name].default)}
+
+
+def cameras(config: Mapping[str, Any]) -> list[str]:
+    """Cameras in the order in which the network sees them: that of the features in config.json."""
+    features = config.get("input_features") or {}
+    return [key for key, x in features.items() if isinstance(x, dict) and x.get("type") == FeatureType.VISUAL.value]
+
+
+def digest_of_weights(digests: Mapping[str, str | None]) -> str | None:
+    """One digest of a file's tensors, by the digests that it carries; None where it carries none."""
+    known = {name: x for name, x in digests.items() if x is not None and name != EXPERT_HEAD}
+    return digest_of_digests(known) if known else None
+
+
+def _digest(content: Any) -> str:
+    """A digest of what JSON says, whatever the order of its keys."""
+    return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+
+def digest_of_file(file: Path) -> str:
+    """A digest of a file: of what it says if it is JSON, or else of its bytes."""
+    data = file.read_bytes()
+    if file.suffix == ".json":
+        return _digest(json.loads(data))
+    return xxhash.xxh3_64_hexdigest(data)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+
+def read(source: Source) -> dict[str, Any] | None:
+    """The manifest; None for checkpoints of version 0.1.0 and of others.
+
+    Raises:
+        CorruptCheckpointError: it is cut, or no manifest.
+    """
+    content = source.read_json(MANIFEST_NAME)
+    if content is None:
+        return None
+    options, processors = content.get("options"), content.get("processors")
+    if not (
+        isinstance(options, dict)
+        and all(isinstance(options.get(name), dict) for name in FIXED)
+        and isinstance(processors, dict | None)
+        and isinstance(content.get("cameras"), list)
+        and all(isinstance(content.get(name), str | None) for name in ("weights", "statistics"))
+        and isinstance(content.get("base"), dict | None)
+    ):
+        raise CorruptCheckpointError(
+            f"{MANIFEST_NAME} of {source} is unreadable: download or copy it again, or remove it and with it the "
+            "comparison of what was saved together"
+        )
+    return content
+
+
+def check_options(source: Source, manifest: Mapping[str, Any]) -> None:
+    """Compare config.json and lerobot_pi0.json with what was saved.
+
+    Raises:
+        CheckpointConfigError: something was changed that the weights or the statistics were made for.
+        CorruptCheckpointError: the folder is being written.
+    """
+    for file, saved in manifest["options"].items():
+        content = source.read_json(file)
+        if content is None:
+            continue  # `guard` knows what is lost with it
+        found = {key: _digest(x) for key, x in content.items()}
+        changed = sorted(key for key in found.keys() | saved.keys() if found.get(key) != saved.get(key))
+        if changed and source.read_json(file, again=True) != content:
+            raise being_written(source)
+        if fixed := [key for key in changed if key in FIXED[file]]:
+            raise CheckpointConfigError(
+                f"{', '.join(fixed)} in {file} of {source} is not what was saved, and the weights were made for that: "
+                f"copy or download the file again. {HOW_TO_ACCEPT}"
+            )
+        if changed:
+            logger.warning("%s of %s was edited since it was saved: %s", file, source, ", ".join(changed))
+        if file == CONFIG_NAME and (order := cameras(content)) != manifest["cameras"]:
+            raise CheckpointConfigError(
+                f"the cameras in {file} of {source} are in the order {', '.join(order)}, and the network was trained "
+                f"with {', '.join(map(str, manifest['cameras']))}: put the keys of input_features back in that order. "
+                "Programs that sort the keys of a JSON file exchange cameras"
+            )
+
+
+def check_processors(source: Source, manifest: Mapping[str, Any], statistics: str | None) -> None:
+    """Compare the processors' files with what was saved.
+
+    Args:
+        statistics: digest of the statistics in the checkpoint's files.
+
+    Raises:
+        CorruptCheckpointError: one is another, or was lost; or the save was cut off before they were written.
+    """
+    recorded = manifest["processors"]
+    present = [name for name in (PREPROCESSOR, POSTPROCESSOR) if source.file(name) is not None]
+    if recorded is None or not {PREPROCESSOR, POSTPROCESSOR} <= recorded.keys():
+        bound = manifest["statistics"]
+        if (recorded and present) or (present and None not in (bound, statistics) and bound != statistics):
+            raise CorruptCheckpointError(
+                f"the save of {source} is unfinished: it was cut off between the weights and the processors, and the "
+                f"processors that are there belong to other weights. Take another checkpoint. {HOW_TO_ACCEPT}"
+            )
+        return
+    for name, digest in recorded.items():
+        file = source.file(str(name))
+        if file is None:
+            raise CorruptCheckpointError(
+                f"{source} has lost {name}, which was saved with it: copy or download it again"
+            )
+        try:
+            found = digest_of_file(file)
+        except (ValueError, RecursionError) as error:
+            raise CorruptCheckpointError(f"{file} is no JSON ({error}): download or copy it again") from error
+        if found != digest:
+            raise CorruptCheckpointError(
+                f"{name} of {source} is not the one that was saved with these weights (its digest differs): copy or "
+                f"download it again. {HOW_TO_ACCEPT}"
+            )
+
+
+def being_written(source: Source) -> CorruptCheckpointError:
+    return CorruptCheckpointError(
+        f"{source} was written while it was being read: load it again when the other process has finished"
+    )
+
+
+def check_weights(source: Source, manifest: Mapping[str, Any], digests: Mapping[str, str | None]) -> None:
+    """Compare the weights' digests with those of the weights that were saved with the other files.
+
+    Raises:
+        CorruptCheckpointError: the weights are of another checkpoint, or the folder is being written.
+    """
+    found = digest_of_weights(digests)
+    if None not in (found, manifest["weights"]) and found != manifest["weights"]:
+        raise CorruptCheckpointError(
+            f"the weights in {source} are not those that its {CONFIG_NAME}, processors and {MANIFEST_NAME} were saved "
+            "with: they were exchanged, or the folder was being written just now. Load it again; if this repeats, copy "
+            "or download all files again"
+        )
+
+
+def check_adapter(source: Source, manifest: Mapping[str, Any]) -> None:
+    """Compare an adapter's tensors, which PEFT will load, with those that were saved.
+
+    Raises:
+        CorruptCheckpointError: they are others, or lost.
+    """
+    file = source.file(ADAPTER_WEIGHTS_NAME)
+    if manifest["weights"] is not None and (file is None or digest_of_file(file) != manifest["weights"]):
+        raise CorruptCheckpointError(
+            f"{ADAPTER_WEIGHTS_NAME} of {source} is lost, or not the one that was saved: copy or download it again"
+        )
+
+
+# --- writing ----------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, content: Mapping[str, Any]) -> None:
+    """Put a manifest into a folder, whole or not at all."""
+    part = folder / f"{MANIFEST_NAME}.part"
+    part.write_text(json.dumps(content, indent=4) + "\n")
+    part.replace(folder / MANIFEST_NAME)
+
+
+def record_pipeline(folder: Path, config_file: str, statistics: str | None) -> None:
+    """Note in the folder's manifest, if there is one, a pipeline that has just been saved there.
+
+    Args:
+        config_file: the pipeline's JSON file.
+        statistics: digest of what its normalising step holds; None where it has none.
+    """
+    file = folder / MANIFEST_NAME
+    if not file.is_file():
+        return
+    content = json.loads(file.read_text())
+    names = [config_file, *_state_files(json.loads((folder / config_file).read_text()))]
+    written = {name: digest_of_file(folder / name) for name in names}
+    content["processors"] = {**(content.get("processors") or {}), **written}
+    if statistics is not None:
+        content["statistics"] = statistics
+    write(folder, content)
+
+
+def _state_files(pipeline: Mapping[str, Any]) -> Iterator[str]:
+    yield from (step["state_file"] for step in pipeline["steps"] if step.get("state_file"))
