@@ -155,10 +155,7 @@ class PI0Config(BuiltinPI0Config):
 
     def _complete(self) -> None:
         PreTrainedConfig.__post_init__(self)  # not the built-in's, which refuses the small presets
-        for name, presets in (
-            ("paligemma_variant", PALIGEMMA_PRESETS),
-            ("action_expert_variant", EXPERT_PRESETS),
-        ):
+        for name, presets in (("paligemma_variant", PALIGEMMA_PRESETS), ("action_expert_variant", EXPERT_PRESETS)):
             if getattr(self, name) not in presets:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(presets)}")
         self.architecture()  # raises where the two do not go together

@@ -41,9 +41,6 @@ from .training import lora
 from .training.objective import Objective
 from .training.run import Run
 
-PREFIXES = ("", "base_model.model.")
-"""What stands before the names of weights: nothing, or what peft puts there."""
-
 
 class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
     """π₀ as LeRobot trains, evaluates and runs it.
@@ -139,8 +136,8 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         kernels.install(self.model)
         self._run = Run(config)
         self._run.prepare(self.model, trains)
-        if config.vlm_quantization:  # DDP cannot send rounded weights; peft puts a prefix before their names
-            self._ddp_params_and_buffers_to_ignore = [f"{x}{name}" for name in rounding.layers(self) for x in PREFIXES]
+        if config.vlm_quantization:  # DDP cannot send rounded weights
+            self._ddp_params_and_buffers_to_ignore = rounding.names_for_ddp(self)
         self.observe = ObservationMaker(config)
         sampler = Sampler(config.compile_mode if config.compile_model else None, config.cuda_graphs)
         self.objective = Objective(config, self.observe, sampler, self._run.autocast)
@@ -152,8 +149,7 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
     def _initialise(self, names: Iterable[str]) -> None:
         """Random numbers for these parameters; the others, which are on the `meta` device, stay there."""
         parameters, device = dict(self.named_parameters()), torch.device(self.config.device)
-        made = {name: torch.empty_like(parameters[name], device=device) for name in names}
-        if made:
+        if made := {name: torch.empty_like(parameters[name], device=device) for name in names}:
             self.load_state_dict(made, strict=False, assign=True)
             self.model.initialise()
 
@@ -188,12 +184,12 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         """
         checkpoint = Checkpoint.open(pretrained_name_or_path, **{k: kwargs[k] for k in HUB_OPTIONS if k in kwargs})
         config = checkpoint.config() if config is None else config
-        trains = dataset_stats is not None or dataset_meta is not None
-        saved = checkpoint.settle(config, dataset_meta, trains)
+        saved = checkpoint.settle(config, dataset_meta, dataset_stats is not None or dataset_meta is not None)
         statistics = partial(checkpoint.normalisation, config)  # read only if a bound needs them
         policy = cls.empty(config, dataset_stats, dataset_meta, saved, True, statistics)  # type: ignore[arg-type]
-        parameters = dict(policy.named_parameters())
-        policy._initialise(checkpoint.check(parameters, strict, policy.config, rounding.layers(policy)))
+        policy._initialise(
+            checkpoint.check(dict(policy.named_parameters()), strict, policy.config, rounding.layers(policy))
+        )
         digests = checkpoint.read(policy, torch.device(policy.config.device), policy.config.save_expert_only)
         policy.origin = Origin.of(checkpoint.source, saved, digests, policy.origin.statistics)
         return policy.finish()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..configuration_pi0 import PLUGIN_CONFIG_NAME, PI0Config
 from ..inputs.normalisation import Normalisation
 from . import adapters, guard, manifest
-from .configs import check_type, decode_config, decode_saved
+from .configs import check_type, decode_config, decode_saved, overrule
 from .errors import (
     CheckpointConfigError,
     CheckpointNotFoundError,
@@ -138,7 +138,7 @@ class Checkpoint:
                     f"the adapter {run} adapts the VLM, which vlm_quantization would round: merge it first "
                     "(examples/merge_adapter.py), or leave the option out"
                 )
-            self._overrule(config, saved)
+            overrule(config, saved, self.source.place)
         self.settle_processors(config, meta, trains)
         return saved | {"statistics": statistics}
 
@@ -162,22 +162,6 @@ class Checkpoint:
         if config.use_peft and config.pretrained_path:
             return Checkpoint(self.source.other(config.pretrained_path, config.pretrained_revision))
         return self
-
-    def _overrule(self, config: PI0Config, saved: Mapping[str, Any]) -> None:
-        """Set options back that cannot be changed any more, and say so."""
-        vlm = saved.get("vlm_path")
-        if config.vlm_path not in (None, vlm):
-            logger.warning("vlm_path=%s is not read: the VLM's weights are in %s", config.vlm_path, self)
-            config.vlm_path = vlm
-        carried = saved.get("save_tokenizer") is not False
-        if config.save_tokenizer not in (None, carried):
-            logger.warning(
-                "save_tokenizer=%s is not read: LeRobot takes the processors as they are in %s, whose tokenizer %s",
-                config.save_tokenizer,
-                self,
-                "travels with them" if carried else "does not travel",
-            )
-            config.save_tokenizer = carried
 
     # --- processors ---
 

@@ -1,5 +1,6 @@
 """Configuration files of a checkpoint: config.json, which LeRobot shares, and lerobot_pi0.json, this plugin's own."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,9 @@ OLD_LEROBOT_KEYS = {
     "attention_implementation",
 }
 OTHER_NETWORKS = {"pi05": " It is π₀.₅, another network.", "pi0_fast": " It is π₀-FAST, another network."}
+
+
+logger = logging.getLogger(__name__)
 
 
 def check_type(content: dict[str, Any], place: str) -> None:
@@ -102,3 +106,20 @@ def resolve(config: PI0Config, saved: Mapping[str, Any], vlm_is_pretrained: bool
         raise CheckpointConfigError(
             f"options of the run and of the checkpoint ({PLUGIN_CONFIG_NAME}) do not go together: {error}"
         ) from error
+
+
+def overrule(config: PI0Config, saved: Mapping[str, Any], place: str) -> None:
+    """Set options back that the checkpoint at `place` has decided for good, and say so."""
+    vlm = saved.get("vlm_path")
+    if config.vlm_path not in (None, vlm):
+        logger.warning("vlm_path=%s is not read: the VLM's weights are in %s", config.vlm_path, place)
+        config.vlm_path = vlm
+    carried = saved.get("save_tokenizer") is not False
+    if config.save_tokenizer not in (None, carried):
+        logger.warning(
+            "save_tokenizer=%s is not read: LeRobot takes the processors as they are in %s, whose tokenizer %s",
+            config.save_tokenizer,
+            place,
+            "travels with them" if carried else "does not travel",
+        )
+        config.save_tokenizer = carried

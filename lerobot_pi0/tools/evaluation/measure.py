@@ -34,16 +34,16 @@ def measure(
     actions, state = runner.columns.action_ND, runner.columns.state_ND[rows]
     still = state if state.shape[1] == actions.shape[1] else actions[np.maximum(rows - 1, 0)]
     normalised, predicted = runner.chunks()
-    guesses = {
-        "policy": predicted,
-        "hold still": np.broadcast_to(still[:, None], recorded.shape),
-        "mean action": np.broadcast_to(actions.mean(axis=0), recorded.shape),
-    }
+    guesses = _guesses(predicted, still, actions)
     squares = {name: ((guess - recorded) / spread_A) ** 2 for name, guess in guesses.items()}
     moving = {name: x[..., ~still_A] for name, x in squares.items()}
     names, episode = dim_names(runner.dataset, ACTION), runner.columns.episode[rows]
     error = {name: rms(x, valid) for name, x in moving.items()}
     best = min(("hold still", "mean action"), key=error.__getitem__)
+
+    def way(chunks: np.ndarray) -> float:
+        return rms(((chunks - still[:, None]) / spread_A)[..., ~still_A] ** 2, valid)
+
     each = {name: np.where(valid[..., None], x, 0).sum(axis=(1, 2)) for name, x in moving.items()}
     content: dict[str, Any] = {
         "observations": len(rows),
@@ -52,12 +52,9 @@ def measure(
         "ratio": error["policy"] / max(error[best], 1e-9),
         "interval": ratio_interval(each["policy"], each[best], episode, runner.seed),
         "error by step": {name: by_step(x, valid) for name, x in moving.items()},
-        "error by joint": {
-            joint: {name: rms(x[..., i], valid) for name, x in squares.items()} for i, joint in enumerate(names)
-        },
+        "error by joint": {x: {g: rms(e[..., i], valid) for g, e in squares.items()} for i, x in enumerate(names)},
         "never move": [names[i] for i in np.flatnonzero(still_A)],
-        "way": rms(((predicted - still[:, None]) / spread_A)[..., ~still_A] ** 2, valid)
-        / max(rms(((recorded - still[:, None]) / spread_A)[..., ~still_A] ** 2, valid), 1e-9),
+        "way": way(predicted) / max(way(recorded), 1e-9),
         "delay": delay(*((x / spread_A)[..., ~still_A] for x in (predicted, recorded)), valid),
         "error by resizing": by_resizing(runner, recorded[..., ~still_A], spread_A[~still_A], valid, ~still_A),
         "reactions": reactions(runner, normalised, recorded[..., ~still_A], spread_A, valid, ~still_A),
@@ -65,8 +62,17 @@ def measure(
     }
     content["ignored"] = ignored(content)
     content["verdicts"] = verdicts(content)
-    drawn = {"predicted": predicted, "valid": valid, "rows": rows, "columns": runner.columns, "joints": names}
-    return content, drawn
+    return content, {"predicted": predicted, "valid": valid, "rows": rows, "columns": runner.columns, "joints": names}
+
+
+def _guesses(predicted_NTA: np.ndarray, still_NA: np.ndarray, actions: np.ndarray) -> dict[str, np.ndarray]:
+    """The policy's chunks, and those of two that have learned nothing."""
+    shape = predicted_NTA.shape
+    return {
+        "policy": predicted_NTA,
+        "hold still": np.broadcast_to(still_NA[:, None], shape),
+        "mean action": np.broadcast_to(actions.mean(axis=0), shape),
+    }
 
 
 def by_resizing(
