@@ -43,11 +43,7 @@ from .training.run import Run
 
 
 class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
-    """π₀ as LeRobot trains, evaluates and runs it.
-
-    Built from a config it starts from random weights, or with the VLM of `vlm_path`; `from_pretrained` loads a
-    checkpoint or raises.
-    """
+    """π₀ as LeRobot trains, evaluates and runs it; `from_pretrained` loads a checkpoint or raises."""
 
     config_class = PI0Config  # type: ignore[assignment]
     name = "pi0"  # type: ignore[assignment]
@@ -138,8 +134,8 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         self._run.prepare(self.model, trains)
         if config.vlm_quantization:  # DDP cannot send rounded weights
             self._ddp_params_and_buffers_to_ignore = rounding.names_for_ddp(self)
-        self.observe = ObservationMaker(config)
         sampler = Sampler(config.compile_mode if config.compile_model else None, config.cuda_graphs)
+        self.observe = ObservationMaker(config)
         self.objective = Objective(config, self.observe, sampler, self._run.autocast)
         self._player = Player(config, self.observe, sampler, self._run.autocast, limits)
         self.init_rtc_processor()
@@ -175,7 +171,7 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         """Load a checkpoint from a folder or the Hub.
 
         Args:
-            config: options to use in place of the checkpoint's.
+            config: in place of the checkpoint's.
             strict: False takes a checkpoint with missing or surplus tensors, and says which are random.
             kwargs: `revision`, `token` and the other `HUB_OPTIONS`; what else LeRobot passes is not read.
 
@@ -187,9 +183,8 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         saved = checkpoint.settle(config, dataset_meta, dataset_stats is not None or dataset_meta is not None)
         statistics = partial(checkpoint.normalisation, config)  # read only if a bound needs them
         policy = cls.empty(config, dataset_stats, dataset_meta, saved, True, statistics)  # type: ignore[arg-type]
-        policy._initialise(
-            checkpoint.check(dict(policy.named_parameters()), strict, policy.config, rounding.layers(policy))
-        )
+        missing = checkpoint.check(dict(policy.named_parameters()), strict, policy.config, rounding.layers(policy))
+        policy._initialise(missing)
         digests = checkpoint.read(policy, torch.device(policy.config.device), policy.config.save_expert_only)
         policy.origin = Origin.of(checkpoint.source, saved, digests, policy.origin.statistics)
         return policy.finish()

@@ -28,9 +28,9 @@ def measure(
         spread_A: the unit of errors, the deviation of each joint's actions in training.
         still_A: joints that never move, which do not count.
     """
-    items, rows = runner.items, runner.rows
-    recorded = np.stack([item[ACTION].double().numpy() for item in items])
-    valid = np.stack([~item[f"{ACTION}_is_pad"].numpy() for item in items])
+    rows = runner.rows
+    recorded = np.stack([item[ACTION].double().numpy() for item in runner.items])
+    valid = np.stack([~item[f"{ACTION}_is_pad"].numpy() for item in runner.items])
     actions, state = runner.columns.action_ND, runner.columns.state_ND[rows]
     still = state if state.shape[1] == actions.shape[1] else actions[np.maximum(rows - 1, 0)]
     normalised, predicted = runner.chunks()
@@ -51,8 +51,7 @@ def measure(
         "error": error,
         "ratio": error["policy"] / max(error[best], 1e-9),
         "interval": ratio_interval(each["policy"], each[best], episode, runner.seed),
-        "error by step": {name: by_step(x, valid) for name, x in moving.items()},
-        "error by joint": {x: {g: rms(e[..., i], valid) for g, e in squares.items()} for i, x in enumerate(names)},
+        **_by_step_and_joint(squares, moving, names, valid),
         "never move": [names[i] for i in np.flatnonzero(still_A)],
         "way": way(predicted) / max(way(recorded), 1e-9),
         "delay": delay(*((x / spread_A)[..., ~still_A] for x in (predicted, recorded)), valid),
@@ -73,6 +72,14 @@ def _guesses(predicted_NTA: np.ndarray, still_NA: np.ndarray, actions: np.ndarra
         "hold still": np.broadcast_to(still_NA[:, None], shape),
         "mean action": np.broadcast_to(actions.mean(axis=0), shape),
     }
+
+
+def _by_step_and_joint(
+    squares: dict[str, np.ndarray], moving: dict[str, np.ndarray], names: list[str], valid_NT: np.ndarray
+) -> dict[str, Any]:
+    """Errors of each guess, step by step over the joints that move, and joint by joint."""
+    joints = {joint: {name: rms(x[..., i], valid_NT) for name, x in squares.items()} for i, joint in enumerate(names)}
+    return {"error by step": {name: by_step(x, valid_NT) for name, x in moving.items()}, "error by joint": joints}
 
 
 def by_resizing(
