@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import draccus
 from draccus.wrappers.docstring import get_attribute_docstring
@@ -135,7 +135,7 @@ class PI0Config(BuiltinPI0Config):
     # No option: optimiser steps so far. It is here because of adapters, with which LeRobot saves a config alone.
     updates = 0
     # Nor this: notes, beside a config that is saved, which checkpoint the weights are of, for an adapter.
-    _after_save = None
+    _after_save: ClassVar[Callable[[Path, dict[str, dict[str, Any]]], None] | None] = None
 
     def __post_init__(self) -> None:
         try:
