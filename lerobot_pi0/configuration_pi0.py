@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import draccus
 from draccus.wrappers.docstring import get_attribute_docstring
@@ -144,7 +144,7 @@ class PI0Config(BuiltinPI0Config):
     # No option: sizes and start of the policy, for a model card that LeRobot writes from the config alone.
     card_facts = {}, None  # type: ignore[var-annotated]
     # Nor this: notes, beside a config that is saved, which checkpoint the weights are of, for an adapter.
-    _after_save = None
+    _after_save: ClassVar[Callable[[Path, dict[str, dict[str, Any]]], None] | None] = None
 
     def __post_init__(self) -> None:
         try:
