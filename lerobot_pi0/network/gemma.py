@@ -98,7 +98,9 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.width)
         self.mlp = MLP(cfg)
 
-    def forward(self, x: Tensor, rope: Rope, mask: Mask | None, past: KVCache | None, kv_only: bool) -> tuple[Tensor, KVCache]:
+    def forward(
+        self, x: Tensor, rope: Rope, mask: Mask | None, past: KVCache | None, kv_only: bool
+    ) -> tuple[Tensor, KVCache]:
         """Returns the layer's output, and the keys and values of x, each (B, T, D)."""
         h = self.input_layernorm(x)
         kv = self.self_attn.keys_values(h, rope)
@@ -130,7 +132,9 @@ class Gemma(nn.Module):
         """RoPE's angles at these positions."""
         return rotary_angles(positions_BT, self.cfg.head_dim)
 
-    def cache(self, x_BTW: Tensor, rope: Rope, mask: Mask | None, past: Sequence[KVCache] | None = None) -> list[KVCache]:
+    def cache(
+        self, x_BTW: Tensor, rope: Rope, mask: Mask | None, past: Sequence[KVCache] | None = None
+    ) -> list[KVCache]:
         """Keys and values per layer of `past` and x together. The last layer's attention and MLP are not computed,
         because nothing reads their output."""
         new = self._layers(x_BTW, rope, mask, past, cache_only=True)[1]
