@@ -4,7 +4,7 @@ READY := .venv/.ready
 # A process for each core, each with whole files: what a file sets up is set up once.
 SPREAD := -n auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: help setup demo so100 test test-all finish test-next test-lerobot bench lint format clean
+.PHONY: help setup demo so100 test test-all finish test-next test-lerobot bench bench-gpu gpu-wheels lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## / - /' | sort
@@ -39,6 +39,12 @@ test-lerobot: setup  ## LeRobot's own tests with this plugin in charge (LEROBOT=
 
 bench: setup  ## this policy beside LeRobot's built-in (ARGS='--size full')
 	$(PYTHON) benchmarks/bench.py $(ARGS)
+
+bench-gpu:  ## on a CUDA machine: correctness, speed and memory there, in outputs/gpu (ARGS='--seconds 600')
+	$(or $(wildcard $(PYTHON)),python3) benchmarks/gpu.py $(ARGS)
+
+gpu-wheels: setup  ## gather in outputs/wheels what a CUDA machine with PyTorch but without a network lacks
+	sh scripts/gpu_wheels.sh outputs/wheels
 
 lint: setup  ## ruff and mypy
 	$(PYTHON) -m ruff check .

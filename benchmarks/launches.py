@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 
 from lerobot_pi0 import PI0Policy, kernels
 from lerobot_pi0.control.sampling import Sampler
+from lerobot_pi0.kernels.cuda_graphs import CudaGraphs
 from lerobot_pi0.training.optimizers import use_fused_kernel
 
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
@@ -213,19 +214,65 @@ class FakeGPU:
             yield counter
 
 
+class OurChunk:
+    """Our chunk on a fake GPU, from the observation to the actions."""
+
+    def __init__(self, size: Size, cameras: int, **options: Any) -> None:
+        self.gpu = FakeGPU()
+        self.policy = self.gpu.build(Ours, size, **options)
+        batch = self.gpu.take(make_batch(size, cameras))
+        with self.gpu.mode:
+            images = {key: x for key, x in batch.items() if "images" in key}
+            prompt = batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK]
+            made = self.policy.observe.assemble(images, *prompt, batch[OBS_STATE])
+            self.obs = made._replace(padded=False)
+            self.noise = torch.empty(1, 1, CHUNK, self.policy.config.max_action_dim, device="cuda")
+            self.policy.model.embed_time(torch.empty(1, device="cuda"))  # sends its frequencies once
+
+    def count(self, steps: int, sampler: Sampler | None = None, guide: Any = None) -> Launches:
+        """What a chunk of so many Euler steps asks for."""
+        with self.gpu.count() as counter, torch.no_grad():
+            (sampler or Sampler()).chunk(self.policy.model, self.obs, self.noise, guide, steps=steps)
+        return counter
+
+
 def chunk_of_ours(size: Size, cameras: int, steps: int) -> Launches:
-    """Our chunk, from the observation to the actions."""
-    gpu = FakeGPU()
-    policy = gpu.build(Ours, size)
-    batch = gpu.take(make_batch(size, cameras))
-    with gpu.mode:
-        images = {key: x for key, x in batch.items() if "images" in key}
-        prompt = batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK]
-        obs = policy.observe.assemble(images, *prompt, batch[OBS_STATE])._replace(padded=False)
-        noise = torch.empty(1, 1, CHUNK, policy.config.max_action_dim, device="cuda")
-    with gpu.count() as counter, torch.no_grad():
-        Sampler().chunk(policy.model, obs, noise, steps=steps)
-    return counter
+    """Our chunk, kernel by kernel."""
+    return OurChunk(size, cameras).count(steps)
+
+
+class Captured:
+    """In the place of a CUDA graph: counts what it captures."""
+
+    def __init__(self, function: Callable[[], Tensor]) -> None:
+        self.counter = Launches("cuda", ())
+        with self.counter:
+            self.out = function()
+        self.replays = 0
+
+    def replay(self) -> None:
+        """Count a replay."""
+        self.replays += 1
+
+
+def graph_counts(size: Size, cameras: int, steps: int) -> dict[str, int]:
+    """What is captured of our chunk, and what is launched outside: copies of inputs and the result, replays."""
+    made: list[Captured] = []
+
+    def record(function: Callable[[], Tensor]) -> Captured:
+        made.append(Captured(function))
+        return made[-1]
+
+    chunk, sampler = OurChunk(size, cameras), Sampler(cuda_graphs=True)
+    sampler.graphs = CudaGraphs(record)
+    chunk.count(steps, sampler)
+    replays = sum(x.replays for x in made)
+    outside = chunk.count(steps, sampler).total
+    return {
+        "captured": sum(x.counter.total for x in made),
+        "outside": outside + sum(x.replays for x in made) - replays,
+        "graphs": len(made),
+    }
 
 
 def chunk_of_builtin(size: Size, cameras: int, steps: int) -> Launches:
@@ -258,6 +305,8 @@ class Step:
         """The preset's, after a step in which it makes its states."""
         with as_with_cuda(), self.gpu.mode:
             self.policy.train()
+            if isinstance(self.policy, PI0Policy):
+                self.policy.model.embed_time(torch.empty(1, device=self.gpu.device))  # sends its frequencies once
             optimizer = self.policy.config.get_optimizer_preset().build(self.policy.get_optim_params())
             for p in self.policy.parameters():
                 p.grad = torch.empty_like(p) if p.requires_grad else None
@@ -328,7 +377,8 @@ EULER = 10
 def chunk_counts(name: str, size: Size, cameras: int) -> dict[str, Any]:
     """A chunk eager, compiled and in a CUDA graph; and one Euler step, as what one step more asks for."""
     eager, less = (CHUNKS[name](size, cameras, steps).total for steps in (EULER, EULER - 1))
-    return {"eager": eager, "per_step": eager - less, "compiled": None, "why": WHY_NOT_COMPILED, "graph": None}
+    graph = graph_counts(size, cameras, EULER) if name == "ours" else None
+    return {"eager": eager, "per_step": eager - less, "compiled": None, "why": WHY_NOT_COMPILED, "graph": graph}
 
 
 def step_counts(name: str, size: Size, batch_size: int) -> dict[str, Any]:

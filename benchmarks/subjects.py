@@ -221,12 +221,12 @@ class Transformers:
         images = torch.stack([batch[key] for key in CAMERAS if key in batch], dim=1) * 2 - 1
         most = int(batch[OBS_LANGUAGE_ATTENTION_MASK].sum(dim=1).max())
         patches = (vlm.vision_config.image_size // vlm.vision_config.patch_size) ** 2
-        places = torch.full((len(images), images.shape[1] * patches), vlm.image_token_id)
+        places = torch.full((len(images), images.shape[1] * patches), vlm.image_token_id, device=images.device)
         words = torch.ones_like(places), batch[OBS_LANGUAGE_ATTENTION_MASK][:, :most].long()
         return model.sample_actions(
             state=F.pad(batch[OBS_STATE], (0, model.config.max_state_dim - DIMS)).to(dtype),
             pixel_values=images.to(dtype),
-            pixel_attention_mask=torch.ones(images.shape[:2], dtype=torch.bool),
+            pixel_attention_mask=torch.ones(images.shape[:2], dtype=torch.bool, device=images.device),
             input_ids=torch.cat([places, batch[OBS_LANGUAGE_TOKENS][:, :most]], dim=1),
             attention_mask=torch.cat(words, dim=1),
             noise=noise,

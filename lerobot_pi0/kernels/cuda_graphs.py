@@ -153,15 +153,15 @@ def weights_of(model: nn.Module) -> Hashable:
     """Where each weight lies in memory, and what an adapter does with it: what a graph depends on beside its inputs."""
     places = [_address(x) for x in (*model.parameters(), *model.buffers())]
     kinds = [type(m) for m in model.modules()]
-    adapters = [
-        (str(m.active_adapter), bool(m.disable_adapters), tuple(m.merged_adapters), str(m.scaling))
-        for m in model.modules()
-        if hasattr(m, "merged_adapters") and hasattr(m, "scaling")
-    ]
-    return hash((*places, *kinds, *adapters))
+    return hash((*places, *kinds, *(_adapter(m) for m in model.modules() if hasattr(m, "merged_adapters"))))
 
 
-def _address(x: Tensor) -> tuple[int, int, torch.dtype, tuple[int, ...]]:
+def _adapter(layer: Any) -> Hashable:
+    """Which of its adapters a layer of peft adds to its output, and how strongly."""
+    return str(layer.active_adapter), layer.disable_adapters, tuple(layer.merged_adapters), str(layer.scaling)
+
+
+def _address(x: Tensor) -> Hashable:
     storage = x.untyped_storage()
     fake = x.is_meta or hasattr(x, "fake_mode")
     return (storage._cdata if fake else storage.data_ptr()), x.storage_offset(), x.dtype, x.stride()

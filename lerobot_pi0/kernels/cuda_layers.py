@@ -153,7 +153,8 @@ class CudaLayer(gemma.Layer):
     def forward(
         self, x: Tensor, rope: Rope, mask: Mask | None, past: KVCache | None, kv_only: bool
     ) -> tuple[Tensor, KVCache]:
-        attention, mlp = self.self_attn, self.mlp
+        attention: Any = self.self_attn
+        mlp: Any = self.mlp
         if kv_only or not saves_launches(x) or not self._is_ours():
             return super().forward(x, rope, mask, past, kv_only)
         q, kv = attention.project(self.input_layernorm(x), rope)

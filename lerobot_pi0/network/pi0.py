@@ -202,7 +202,7 @@ class PI0(nn.Module):
         if self._frequencies is None or self._frequencies[0] != wanted:
             arch = self.arch
             parts = time_embedding.frequency_parts(arch.expert.width, arch.min_period, arch.max_period)
-            self._frequencies = wanted, parts.to(time.device)
+            self._frequencies = wanted, parts.to(time.device, non_blocking=True)
         return self._frequencies[1]
 
     def velocity(self, x_BKTA: Tensor, time_embedding: Tensor, context: Context) -> Tensor:

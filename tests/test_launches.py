@@ -1,0 +1,175 @@
+"""What a GPU is asked for, counted on fake CUDA tensors at full size: ceilings of launches, waits, copies, dtypes."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lerobot_pi0.control import guidance
+from lerobot_pi0.inputs.observation import ObservationMaker
+from lerobot_pi0.network.pi0 import PI0
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    yield importlib.import_module("launches")
+    for name in ("launches", "measure", "subjects"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def size(launches):
+    return launches.SIZES["full"]
+
+
+class NoFloat64(TorchDispatchMode):
+    """Refuses float64 on the device; there is none on Apple's."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.dtype == torch.float64 and x.device.type == "cuda":
+                raise TypeError(f"{function} makes float64 on the policy's device")
+        return out
+
+
+def first_and_next_step(launches, chunk) -> tuple[int, int]:
+    """Launches of a chunk of one Euler step, and of a step more."""
+    sampler, seen = launches.Sampler(), []
+    velocity = sampler.velocity
+
+    def counted(*args):
+        out = velocity(*args)
+        seen.append(mode.total)
+        return out
+
+    sampler.velocity = counted
+    with chunk.gpu.count() as mode, torch.no_grad():
+        sampler.chunk(chunk.policy.model, chunk.obs, chunk.noise, steps=2)
+    per_step = seen[1] - seen[0]  # from one velocity to the next
+    return mode.total - per_step, per_step
+
+
+def test_chunk(launches, size):
+    """Catches launches that crept back into the layers, a mask that hides nothing, and a value or a copy for which the
+    host waits between observation and chunk."""
+    chunk = launches.OurChunk(size, cameras=3)
+    with NoFloat64():
+        one, two = (chunk.count(steps) for steps in (1, 2))
+    per_step = two.total - one.total
+    assert 100 < per_step <= 450
+    assert 1000 < one.total + 9 * per_step <= 5600
+    assert not two.waits and not two.copies
+    assert two.launches["_scaled_dot_product_efficient_attention"] == 18  # the step in which the state sees no action
+
+
+@pytest.mark.parametrize("mode", ["identity", "trained"])
+def test_guided_chunk(launches, mode):
+    """Catches a copy, a wait or float64 in a mode of real-time chunking; vjp's backward pass needs a driver."""
+    chunk = launches.OurChunk(launches.SIZES["small"], cameras=1)
+    with chunk.gpu.mode:
+        left = torch.empty(10, 6, device="cuda")
+        guide = guidance.make_guide(mode, left, 4, 10, chunk.noise)
+    with NoFloat64():
+        counted = chunk.count(2, guide=guide)
+    assert counted.total and not counted.waits and not counted.copies
+
+
+def test_weights_that_lie_apart(launches, size, monkeypatch):
+    """Catches a fast path that only joined weights have: of weights that an average or an adapter moved, a chunk stays
+    well below the launches of the plain layers."""
+    monkeypatch.setattr(launches.kernels, "join", lambda model: None)
+    chunk = launches.OurChunk(size, cameras=3)
+    one, per_step = first_and_next_step(launches, chunk)
+    assert 450 < per_step <= 520
+    assert one + 9 * per_step <= 6500
+
+
+def test_step(launches, size):
+    """Catches a wait for the device that crept into training, or float64; the VLM's products in parts; AdamW in many
+    kernels."""
+    with NoFloat64():
+        forward, backward, update = launches.step(launches.Ours, size, batch_size=8)
+    assert 1000 < forward.total + backward.total + update.total <= 3500
+    assert forward.waits == ["tolist", "tolist"] and update.waits == ["__bool__"] and not backward.waits
+    assert 0 < forward.frozen_products <= 121
+    assert update.launches["_fused_adamw_"] == 1
+
+
+def test_augmented_step_waits_no_more(launches):
+    """Catches draws of the augmentation that are sent or read on their own."""
+    on_gpu = launches.Step(launches.Ours, launches.SIZES["small"], 2, 3, "cuda")
+    on_gpu.policy.config.augment_images = True
+    with NoFloat64():
+        _, counted = on_gpu.forward()
+    assert counted.waits == ["tolist", "tolist"]
+    assert len(counted.copies) == 2  # the draws of the loss and of the augmentation; nobody waits for them
+
+
+def test_graph(launches):
+    """Catches a part of the chunk that is launched outside of the graph."""
+    found = launches.graph_counts(launches.SIZES["small"], cameras=3, steps=2)
+    eager = launches.OurChunk(launches.SIZES["small"], 3).count(2).total
+    assert found == {"captured": eager, "outside": 7, "graphs": 1}  # 5 inputs, the replay, the result
+
+
+def read_a_value(self, x_BKTA, *args):
+    if x_BKTA.sum().item() == 0:
+        raise ValueError
+    return read_a_value.plain(self, x_BKTA, *args)
+
+
+def copy_from_the_host(self, x_BKTA, *args):
+    return copy_from_the_host.plain(self, x_BKTA + torch.zeros(1, device="cpu").to(x_BKTA.device), *args)
+
+
+def compute_in_float64(self, x_BKTA, *args):
+    return compute_in_float64.plain(self, x_BKTA.double(), *args)
+
+
+@pytest.mark.parametrize("mistake", [read_a_value, copy_from_the_host, compute_in_float64])
+def test_the_count_would_tell(launches, monkeypatch, mistake):
+    """Catches a count that sees nothing: a value that is read, a copy from the host and float64, put in on purpose."""
+    chunk = launches.OurChunk(launches.SIZES["small"], cameras=1)
+    monkeypatch.setattr(mistake, "plain", PI0.velocity, raising=False)
+    monkeypatch.setattr(PI0, "velocity", mistake)
+    if mistake is compute_in_float64:
+        with NoFloat64(), pytest.raises(TypeError, match="float64"):
+            chunk.count(1)
+        return
+    counted = chunk.count(1)
+    assert counted.waits == (["item"] if mistake is read_a_value else ["cpu to cuda"])
+    assert len(counted.copies) == (mistake is copy_from_the_host)
+
+
+def test_control_reads_values_once(launches):
+    """Catches a tick that waits for the device more than once before the chunk, or needs float64."""
+    gpu, small = launches.FakeGPU(), launches.SIZES["small"]
+    policy, host = gpu.build(launches.Ours, small), launches.make_batch(small, 3)
+    answers = launches.Answers()
+    answers.learn(policy.observe, host)
+    batch = gpu.take(host)
+    with NoFloat64(), gpu.count(answers) as counter, torch.no_grad():
+        obs = ObservationMaker(policy.config)(batch, torch.device("cuda"))
+    assert isinstance(obs.images_BNCHW, FakeTensor) and obs.padded is False
+    assert counter.waits == ["tolist"]
+
+
+def test_main(launches, capsys, monkeypatch):
+    """Catches a command that no longer runs, or JSON without the keys that others read."""
+    monkeypatch.setattr(launches, "EULER", 2)
+    found = launches.main(["--size", "small", "--json", "--cameras", "1", "--batches", "2"])
+    assert capsys.readouterr().out.startswith("{")
+    for name in ("ours", "built-in"):
+        assert {"eager", "compiled", "graph", "per_step"} <= found[name]["chunk"]["1"].keys()
+        assert {"launches", "waits", "frozen_products"} <= found[name]["step"]["2"].keys()
+    assert found["ours"]["chunk"]["1"]["eager"] < found["built-in"]["chunk"]["1"]["eager"]
+    assert found["ours"]["chunk"]["1"]["compiled"] is None and found["ours"]["chunk"]["1"]["why"]
