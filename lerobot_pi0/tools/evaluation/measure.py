@@ -28,14 +28,11 @@ def measure(
         spread_A: the unit of errors, the deviation of each joint's actions in training.
         still_A: joints that never move, which do not count.
     """
-    rows = runner.rows
-    recorded = np.stack([item[ACTION].double().numpy() for item in runner.items])
-    valid = np.stack([~item[f"{ACTION}_is_pad"].numpy() for item in runner.items])
+    rows, (recorded, valid) = runner.rows, _recorded(runner.items)
     actions, state = runner.columns.action_ND, runner.columns.state_ND[rows]
     still = state if state.shape[1] == actions.shape[1] else actions[np.maximum(rows - 1, 0)]
     normalised, predicted = runner.chunks()
-    guesses = _guesses(predicted, still, actions)
-    squares = {name: ((guess - recorded) / spread_A) ** 2 for name, guess in guesses.items()}
+    squares = {k: ((x - recorded) / spread_A) ** 2 for k, x in _guesses(predicted, still, actions).items()}
     moving = {name: x[..., ~still_A] for name, x in squares.items()}
     names, episode = dim_names(runner.dataset, ACTION), runner.columns.episode[rows]
     error = {name: rms(x, valid) for name, x in moving.items()}
@@ -62,6 +59,12 @@ def measure(
     content["ignored"] = ignored(content)
     content["verdicts"] = verdicts(content)
     return content, {"predicted": predicted, "valid": valid, "rows": rows, "columns": runner.columns, "joints": names}
+
+
+def _recorded(items: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Recorded chunks (N, T, A), and which of their steps lie within the episode (N, T)."""
+    chunks = np.stack([item[ACTION].double().numpy() for item in items])
+    return chunks, np.stack([~item[f"{ACTION}_is_pad"].numpy() for item in items])
 
 
 def _guesses(predicted_NTA: np.ndarray, still_NA: np.ndarray, actions: np.ndarray) -> dict[str, np.ndarray]:
