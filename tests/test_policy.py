@@ -342,12 +342,14 @@ def test_padded_dims_may_be_anything(small):
     assert policy.predict_action_chunk(make_batch()).isfinite().all()
 
 
-def test_callers_may_pass_more(small):
-    """Catches a refusal of keyword arguments that LeRobot's loops pass, or will pass, and a policy that LeRobot's
-    real-time loop does not take for one that can do it."""
+def test_callers_pass_what_lerobot_passes(small):
+    """Catches a refusal of keyword arguments that LeRobot's loops pass, one that is misspelt and taken in silence, and
+    a policy that LeRobot's real-time loop does not take for one that can do it."""
     policy, batch = small_policy(num_inference_steps=2), make_batch()
-    chunk = policy.predict_action_chunk(batch, inference_delay=3, prev_chunk_left_over=None, of_a_later_version=1)
+    chunk = policy.predict_action_chunk(batch, inference_delay=3, prev_chunk_left_over=None)
     assert chunk.shape == (2, 50, DIMS)
+    with pytest.raises(TypeError, match="did you mean inference_delay"):
+        policy.predict_action_chunk(batch, inference_delays=3)
     assert supports_rtc_inference(policy)
 
 
