@@ -4,9 +4,10 @@
     make test-lerobot LEROBOT=lerobot [ARGS='tests/processor']
 
 LeRobot's tests are in its repository, not in its package. Four things are changed for them, in their process alone:
-`lerobot.policies.pi0` has this plugin's names, its two size presets are small, the tests of π₀ run without CUDA and
-without a token of the Hub, and PaliGemma's gated tokenizer is one of bytes. With LEROBOT_PI0_TAKEOVER=0 the same tests
-run on LeRobot's own π₀, at the same sizes: what fails there too is not this plugin's.
+the tests of π₀ find this plugin's names in `lerobot.policies.pi0`, its two size presets are small, these tests run
+without CUDA and without a token of the Hub, and PaliGemma's gated tokenizer is one of bytes. With
+LEROBOT_PI0_TAKEOVER=0 the same tests run on LeRobot's own π₀, at the same sizes: what fails there too is not this
+plugin's.
 """
 
 import os
@@ -22,21 +23,23 @@ TESTS = (
 """What is run by default: what touches policies; robots, cameras and datasets are not this plugin's."""
 
 
+OF_PI0 = ("test_pi0", "test_pi0_rtc")
+"""The modules that test π₀ through its public names."""
+
+
 def without_hardware(require: Callable) -> Callable:
     """LeRobot's decorator, but for tests of π₀, which are small here."""
-    return lambda test: test if test.__module__.rsplit(".", 1)[-1] in ("test_pi0", "test_pi0_rtc") else require(test)
+    return lambda test: test if test.__module__.rsplit(".", 1)[-1] in OF_PI0 else require(test)
 
 
 class Small:
     """A plugin of pytest: the changes, before the first test module is imported."""
 
     def pytest_configure(self) -> None:
-        import lerobot.policies.pi0 as package
         import pytest
         import transformers
         from presets import Size, set_presets
 
-        import lerobot_pi0
         from lerobot_pi0.configuration_pi0 import PALIGEMMA_TOKENIZER
         from lerobot_pi0.network.sizes import GemmaSize, PaliGemmaSize, VisionSize
         from tests import utils
@@ -45,9 +48,6 @@ class Small:
         vlm = PaliGemmaSize(vision, GemmaSize(width=48, depth=3, mlp_dim=64, heads=8, head_dim=16), vocab_size=512)
         self.patch = pytest.MonkeyPatch()
         set_presets(self.patch, Size(vlm, GemmaSize(width=32, depth=3, mlp_dim=40, heads=8, head_dim=16)))
-        if os.environ.get(lerobot_pi0.TAKEOVER_VARIABLE, "1") != "0":
-            for name in ("PI0Config", "PI0Policy", "make_pi0_pre_post_processors"):
-                self.patch.setattr(package, name, getattr(lerobot_pi0, name))
         for name in ("require_cuda", "require_hf_token"):
             if hasattr(utils, name):
                 self.patch.setattr(utils, name, without_hardware(getattr(utils, name)))
@@ -57,6 +57,20 @@ class Small:
             return transformers.ByT5Tokenizer() if name == PALIGEMMA_TOKENIZER else fetch(name, *args, **kwargs)
 
         self.patch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
+
+    def pytest_collectstart(self, collector) -> None:
+        """Let the names that a test of π₀ imports from LeRobot's package be this plugin's; no other module's."""
+        import lerobot.policies.pi0 as package
+        from lerobot.policies.pi0.configuration_pi0 import PI0Config
+        from lerobot.policies.pi0.modeling_pi0 import PI0Policy
+        from lerobot.policies.pi0.processor_pi0 import make_pi0_pre_post_processors
+
+        import lerobot_pi0
+
+        path = getattr(collector, "path", Path())
+        ours = path.stem in OF_PI0 and os.environ.get(lerobot_pi0.TAKEOVER_VARIABLE, "1") != "0"
+        for theirs in (PI0Config, PI0Policy, make_pi0_pre_post_processors):
+            setattr(package, theirs.__name__, getattr(lerobot_pi0, theirs.__name__) if ours else theirs)
 
     def pytest_unconfigure(self) -> None:
         self.patch.undo()
