@@ -5,11 +5,12 @@ import logging
 from typing import Any
 
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
+from lerobot.utils.constants import ACTION
 
 from ..configuration_pi0 import PLUGIN_CONFIG_NAME, PI0Config
 from ..inputs.normalisation import Normalisation, digest_of
 from . import manifest, pipelines
-from .errors import CorruptCheckpointError
+from .errors import CheckpointConfigError, CorruptCheckpointError
 from .names import ADAPTER_CONFIG_NAME, CONFIG_DIGEST, OPTIONS
 from .reading import opened_safetensors
 from .source import Source
@@ -52,13 +53,18 @@ def check(source: Source, config: Any, replaced: bool = False) -> str | None:
 
 
 def normalisation(source: Source) -> Normalisation:
-    """What the preprocessor does to state and actions; without statistics if there is none.
+    """What the preprocessor does to state and actions, which bounds need.
 
     Raises:
-        CheckpointError: a file is broken, or would run a program.
+        CheckpointError: there are no statistics of actions, a file is broken, or it would run a program.
     """
     found = pipelines.read(source).normalisation
-    return Normalisation({}, {}) if found is None else found
+    if found is None or ACTION not in found.statistics:
+        raise CheckpointConfigError(
+            f"max_action_step and action_range_margin are in the robot's units, but {source} has no statistics of "
+            f"{ACTION}: load a checkpoint with its processors, or leave the bounds away"
+        )
+    return found
 
 
 def _check_lost(source: Source) -> None:
@@ -67,8 +73,6 @@ def _check_lost(source: Source) -> None:
         return
     weights = source.file(SAFETENSORS_SINGLE_FILE)
     if weights is None:
-        if source.read_json(manifest.MANIFEST_NAME) is not None:
-            raise _lost(source, "all of them")
         return
     with opened_safetensors(weights) as opened:
         carried = opened.metadata() or {}

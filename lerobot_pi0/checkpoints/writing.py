@@ -76,17 +76,17 @@ def _write_beside(
     texts = {name: json.dumps(content, indent=4) + "\n" for name, content in configs.items()}
     metadata = {"format": "pt", CONFIG_DIGEST: xxhash.xxh3_64_hexdigest(texts[CONFIG_NAME].encode())}
     metadata[OPTIONS] = json.dumps(manifest.options_that_matter(configs))
-    digests: dict[str, str] = {}
-    _write_whole(
-        folder / (SAFETENSORS_SINGLE_FILE + NEW),
-        lambda part: digests.update(write_tensors(tensors, part, metadata, DIGESTS)),
-    )
+    weights = folder / (SAFETENSORS_SINGLE_FILE + NEW)
+    part = weights.with_name(weights.name + PART)
+    digests = write_tensors(tensors, part, metadata, DIGESTS)
+    _force_to_disk(part)
     # As a file says it: JSON knows no tuples.
     said = {name: json.loads(text) for name, text in texts.items()}
     whole = manifest.make(said, manifest.digest_of_weights(digests), statistics)
     texts[manifest.MANIFEST_NAME] = json.dumps(whole, indent=4) + "\n"
     for name, text in texts.items():
         _write_whole(folder / (name + NEW), partial(Path.write_text, data=text))
+    part.replace(weights)  # last: over a config.json that stays the same it is the commit
     _force_to_disk(folder)
 
 
