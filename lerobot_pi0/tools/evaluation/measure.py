@@ -33,13 +33,10 @@ def measure(
     actions, state = runner.columns.action_ND, runner.columns.state_ND[rows]
     still = state if state.shape[1] == actions.shape[1] else actions[np.maximum(rows - 1, 0)]
     normalised, predicted = runner.chunks()
-    guesses = {
-        "policy": predicted,
-        "hold still": np.broadcast_to(still[:, None], recorded.shape),
-        "mean action": np.broadcast_to(actions.mean(axis=0), recorded.shape),
-    }
+    guesses = {"policy": predicted, "hold still": still[:, None], "mean action": actions.mean(axis=0)}
     squares = {name: ((guess - recorded) / spread_A) ** 2 for name, guess in guesses.items()}
     moving = {name: x[..., ~still_A] for name, x in squares.items()}
+    unit = np.where(still_A, np.inf, spread_A)  # what never moves does not count
     names, episode = dim_names(runner.dataset, ACTION), runner.columns.episode[rows]
     error = {name: rms(x, valid) for name, x in moving.items()}
     best = min(("hold still", "mean action"), key=error.__getitem__)
@@ -55,9 +52,8 @@ def measure(
             joint: {name: rms(x[..., i], valid) for name, x in squares.items()} for i, joint in enumerate(names)
         },
         "never move": [names[i] for i in np.flatnonzero(still_A)],
-        "way": rms(((predicted - still[:, None]) / spread_A)[..., ~still_A] ** 2, valid)
-        / max(rms(((recorded - still[:, None]) / spread_A)[..., ~still_A] ** 2, valid), 1e-9),
-        "delay": delay(*((x / spread_A)[..., ~still_A] for x in (predicted, recorded)), valid),
+        "way": way((predicted - still[:, None]) / unit, (recorded - still[:, None]) / unit, valid),
+        "delay": delay(predicted / unit, recorded / unit, valid),
         "reactions": reactions(runner, normalised, recorded[..., ~still_A], spread_A, valid, ~still_A),
         "threshold": threshold,
     }
@@ -65,6 +61,11 @@ def measure(
     content["verdicts"] = verdicts(content)
     drawn = {"predicted": predicted, "valid": valid, "rows": rows, "columns": runner.columns, "joints": names}
     return content, drawn
+
+
+def way(predicted_NTA: np.ndarray, recorded_NTA: np.ndarray, valid_NT: np.ndarray) -> float:
+    """Which part of the recorded way from the measured joints a policy covers."""
+    return rms(predicted_NTA**2, valid_NT) / max(rms(recorded_NTA**2, valid_NT), 1e-9)
 
 
 def rms(squares: np.ndarray, valid_NT: np.ndarray) -> float:
