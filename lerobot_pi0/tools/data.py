@@ -56,7 +56,7 @@ def open_meta(options: DatasetOptions, whole: bool = True) -> FolderMetadata:
     """
     home = None if options.revision else HF_LEROBOT_HOME / options.repo_id
     root = options.root or home
-    meta = FolderMetadata(options.repo_id, root if is_folder(root) else _download(options, whole))
+    meta = FolderMetadata(options.repo_id, root if root is not None and is_folder(root) else _download(options, whole))
     if missing := [key for key in (OBS_STATE, ACTION) if key not in meta.features]:
         raise ToolError(
             f"{options.repo_id} has no {' and no '.join(missing)}, which this command compares (lerobot-train learns "

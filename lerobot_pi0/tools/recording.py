@@ -147,6 +147,7 @@ def _duration(path: Path) -> float:
     """Seconds of a video, by its header."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
+        seconds = float(container.duration or 0) / 1e6
         if stream.duration is not None and stream.time_base is not None:
-            return float(stream.duration * stream.time_base)
-        return float(container.duration or 0) / 1e6
+            seconds = float(stream.duration * stream.time_base)
+    return seconds

@@ -28,19 +28,19 @@ def measure(
         spread_A: the unit of errors, the deviation of each joint's actions in training.
         still_A: joints that never move, which do not count.
     """
-    rows, (recorded, valid) = runner.rows, _recorded(runner.items)
+    items, rows = runner.items, runner.rows
+    recorded = np.stack([item[ACTION].double().numpy() for item in items])
+    valid = np.stack([~item[f"{ACTION}_is_pad"].numpy() for item in items])
     actions, state = runner.columns.action_ND, runner.columns.state_ND[rows]
     still = state if state.shape[1] == actions.shape[1] else actions[np.maximum(rows - 1, 0)]
     normalised, predicted = runner.chunks()
-    squares = {k: ((x - recorded) / spread_A) ** 2 for k, x in _guesses(predicted, still, actions).items()}
+    guesses = {"policy": predicted, "hold still": still[:, None], "mean action": actions.mean(axis=0)}
+    squares = {name: ((guess - recorded) / spread_A) ** 2 for name, guess in guesses.items()}
     moving = {name: x[..., ~still_A] for name, x in squares.items()}
+    unit = np.where(still_A, np.inf, spread_A)  # what never moves does not count
     names, episode = dim_names(runner.dataset, ACTION), runner.columns.episode[rows]
     error = {name: rms(x, valid) for name, x in moving.items()}
     best = min(("hold still", "mean action"), key=error.__getitem__)
-
-    def way(chunks: np.ndarray) -> float:
-        return rms(((chunks - still[:, None]) / spread_A)[..., ~still_A] ** 2, valid)
-
     each = {name: np.where(valid[..., None], x, 0).sum(axis=(1, 2)) for name, x in moving.items()}
     content: dict[str, Any] = {
         "observations": len(rows),
@@ -48,41 +48,21 @@ def measure(
         "error": error,
         "ratio": error["policy"] / max(error[best], 1e-9),
         "interval": ratio_interval(each["policy"], each[best], episode, runner.seed),
-        **_by_step_and_joint(squares, moving, names, valid),
+        "error by step": {name: by_step(x, valid) for name, x in moving.items()},
+        "error by joint": {
+            joint: {name: rms(x[..., i], valid) for name, x in squares.items()} for i, joint in enumerate(names)
+        },
         "never move": [names[i] for i in np.flatnonzero(still_A)],
-        "way": way(predicted) / max(way(recorded), 1e-9),
-        "delay": delay(*((x / spread_A)[..., ~still_A] for x in (predicted, recorded)), valid),
+        "way": way((predicted - still[:, None]) / unit, (recorded - still[:, None]) / unit, valid),
+        "delay": delay(predicted / unit, recorded / unit, valid),
         "error by resizing": by_resizing(runner, recorded[..., ~still_A], spread_A[~still_A], valid, ~still_A),
         "reactions": reactions(runner, normalised, recorded[..., ~still_A], spread_A, valid, ~still_A),
         "threshold": threshold,
     }
     content["ignored"] = ignored(content)
     content["verdicts"] = verdicts(content)
-    return content, {"predicted": predicted, "valid": valid, "rows": rows, "columns": runner.columns, "joints": names}
-
-
-def _recorded(items: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Recorded chunks (N, T, A), and which of their steps lie within the episode (N, T)."""
-    chunks = np.stack([item[ACTION].double().numpy() for item in items])
-    return chunks, np.stack([~item[f"{ACTION}_is_pad"].numpy() for item in items])
-
-
-def _guesses(predicted_NTA: np.ndarray, still_NA: np.ndarray, actions: np.ndarray) -> dict[str, np.ndarray]:
-    """The policy's chunks, and those of two that have learned nothing."""
-    shape = predicted_NTA.shape
-    return {
-        "policy": predicted_NTA,
-        "hold still": np.broadcast_to(still_NA[:, None], shape),
-        "mean action": np.broadcast_to(actions.mean(axis=0), shape),
-    }
-
-
-def _by_step_and_joint(
-    squares: dict[str, np.ndarray], moving: dict[str, np.ndarray], names: list[str], valid_NT: np.ndarray
-) -> dict[str, Any]:
-    """Errors of each guess, step by step over the joints that move, and joint by joint."""
-    joints = {joint: {name: rms(x[..., i], valid_NT) for name, x in squares.items()} for i, joint in enumerate(names)}
-    return {"error by step": {name: by_step(x, valid_NT) for name, x in moving.items()}, "error by joint": joints}
+    drawn = {"predicted": predicted, "valid": valid, "rows": rows, "columns": runner.columns, "joints": names}
+    return content, drawn
 
 
 def by_resizing(
@@ -90,11 +70,16 @@ def by_resizing(
 ) -> dict[str, float]:
     """The policy's error for each way in which pictures can shrink (`image_resize`), of the joints that move."""
     used, errors = runner.config.image_resize, {}
-    for way in choices("image_resize"):
-        runner.config.image_resize = way
-        errors[way] = rms(((runner.chunks()[1][..., moving] - recorded_NTA) / spread_A) ** 2, valid_NT)
+    for how in choices("image_resize"):
+        runner.config.image_resize = how
+        errors[how] = rms(((runner.chunks()[1][..., moving] - recorded_NTA) / spread_A) ** 2, valid_NT)
     runner.config.image_resize = used
     return errors
+
+
+def way(predicted_NTA: np.ndarray, recorded_NTA: np.ndarray, valid_NT: np.ndarray) -> float:
+    """Which part of the recorded way from the measured joints a policy covers."""
+    return rms(predicted_NTA**2, valid_NT) / max(rms(recorded_NTA**2, valid_NT), 1e-9)
 
 
 def rms(squares: np.ndarray, valid_NT: np.ndarray) -> float:
