@@ -123,7 +123,7 @@ class PI0Config(BuiltinPI0Config):
     # exact still. None rounds nothing.
     vlm_quantization: str | None = option(None, one_of("int8", "nf4"), of_the_run=True)
     # On CUDA, make one graph of each chunk, which launches all of its kernels at once. None means True.
-    cuda_graphs: bool | None = option(True, of_the_run=True)
+    cuda_graphs: bool | None = option(True)
     # Real-time chunking: vjp, identity or trained. None takes trained after rtc_training_max_delay, or else identity.
     rtc_guidance: str | None = option(None, one_of("vjp", "identity", "trained"))
     # Train chunks that begin with up to so many known actions, for real-time chunking. None means 0.
