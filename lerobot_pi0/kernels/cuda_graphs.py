@@ -152,7 +152,7 @@ def _autocast(tensors: list[Tensor]) -> Hashable:
 def weights_of(model: nn.Module) -> Hashable:
     """Where each weight lies in memory, and what an adapter does with it: what a graph depends on beside its inputs."""
     places = [_address(x) for x in (*model.parameters(), *model.buffers())]
-    kinds = [type(m) for m in model.modules()]
+    kinds: list[Any] = [type(m) for m in model.modules()]
     return hash((*places, *kinds, *(_adapter(m) for m in model.modules() if hasattr(m, "merged_adapters"))))
 
 
