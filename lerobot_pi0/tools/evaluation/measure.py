@@ -28,9 +28,8 @@ def measure(
         spread_A: the unit of errors, the deviation of each joint's actions in training.
         still_A: joints that never move, which do not count.
     """
-    items, rows = runner.items, runner.rows
-    recorded = np.stack([item[ACTION].double().numpy() for item in items])
-    valid = np.stack([~item[f"{ACTION}_is_pad"].numpy() for item in items])
+    rows = runner.rows
+    recorded, valid = recorded_chunks(runner.items)
     actions, state = runner.columns.action_ND, runner.columns.state_ND[rows]
     still = state if state.shape[1] == actions.shape[1] else actions[np.maximum(rows - 1, 0)]
     normalised, predicted = runner.chunks()
@@ -49,9 +48,7 @@ def measure(
         "ratio": error["policy"] / max(error[best], 1e-9),
         "interval": ratio_interval(each["policy"], each[best], episode, runner.seed),
         "error by step": {name: by_step(x, valid) for name, x in moving.items()},
-        "error by joint": {
-            joint: {name: rms(x[..., i], valid) for name, x in squares.items()} for i, joint in enumerate(names)
-        },
+        "error by joint": {x: {g: rms(e[..., i], valid) for g, e in squares.items()} for i, x in enumerate(names)},
         "never move": [names[i] for i in np.flatnonzero(still_A)],
         "way": way((predicted - still[:, None]) / unit, (recorded - still[:, None]) / unit, valid),
         "delay": delay(predicted / unit, recorded / unit, valid),
@@ -61,8 +58,13 @@ def measure(
     }
     content["ignored"] = ignored(content)
     content["verdicts"] = verdicts(content)
-    drawn = {"predicted": predicted, "valid": valid, "rows": rows, "columns": runner.columns, "joints": names}
-    return content, drawn
+    return content, {"predicted": predicted, "valid": valid, "rows": rows, "columns": runner.columns, "joints": names}
+
+
+def recorded_chunks(items: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Recorded chunks (N, T, A), and which of their steps lie within the episode (N, T)."""
+    chunks = np.stack([item[ACTION].double().numpy() for item in items])
+    return chunks, np.stack([~item[f"{ACTION}_is_pad"].numpy() for item in items])
 
 
 def by_resizing(
