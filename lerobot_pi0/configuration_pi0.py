@@ -122,8 +122,8 @@ class PI0Config(BuiltinPI0Config):
     solver: str | None = option("euler", one_of("euler", "midpoint", "heun", "adaptive"))
     # Error per step of the adaptive solver, root mean square in units of normalised actions. None means 0.01.
     solver_tolerance: float | None = option(1e-2, above(0))
-    # Rounds a frozen VLM when it is loaded. "int8": smaller, faster on CPUs, less exact; "nf4": smaller still, slower, less
-    # exact still. None rounds nothing.
+    # Rounds a frozen VLM when it is loaded. "int8": smaller, faster on CPUs, less exact; "nf4": smaller still, slower,
+    # less exact still. None rounds nothing.
     vlm_quantization: str | None = option(None, one_of("int8", "nf4"), of_the_run=True)
     # On CUDA, make one graph of each chunk, which launches all of its kernels at once. None means True.
     cuda_graphs: bool | None = option(True)
@@ -300,8 +300,9 @@ class PI0Config(BuiltinPI0Config):
         texts = {name: json.dumps(content, indent=4) + "\n" for name, content in self.to_files().items()}
         for name, text in texts.items():
             (save_directory / name).write_text(text)
-        if self._after_save is not None:
-            self._after_save(save_directory, {name: json.loads(text) for name, text in texts.items()})
+        note: Any = self._after_save
+        if note is not None:
+            note(save_directory, {name: json.loads(text) for name, text in texts.items()})
 
 
 OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in fields(PI0Config) if "option" in f.metadata}
