@@ -11,7 +11,7 @@ from ..configuration_pi0 import PLUGIN_CONFIG_NAME, PI0Config
 from ..inputs.normalisation import Normalisation, digest_of
 from . import manifest, pipelines
 from .errors import CheckpointConfigError, CorruptCheckpointError
-from .names import ADAPTER_CONFIG_NAME, CONFIG_DIGEST, OPTIONS
+from .names import CONFIG_DIGEST, OPTIONS
 from .reading import opened_safetensors
 from .source import Source
 
@@ -38,7 +38,7 @@ def check(source: Source, config: Any, replaced: bool = False) -> str | None:
     if known is not None:
         manifest.check_options(source, known)
         manifest.check_processors(source, known, statistics)
-        if source.file(ADAPTER_CONFIG_NAME) is not None:
+        if known["base"] is not None:
             manifest.check_adapter(source, known)
     elif source.file(PLUGIN_CONFIG_NAME) is not None:
         logger.warning(
