@@ -39,14 +39,11 @@ def measure(
     unit = np.where(still_A, np.inf, spread_A)  # what never moves does not count
     names, episode = dim_names(runner.dataset, ACTION), runner.columns.episode[rows]
     error = {name: rms(x, valid) for name, x in moving.items()}
-    best = min(("hold still", "mean action"), key=error.__getitem__)
-    each = {name: np.where(valid[..., None], x, 0).sum(axis=(1, 2)) for name, x in moving.items()}
     content: dict[str, Any] = {
         "observations": len(rows),
         "episodes seen": len(np.unique(episode)),
         "error": error,
-        "ratio": error["policy"] / max(error[best], 1e-9),
-        "interval": ratio_interval(each["policy"], each[best], episode, runner.seed),
+        **compared(moving, error, valid, episode, runner.seed),
         "error by step": {name: by_step(x, valid) for name, x in moving.items()},
         "error by joint": {x: {g: rms(e[..., i], valid) for g, e in squares.items()} for i, x in enumerate(names)},
         "never move": [names[i] for i in np.flatnonzero(still_A)],
@@ -77,6 +74,16 @@ def by_resizing(
         errors[how] = rms(((runner.chunks()[1][..., moving] - recorded_NTA) / spread_A) ** 2, valid_NT)
     runner.config.image_resize = used
     return errors
+
+
+def compared(
+    squares: dict[str, np.ndarray], error: dict[str, float], valid_NT: np.ndarray, episode_N: np.ndarray, seed: int
+) -> dict[str, Any]:
+    """The policy's error as part of the better guess's, and the interval of this ratio."""
+    best = min(("hold still", "mean action"), key=error.__getitem__)
+    each = {name: np.where(valid_NT[..., None], x, 0).sum(axis=(1, 2)) for name, x in squares.items()}
+    interval = ratio_interval(each["policy"], each[best], episode_N, seed)
+    return {"ratio": error["policy"] / max(error[best], 1e-9), "interval": interval}
 
 
 def way(predicted_NTA: np.ndarray, recorded_NTA: np.ndarray, valid_NT: np.ndarray) -> float:
