@@ -119,8 +119,8 @@ class PI0Config(BuiltinPI0Config):
     solver: str | None = option("euler", one_of("euler", "midpoint", "heun", "adaptive"))
     # Error per step of the adaptive solver, root mean square in units of normalised actions. None means 0.01.
     solver_tolerance: float | None = option(1e-2, above(0))
-    # Rounds a frozen VLM when it is loaded. "int8": smaller, faster on CPUs, less exact; "nf4": smaller still, slower, less
-    # exact still. None rounds nothing.
+    # Rounds a frozen VLM when it is loaded. "int8": smaller, faster on CPUs, less exact; "nf4": smaller still, slower,
+    # less exact still. None rounds nothing.
     vlm_quantization: str | None = option(None, one_of("int8", "nf4"), of_the_run=True)
     # On CUDA, make one graph of each chunk, which launches all of its kernels at once. None means True.
     cuda_graphs: bool | None = option(True)

@@ -39,7 +39,8 @@ REFUSED = {
 FEW = [name for name in RULES if choices(name)]
 
 DEFAULTS = {
-    "flow_samples": 1, "save_expert_only": False, "save_tokenizer": True, "cuda_graphs": True, "solver": "euler", "solver_tolerance": 1e-2,
+    "flow_samples": 1, "save_expert_only": False, "save_tokenizer": True, "cuda_graphs": True, "solver": "euler",
+    "solver_tolerance": 1e-2,
     "rtc_training_max_delay": 0, "ema_decay": 0.0, "augment_images": False, "clean_prompts": False,
     "mask_padded_actions": False, "optimizer_8bit": False, "recipe": "lerobot", "text_tokenizer_name": "bytes",
     "vlm_path": None, "vlm_quantization": None, "rtc_guidance": None, "max_action_step": None,
@@ -111,7 +112,8 @@ def test_defaults():
 
 
 OTHER = {"flow_samples": 3, "solver": "heun", "solver_tolerance": 0.5, "rtc_training_max_delay": 4, "ema_decay": 0.5,
-         "save_expert_only": True, "save_tokenizer": False, "cuda_graphs": False, "augment_images": True, "clean_prompts": True,
+         "save_expert_only": True, "save_tokenizer": False, "cuda_graphs": False, "augment_images": True,
+         "clean_prompts": True,
          "mask_padded_actions": True, "optimizer_8bit": True, "recipe": "openpi", "text_tokenizer_name": "t",
          "vlm_path": "v", "vlm_quantization": "int8", "rtc_guidance": "vjp", "max_action_step": 2.0,
          "action_range_margin": 0.5}  # fmt: skip
