@@ -116,7 +116,7 @@ OTHER = {"flow_samples": 3, "solver": "heun", "solver_tolerance": 0.5, "rtc_trai
          "augment_images": True, "clean_prompts": True, "image_resize": "openpi",
          "mask_padded_actions": True, "optimizer_8bit": True, "recipe": "openpi", "text_tokenizer_name": "t",
          "vlm_path": "v", "vlm_quantization": "int8", "rtc_guidance": "vjp", "max_action_step": 2.0,
-         "action_range_margin": 0.5, "image_resize": "openpi"}  # fmt: skip
+         "action_range_margin": 0.5}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPTIONS)
