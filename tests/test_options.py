@@ -44,7 +44,7 @@ DEFAULTS = {
     "rtc_training_max_delay": 0, "ema_decay": 0.0, "augment_images": False, "clean_prompts": False,
     "mask_padded_actions": False, "optimizer_8bit": False, "recipe": "lerobot", "text_tokenizer_name": "bytes",
     "vlm_path": None, "vlm_quantization": None, "rtc_guidance": None, "max_action_step": None,
-    "action_range_margin": None, "image_resize": "lerobot",
+    "action_range_margin": None,
 }  # fmt: skip
 """What version 0.1.0 does where nothing is said."""
 
