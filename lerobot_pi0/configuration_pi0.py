@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import draccus
 from draccus.wrappers.docstring import get_attribute_docstring
@@ -134,8 +134,6 @@ class PI0Config(BuiltinPI0Config):
 
     # No option: optimiser steps so far. It is here because of adapters, with which LeRobot saves a config alone.
     updates = 0
-    # Nor this: notes, beside a config that is saved, which checkpoint the weights are of, for an adapter.
-    _after_save: ClassVar[Callable[[Path, dict[str, dict[str, Any]]], None] | None] = None
 
     def __post_init__(self) -> None:
         try:
@@ -293,8 +291,8 @@ class PI0Config(BuiltinPI0Config):
         texts = {name: json.dumps(content, indent=4) + "\n" for name, content in self.to_files().items()}
         for name, text in texts.items():
             (save_directory / name).write_text(text)
-        if self._after_save is not None:
-            self._after_save(save_directory, {name: json.loads(text) for name, text in texts.items()})
+        if (note := self.__dict__.get("_after_save")) is not None:
+            note(save_directory, {name: json.loads(text) for name, text in texts.items()})
 
 
 OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in fields(PI0Config) if "option" in f.metadata}
