@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import draccus
 from draccus.wrappers.docstring import get_attribute_docstring
@@ -143,8 +143,6 @@ class PI0Config(BuiltinPI0Config):
     updates = 0
     # No option: sizes and start of the policy, for a model card that LeRobot writes from the config alone.
     card_facts = {}, None  # type: ignore[var-annotated]
-    # Nor this: notes, beside a config that is saved, which checkpoint the weights are of, for an adapter.
-    _after_save: ClassVar[Callable[[Path, dict[str, dict[str, Any]]], None] | None] = None
 
     def __post_init__(self) -> None:
         try:
@@ -300,8 +298,7 @@ class PI0Config(BuiltinPI0Config):
         texts = {name: json.dumps(content, indent=4) + "\n" for name, content in self.to_files().items()}
         for name, text in texts.items():
             (save_directory / name).write_text(text)
-        note: Any = self._after_save
-        if note is not None:
+        if (note := self.__dict__.get("_after_save")) is not None:
             note(save_directory, {name: json.loads(text) for name, text in texts.items()})
 
 

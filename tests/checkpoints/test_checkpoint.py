@@ -181,7 +181,7 @@ REFUSALS = {
     "π₀-FAST": (edited("config.json", type="pi0_fast"), WrongPolicyError, "π₀-FAST, another network"),
     "weights of π₀.₅": (renamed(*PI05, without="state_proj"), WrongPolicyError, "weights of π₀.₅.*policy.type=pi05"),
     "weights of π₀-FAST": (only_a_vlm, WrongPolicyError, "no action expert: .* VLM, or of π₀-FAST"),
-    "an adapter": (adapter(), WrongPolicyError, "PEFT adapter, not a model.*--policy.path="),
+    "an adapter": (adapter(), WrongPolicyError, "PEFT adapter, not a model.*merge_adapter.py"),
     "an adapter without a config": (adapter("config.json"), WrongPolicyError, "PEFT adapter, not a model"),
     "before 0.4": (written("config.json", BEFORE_04), WrongPolicyError, r"before 0\.4 .*proj_width.*lerobot/pi0_base"),
     "no config": (without("config.json"), CheckpointNotFoundError, "holds no config.json.*pretrained_model"),

@@ -15,6 +15,7 @@ from lerobot.utils.constants import OBS_STATE
 from lerobot_pi0 import PI0Policy, make_pi0_pre_post_processors
 from lerobot_pi0.control.bounds import make_bounds
 from lerobot_pi0.inputs.joints import (
+    check_pairing,
     check_relative_names,
     joint_names,
     names_in_config,
@@ -243,10 +244,10 @@ def test_the_state_has_other_joints_than_the_actions(state, answer, caplog):
     config = relative_config(NAMES, relative_exclude_joints=["gripper"])
     meta = both(state, NAMES)
     if answer == "refused":
-        with pytest.raises(ValueError, match=r"by position.*Record both in one order"):
-            check_relative_names(config, meta)
+        with pytest.raises(ValueError, match=r"pairs them by place.*Record both in one order"):
+            check_pairing(config, meta)
         return
-    check_relative_names(config, meta)
-    assert ("names none of pan" in caplog.text) == (answer == "warned of")
+    check_pairing(config, meta)
+    assert ("name their joints otherwise" in caplog.text) == (answer == "warned of")
     config.use_relative_actions = False
-    check_relative_names(config, both(NAMES[::-1], NAMES))
+    check_pairing(config, both(NAMES[::-1], NAMES))
