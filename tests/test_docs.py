@@ -109,7 +109,9 @@ def world(tmp_path_factory) -> Path:
         policy.save_pretrained(root / place)
         for pipeline in make_pi0_pre_post_processors(policy.config, stats(cameras=["observation.images.front"])):
             pipeline.save_pretrained(root / place)
-    (root / "you/pi0_base").symlink_to(root / "POLICY")
+    for name in ("you", "lerobot"):
+        (root / name).mkdir(exist_ok=True)
+        (root / name / "pi0_base").symlink_to(root / "POLICY")
     return root
 
 

@@ -155,7 +155,8 @@ class Checkpoint:
         """
         run = self.of_run(config)
         if isinstance(config, PI0Config):  # the policy refuses another by name
-            settle_processors(run.source, self.raw_config() or {}, run.raw_config() or {}, config, meta, trains)
+            own = run.source.read_json(CONFIG_NAME) or {}  # beside an adapter there may be none
+            settle_processors(run.source, self.raw_config() or {}, own, config, meta, trains)
 
     def of_run(self, config: PreTrainedConfig) -> "Checkpoint":
         """The checkpoint with the run's own options and processors: an adapter's, if one is loaded over this one."""

@@ -89,11 +89,11 @@ def rewritten(pipeline: dict[str, Any], overrides: Steps, place: str) -> tuple[d
     """
     run = run_of(place)
     steps = pipeline.get("steps", [])
-    ours = any(
+    ours = run is not None or any(
         step.get("registry_name") == PROMPT or (step.get("registry_name") == TOKENIZER and "state_file" in step)
         for step in steps
     )
-    if not ours and run is None:
+    if not ours:
         return pipeline, overrides
     if run is not None and any(step.get("registry_name") == RENAME for step in steps):
         overrides = _with_cameras(run, overrides)

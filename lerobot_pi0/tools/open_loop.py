@@ -30,7 +30,7 @@ from .data import DatasetOptions, need_pi0, need_whole, open_dataset, open_meta
 from .evaluation import report
 from .evaluation.held_out import held_out
 from .evaluation.intervals import training_spread
-from .evaluation.measure import measure
+from .evaluation.measure import by_resizing, measure
 from .evaluation.predictions import Runner
 from .folder import read_columns
 
@@ -87,6 +87,7 @@ def run(options: Options) -> None:
     spread, still = training_spread(runner.postprocessor, read_columns(meta), bool(config.use_relative_actions))
     content, drawn = measure(runner, options.threshold, spread, still)
     content |= {
+        "error by resizing": by_resizing(runner, spread, still),
         "policy": str(config.pretrained_path),
         "dataset": options.dataset.repo_id,
         "episodes": episodes,

@@ -37,8 +37,8 @@ def test_two_chunks(stored, options, caplog):
     frames = 100
     for key, count in ((OBS_STATE, frames), (ACTION, frames * (8 if config.use_relative_actions else 1))):
         known[key] |= {"count": torch.tensor([count])}  # by which statistics of relative actions are known
-    policy = PI0Policy(config, dataset_stats=known).eval()
     try:
+        policy = PI0Policy(config, dataset_stats=known).eval()
         before, after = make_pi0_pre_post_processors(config, known)
     except ValueError as error:  # names of which LeRobot would make other joints absolute
         assert config.use_relative_actions and not readable(names) and "relative_exclude_joints" in str(error)

@@ -70,7 +70,9 @@ def test_arrays_and_other_dtypes():
         OBS_STATE: batch[OBS_STATE].double().numpy(),
         OBS_LANGUAGE_ATTENTION_MASK: batch[OBS_LANGUAGE_ATTENTION_MASK].long(),
     }
-    for got, expected in zip(maker()(given, CPU), maker()(batch, CPU), strict=True):
+    (*tensors, padded), (*wanted, also_padded) = maker()(given, CPU), maker()(batch, CPU)
+    assert padded == also_padded
+    for got, expected in zip(tensors, wanted, strict=True):
         assert got.dtype == expected.dtype
         assert torch.equal(got, expected)
 

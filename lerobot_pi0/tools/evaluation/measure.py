@@ -49,7 +49,6 @@ def measure(
         "never move": [names[i] for i in np.flatnonzero(still_A)],
         "way": way((predicted - still[:, None]) / unit, (recorded - still[:, None]) / unit, valid),
         "delay": delay(predicted / unit, recorded / unit, valid),
-        "error by resizing": by_resizing(runner, recorded[..., ~still_A], spread_A[~still_A], valid, ~still_A),
         "reactions": reactions(runner, normalised, recorded[..., ~still_A], spread_A, valid, ~still_A),
         "threshold": threshold,
     }
@@ -64,14 +63,14 @@ def recorded_chunks(items: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray
     return chunks, np.stack([~item[f"{ACTION}_is_pad"].numpy() for item in items])
 
 
-def by_resizing(
-    runner: Runner, recorded_NTA: np.ndarray, spread_A: np.ndarray, valid_NT: np.ndarray, moving: np.ndarray
-) -> dict[str, float]:
-    """The policy's error for each way in which pictures can shrink (`image_resize`), of the joints that move."""
+def by_resizing(runner: Runner, spread_A: np.ndarray, still_A: np.ndarray) -> dict[str, float]:
+    """The policy's error for each way in which pictures can shrink (`image_resize`), in the units of `measure`."""
+    recorded, valid = recorded_chunks(runner.items)
     used, errors = runner.config.image_resize, {}
     for how in choices("image_resize"):
         runner.config.image_resize = how
-        errors[how] = rms(((runner.chunks()[1][..., moving] - recorded_NTA) / spread_A) ** 2, valid_NT)
+        squares = ((runner.chunks()[1] - recorded) / spread_A) ** 2
+        errors[how] = rms(squares[..., ~still_A], valid)
     runner.config.image_resize = used
     return errors
 
