@@ -158,7 +158,8 @@ def weights_of(model: nn.Module) -> Hashable:
 
 def _adapter(layer: Any) -> Hashable:
     """Which of its adapters a layer of peft adds to its output, and how strongly."""
-    return str(layer.active_adapter), layer.disable_adapters, tuple(layer.merged_adapters), str(layer.scaling)
+    strength = str(getattr(layer, "scaling", None))  # layers that are trained whole have none
+    return str(layer.active_adapter), layer.disable_adapters, tuple(layer.merged_adapters), strength
 
 
 def _address(x: Tensor) -> Hashable:

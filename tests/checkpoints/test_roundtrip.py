@@ -378,7 +378,7 @@ def test_one_set_of_weights_for_several_robots(small, tmp_path):
         folder = tmp_path / str(i)
         assert {name: p.shape for name, p in policy.named_parameters()} == shapes
         assert policy.config.output_features[ACTION].shape == (robot[0],)
-        assert list(policy.config.image_features) == list(robot[1])
+        assert {*policy.config.image_features} == {*robot[1]}  # those that the checkpoint knows keep its slots
         assert policy.select_action(robot_batch(robot)).shape == (2, robot[0])
         frozen = {name: x for name, x in own_weights(start).items() if ".paligemma." in name}
         assert_equal({name: own_weights(policy)[name] for name in frozen}, frozen)
