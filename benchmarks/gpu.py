@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from presets import SIZES, presets
-from subjects import CHUNK, DIMS, Builtin, Ours, Policy, RandomWeights, Transformers, make_batch
+from subjects import CHUNK, DIMS, Builtin, Ours, Policy, RandomWeights, Transformers, batch_for
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -91,7 +91,7 @@ class Bench:
 
     def batch(self, cameras: int = 3, prompt: int = 48, batch_size: int = 1) -> dict[str, Tensor]:
         """What LeRobot's preprocessor hands over, on the device."""
-        made = make_batch(self.size, cameras, prompt, batch_size) | {"index": torch.arange(batch_size)}
+        made = batch_for(self.size, cameras, prompt, batch_size) | {"index": torch.arange(batch_size)}
         return {key: x.to(self.device) for key, x in made.items()}
 
     @contextmanager
@@ -147,7 +147,7 @@ def right(bench: Bench) -> Iterator[Row]:
             there, here = (small.build(Ours, "float32", device, **options) for device in (small.device, cpu))
             how = _guide(options)
             chunks = [
-                p.predict_action_chunk(make_batch(small.size), noise=noise.to(p.config.device), **how)
+                p.predict_action_chunk(batch_for(small.size), noise=noise.to(p.config.device), **how)
                 for p in (there, here)
             ]
             off = relative(*chunks)
@@ -156,8 +156,8 @@ def right(bench: Bench) -> Iterator[Row]:
             pair = [
                 small.build(Ours, "float32", device, frozen=frozen, training=True) for device in (small.device, cpu)
             ]
-            yield _training(pair, make_batch(small.size, batch_size=2), draws, frozen)
-        exact = small.build(Ours, "float32", cpu).predict_action_chunk(make_batch(small.size), noise=noise)
+            yield _training(pair, batch_for(small.size, batch_size=2), draws, frozen)
+        exact = small.build(Ours, "float32", cpu).predict_action_chunk(batch_for(small.size), noise=noise)
         yield from _bfloat16(small, exact, noise)
     finally:
         torch.set_float32_matmul_precision(tf32)
@@ -214,7 +214,7 @@ def _bfloat16(small: Bench, exact: Tensor, noise: Tensor) -> Iterator[Row]:
         except (ImportError, ValueError) as error:
             yield {"what": name, "left out": str(error)}
             continue
-        off = relative(policy.predict_action_chunk(make_batch(small.size), noise=noise.to(small.device)), exact)
+        off = relative(policy.predict_action_chunk(batch_for(small.size), noise=noise.to(small.device)), exact)
         yield {"what": name, "off": off, "good": off < (0.03 if name == "bfloat16" else 0.3)}
 
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from presets import SIZES, Size
-from subjects import CHUNK, Builtin, Ours, Policy, make_batch
+from subjects import CHUNK, Builtin, Ours, Policy, batch_for
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -220,7 +220,7 @@ class OurChunk:
     def __init__(self, size: Size, cameras: int, **options: Any) -> None:
         self.gpu = FakeGPU()
         self.policy = self.gpu.build(Ours, size, **options)
-        batch = self.gpu.take(make_batch(size, cameras))
+        batch = self.gpu.take(batch_for(size, cameras))
         with self.gpu.mode:
             images = {key: x for key, x in batch.items() if "images" in key}
             prompt = batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK]
@@ -279,7 +279,7 @@ def chunk_of_builtin(size: Size, cameras: int, steps: int) -> Launches:
     """The built-in's chunk, from what its `predict_action_chunk` makes of a batch."""
     gpu = FakeGPU()
     policy = gpu.build(Builtin, size)
-    batch = gpu.take(make_batch(size, cameras))
+    batch = gpu.take(batch_for(size, cameras))
     with gpu.mode, torch.no_grad():
         inputs = Builtin._inputs(policy, batch)
     with gpu.count() as counter, torch.no_grad():
@@ -294,7 +294,7 @@ class Step:
         self.gpu = FakeGPU(device)
         with mock.patch("lerobot_pi0.kernels.install") if device == "cpu" else contextlib.nullcontext():
             self.policy = self.gpu.build(subject, size, training=True)
-        host = make_batch(size, cameras, batch_size=batch_size) | {"index": torch.arange(batch_size)}
+        host = batch_for(size, cameras, batch_size=batch_size) | {"index": torch.arange(batch_size)}
         self.read = Answers()
         if isinstance(self.policy, PI0Policy):
             self.read.learn(self.policy.observe, host)

@@ -153,7 +153,7 @@ def test_the_count_would_tell(launches, monkeypatch, mistake):
 def test_control_reads_values_once(launches):
     """Catches a tick that waits for the device more than once before the chunk, or needs float64."""
     gpu, small = launches.FakeGPU(), launches.SIZES["small"]
-    policy, host = gpu.build(launches.Ours, small), launches.make_batch(small, 3)
+    policy, host = gpu.build(launches.Ours, small), launches.batch_for(small, 3)
     answers = launches.Answers()
     answers.learn(policy.observe, host)
     batch = gpu.take(host)

@@ -17,6 +17,9 @@ from .statistics import STATISTICS
 EPSILON = 1e-8
 """LeRobot's, where processors do not say otherwise."""
 
+CLOSE_EPSILON = 1e-5
+"""Epsilons that differ by less belong together: openpi divides by the deviation + 1e-6, and multiplies by it alone."""
+
 RANGE = ("min", "max")
 """Statistics that `action_range_margin` reads, whatever the mode."""
 
@@ -91,7 +94,7 @@ def difference(config: PI0Config, before: Normalisation, after: Normalisation) -
         return None
     if before.mode(action) is not after.mode(action):
         return f"actions are normalised by {before.mode(action).value} and unnormalised by {after.mode(action).value}"
-    if before.epsilon != after.epsilon:
+    if abs(before.epsilon - after.epsilon) > CLOSE_EPSILON:
         return f"their epsilons are {before.epsilon:g} and {after.epsilon:g}"
     if before.mode(action) is NormalizationMode.IDENTITY:
         return None

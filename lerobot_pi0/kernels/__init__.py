@@ -14,7 +14,7 @@ from torch import nn
 from ..network import gemma, siglip
 from ..network.pi0 import PI0
 from .cpu_linear import Linear, SiglipMLP
-from .cuda_layers import CudaGemmaAttention, CudaGemmaMLP, CudaLayer, CudaRMSNorm, CudaSiglipAttention, join
+from .cuda_layers import CudaGemmaAttention, CudaGemmaMLP, CudaRMSNorm, CudaSiglipAttention, Layer, join
 
 __all__ = ["FASTER", "install", "join"]
 
@@ -22,7 +22,7 @@ FASTER: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: Linear,
     gemma.Attention: CudaGemmaAttention,
     gemma.MLP: CudaGemmaMLP,
-    gemma.Layer: CudaLayer,
+    gemma.Layer: Layer,
     gemma.RMSNorm: CudaRMSNorm,
     siglip.Attention: CudaSiglipAttention,
     siglip.MLP: SiglipMLP,

@@ -147,8 +147,8 @@ class CudaGemmaMLP(GemmaMLP):
         return add_linear(self.down_proj, F.gelu(gate, approximate="tanh").mul_(up), residual)
 
 
-class CudaLayer(gemma.Layer):
-    """A layer of Gemma, of the parts above."""
+class Layer(gemma.Layer):
+    """A layer of Gemma, of the parts above; its class keeps the name by which configurations of FSDP find it."""
 
     def forward(
         self, x: Tensor, rope: Rope, mask: Mask | None, past: KVCache | None, kv_only: bool
