@@ -5,12 +5,11 @@ import logging
 from typing import Any
 
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
-from lerobot.utils.constants import ACTION
 
 from ..configuration_pi0 import PLUGIN_CONFIG_NAME, PI0Config
 from ..inputs.normalisation import Normalisation, digest_of
 from . import manifest, pipelines
-from .errors import CheckpointConfigError, CorruptCheckpointError
+from .errors import CorruptCheckpointError
 from .names import CONFIG_DIGEST, OPTIONS
 from .reading import opened_safetensors
 from .source import Source
@@ -53,18 +52,12 @@ def check(source: Source, config: Any, replaced: bool = False) -> str | None:
 
 
 def normalisation(source: Source) -> Normalisation:
-    """What the preprocessor does to state and actions, which bounds need.
+    """What the preprocessor does to state and actions; without statistics where there are none.
 
     Raises:
-        CheckpointError: there are no statistics of actions, a file is broken, or it would run a program.
+        CheckpointError: a file is broken, or it would run a program.
     """
-    found = pipelines.read(source).normalisation
-    if found is None or ACTION not in found.statistics:
-        raise CheckpointConfigError(
-            f"max_action_step and action_range_margin are in the robot's units, but {source} has no statistics of "
-            f"{ACTION}: load a checkpoint with its processors, or leave the bounds away"
-        )
-    return found
+    return pipelines.read(source).normalisation or Normalisation({}, {})
 
 
 def _check_lost(source: Source) -> None:

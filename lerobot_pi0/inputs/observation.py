@@ -243,7 +243,7 @@ class ObservationMaker:
         for key, image in cameras.items():
             low, high = image.aminmax()
             numbers |= {f"{key} low": low, f"{key} high": high}
-        bits = torch.stack([*numbers.values()]).view(torch.int32).long()
+        bits = torch.stack([*numbers.values()]).to(torch.float).view(torch.int32).long()
         parts = [torch.stack([last_token.max(), lengths.min()]).long(), bits]
         if index is not None:
             index = torch.as_tensor(index).reshape(-1)

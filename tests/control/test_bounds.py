@@ -12,7 +12,6 @@ from lerobot.policies import make_pre_post_processors
 from raw_frames import sample
 
 from lerobot_pi0 import PI0Policy, make_pi0_pre_post_processors
-from lerobot_pi0.checkpoints.errors import CheckpointConfigError
 from lerobot_pi0.configuration_pi0 import PI0Config
 from lerobot_pi0.control import bounds
 from lerobot_pi0.control.bounds import ActionBounds
@@ -190,7 +189,7 @@ def test_refusals(tmp_path):
         PI0Policy(tiny_config(max_action_step=1.0))
     PI0Policy(tiny_config()).save_pretrained(tmp_path)
     config = PreTrainedConfig.from_pretrained(tmp_path, cli_overrides=["--action_range_margin=0.1"])
-    with pytest.raises(CheckpointConfigError, match="no statistics of"):
+    with pytest.raises(bounds.BoundsError, match="no statistics of"):
         PI0Policy.from_pretrained(tmp_path, config=config)
     known = statistics()
     without_range = known | {ACTION: {"mean": known[ACTION]["mean"], "std": known[ACTION]["std"]}}

@@ -196,6 +196,7 @@ def test_a_tokenizer_can_be_named_at_the_robot(tmp_path):
 def test_a_checkpoint_that_contradicts_itself(tmp_path, caplog):
     """Catches a policy that takes config.json for what its weights have met: those met the processors."""
     place = saved(tmp_path, tokenizer_max_length=40)
+    (tmp_path / "lerobot_pi0_manifest.json").unlink()  # which would refuse what follows
     file = tmp_path / "config.json"
     file.write_text(
         json.dumps(json.loads(file.read_text()) | {"tokenizer_max_length": 90, "use_relative_actions": True})
@@ -288,6 +289,7 @@ def padded_checkpoint(folder) -> str:
     """What LeRobot's π₀ leaves of a base that it fine-tuned: features of the network's width, statistics of a robot."""
     words = word_tokenizer(folder / "words")
     place = saved(folder, use_relative_actions=True, relative_exclude_joints=[], text_tokenizer_name=words)
+    (folder / "lerobot_pi0_manifest.json").unlink()  # LeRobot's π₀ writes none
     file = folder / "config.json"
     content = json.loads(file.read_text())
     content["input_features"][OBS_STATE]["shape"] = content["output_features"][ACTION]["shape"] = [8]
