@@ -30,7 +30,7 @@ from .data import DatasetOptions, need_pi0, need_whole, open_dataset, open_meta
 from .evaluation import report
 from .evaluation.held_out import held_out
 from .evaluation.intervals import training_spread
-from .evaluation.measure import by_resizing, measure
+from .evaluation.measure import by_resizing, measure, rattle
 from .evaluation.predictions import Runner
 from .folder import read_columns
 
@@ -88,6 +88,7 @@ def run(options: Options) -> None:
     content, drawn = measure(runner, options.threshold, spread, still)
     content |= {
         "error by resizing": by_resizing(runner, spread, still),
+        **rattle(runner, drawn, spread),
         "policy": str(config.pretrained_path),
         "dataset": options.dataset.repo_id,
         "episodes": episodes,

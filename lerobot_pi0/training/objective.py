@@ -15,6 +15,7 @@ from torch import Tensor
 from ..configuration_pi0 import PI0Config
 from ..inputs.joints import names_in_config
 from ..inputs.observation import IS_PAD, ObservationMaker
+from ..inputs.smoothness import Roughness, roughness
 from ..kernels.cuda_attention import attention_order
 from ..network import flow
 from ..network.pi0 import PI0, Context, Observation
@@ -200,11 +201,14 @@ class ChunkErrors:
 
     def __init__(self) -> None:
         self._sum_A: Tensor | None = None
+        self._roughness: Roughness | None = None
         self._steps = 0
         self._samples = 0
 
     def add(self, chunk_BTA: Tensor, actions_BTA: Tensor, valid_BT: Tensor) -> float:
         """Add a batch; returns its mean squared error."""
+        rough = roughness(chunk_BTA, actions_BTA, valid_BT.bool())
+        self._roughness = rough if self._roughness is None else self._roughness + rough
         errors_BTA = (chunk_BTA - actions_BTA).square() * valid_BT[..., None]
         steps, sum_A = int(valid_BT.sum()), errors_BTA.sum(dim=(0, 1)).cpu().double()
         self._sum_A = sum_A if self._sum_A is None else self._sum_A + sum_A
@@ -222,6 +226,10 @@ class ChunkErrors:
             self._samples,
             ", ".join(f"{joint} {error:.4f}" for joint, error in zip(joints, errors, strict=True)),
         )
+        if self._roughness is not None:
+            ratios = self._roughness.ratios([1.0] * len(joints))
+            each = ", ".join(f"{joint} {ratio:.2f}" for joint, ratio in zip(joints, ratios, strict=True))
+            logger.info("held out: sampled chunks are so many times as rough as recorded ones: %s", each)
         self.__init__()  # type: ignore[misc]
 
 

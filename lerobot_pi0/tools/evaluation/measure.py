@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...configuration_pi0 import choices
+from ...inputs.smoothness import roughness
 from ..data import dim_names
 from .intervals import delay, ratio_interval
 from .predictions import Change, Runner
@@ -73,6 +74,17 @@ def by_resizing(runner: Runner, spread_A: np.ndarray, still_A: np.ndarray) -> di
         errors[how] = rms(squares[..., ~still_A], valid)
     runner.config.image_resize = used
     return errors
+
+
+def rattle(runner: Runner, drawn: dict[str, Any], spread_A: np.ndarray) -> dict[str, Any]:
+    """Roughness of the sampled chunks beside the recorded ones, by joint, and the joints that rattle."""
+    recorded, valid = recorded_chunks(runner.items)
+    found = roughness(*(torch.from_numpy(np.asarray(x)) for x in (drawn["predicted"], recorded, valid)))
+    each = zip(drawn["joints"], found.sampled, found.recorded, strict=True)
+    return {
+        "roughness": {joint: {"sampled": sampled, "recorded": own} for joint, sampled, own in each},
+        "rattling": found.rattling(drawn["joints"], spread_A.tolist()),
+    }
 
 
 def compared(

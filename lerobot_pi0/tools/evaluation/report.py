@@ -91,6 +91,7 @@ def as_text(content: dict[str, Any]) -> str:
         f"error: {error} (in deviations of the actions)",
         "error by image_resize: " + ", ".join(f"{way} {x:.3f}" for way, x in content["error by resizing"].items()),
         f"moves {content['way']:.0%} of the recorded way",
+        f"rattles (more than 1.5 times as rough as recorded): {', '.join(content['rattling']) or 'no joint'}",
         *(f"reacts to {name}: {x['of everything']:.1%}" for name, x in content["reactions"].items()),
         "",
         *(f"This policy {verdict}" if not verdict.startswith("good") else verdict for verdict in content["verdicts"]),
