@@ -97,16 +97,16 @@ def rewritten(pipeline: dict[str, Any], overrides: Steps, place: str) -> tuple[d
         return pipeline, overrides
     if run is not None and any(step.get("registry_name") == RENAME for step in steps):
         overrides = _with_cameras(run, overrides)
-    made = [_step(step, overrides, run.changes if run else {}, ours) for step in steps]
-    taken = {name for step in steps if (name := step.get("registry_name")) in STEPS and ours}
+    made = [_step(step, overrides, run.changes if run else {}) for step in steps]
+    taken = {name for step in steps if (name := step.get("registry_name")) in STEPS}
     return pipeline | {"steps": made}, {key: x for key, x in overrides.items() if key not in taken}
 
 
-def _step(step: dict[str, Any], overrides: Steps, changes: Steps, ours: bool) -> dict[str, Any]:
+def _step(step: dict[str, Any], overrides: Steps, changes: Steps) -> dict[str, Any]:
     """The entry of one step, with the class of this plugin where it has one."""
     name = step.get("registry_name", "")
     saved = step.get("config", {})
-    if name not in STEPS or not ours:
+    if name not in STEPS:
         return step | {"config": saved | changes.get(name, {})} if name in changes else step
     config = saved | changes.get(name, {}) | overrides.get(name, {})
     if name == TOKENIZER:
