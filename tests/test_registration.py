@@ -106,17 +106,7 @@ def test_the_import_is_cheap(answers):
     """Catches model code, or a library, loaded at the start of every LeRobot command, whatever its policy."""
     found, _ = answers["lerobot.policies first"]
     ours = {name for name in found["new modules"] if name.startswith("lerobot_")}
-    rooms = {
-        "checkpoints",
-        "checkpoints.recorder",
-        "configuration_pi0",
-        "inputs",
-        "network",
-        "network.sizes",
-        "training",
-    }
-    inputs = ("features", "finite", "joints", "normalisation", "pipelines", "samples", "statistics", "steps")
-    rooms |= {f"inputs.{name}" for name in inputs}
+    rooms = {"configuration_pi0", "network", "network.sizes", "takeover", "training"}
     optimizers = {f"training.{name}" for name in ("ema", "optimizers")}
     assert ours == {"lerobot_policy_pi0", "lerobot_pi0"} | {f"lerobot_pi0.{name}" for name in rooms | optimizers}
     assert not [name for name in found["new modules"] if name not in ours and not is_light(name)]

@@ -29,13 +29,22 @@ from .sampling import Sampler
 logger = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(eq=False)
 class Episode:
     """The chunk that one thread executes."""
 
     queue: deque[Tensor] = field(default_factory=deque)
     anchor: Anchor = field(default_factory=Anchor)
-    is_over: bool = False
+    has_begun: bool = False
+    is_over: bool = False  # said by another thread, and so obeyed between two actions
+
+
+class Episodes(threading.local):
+    """The episode of each thread as `mine`, which a thread gets when it first asks."""
+
+    def __init__(self, known: "weakref.WeakSet[Episode]") -> None:
+        self.mine = Episode()
+        known.add(self.mine)
 
 
 class Player:
@@ -65,31 +74,28 @@ class Player:
         self._bounds = bounds
         self._warned_of_delay = self._is_warm = False
         self.rtc_processor = debug.make_processor(None)
-        self._episodes: weakref.WeakKeyDictionary[threading.Thread, Episode] = weakref.WeakKeyDictionary()
+        self._known: weakref.WeakSet[Episode] = weakref.WeakSet()
+        self._episodes = Episodes(self._known)
 
     def reset(self) -> None:
         """Forget the chunk that this thread executes: nothing else goes from one call to the next.
 
-        A thread that executes none, such as one that watches a robot, makes all others forget theirs at their next
-        action.
+        A thread that executes none, such as one that watches a robot, makes all others forget theirs.
         """
-        if self._episodes.pop(threading.current_thread(), None) is None:
-            for episode in list(self._episodes.values()):
-                episode.is_over = True
-
-    @property
-    def _episode(self) -> Episode:
-        return self._episodes.setdefault(threading.current_thread(), Episode())
+        mine = self._episodes.mine
+        for episode in [mine] if mine.has_begun else list(self._known):
+            episode.is_over = True
+        mine.has_begun = False
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies, which go on with the chunk of the thread that makes them; threads cannot be copied."""
-        return self.__dict__ | {"_episodes": self._episodes.get(threading.current_thread())}
+        return {**self.__dict__, "_known": None, "_episodes": self._episodes.mine}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
-        self._episodes = weakref.WeakKeyDictionary()
-        if state["_episodes"] is not None:
-            self._episodes[threading.current_thread()] = state["_episodes"]
+        self._known = weakref.WeakSet()
+        self._episodes = Episodes(self._known)
+        self._episodes.mine.__dict__ |= state["_episodes"].__dict__
 
     def warm_up(self, model: PI0) -> None:
         """Once, on CUDA: a chunk of black images, so that the robot's first one does not wait for CUDA to load kernels.
@@ -168,14 +174,18 @@ class Player:
 
     def needs_chunk(self) -> bool:
         """Whether all actions of the last chunk are executed."""
-        if self._episode.is_over:
-            del self._episodes[threading.current_thread()]
-        return not self._episode.queue
+        episode = self._episodes.mine
+        if episode.is_over:
+            episode.queue.clear()
+            episode.is_over = False
+        return not episode.queue
 
     def start(self, chunk_BTA: Tensor, batch: dict[str, Any]) -> None:
         """Execute a chunk that was predicted for this batch, up to `n_action_steps`."""
-        self._episode.queue.extend(chunk_BTA[:, : self.config.n_action_steps].unbind(dim=1))
-        self._episode.anchor.set(batch)
+        episode = self._episodes.mine
+        episode.has_begun = True
+        episode.queue.extend(chunk_BTA[:, : self.config.n_action_steps].unbind(dim=1))
+        episode.anchor.set(batch)
 
     def next_action(self, batch: dict[str, Any]) -> Tensor:
         """The next action (B, dims), bounded by where the joints are in this batch.
@@ -184,8 +194,8 @@ class Player:
             RuntimeError: the number of environments changed in the middle of a chunk.
             FloatingPointError: actions are bounded, and the state or an action is not finite.
         """
-        queue, anchor = self._episode.queue, self._episode.anchor
-        origin = anchor.restore(batch)
+        episode = self._episodes.mine
+        queue, origin = episode.queue, episode.anchor.restore(batch)
         if OBS_STATE in batch and len(batch[OBS_STATE]) != len(queue[0]):
             raise RuntimeError(
                 f"{len(batch[OBS_STATE])} observations for a chunk that was made for {len(queue[0])}: call "

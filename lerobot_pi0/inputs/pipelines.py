@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from lerobot.configs import PolicyFeature
-from lerobot.processor import DataProcessorPipeline
 
 from ..configuration_pi0 import PI0Config
 from .features import log_cameras, set_cameras
@@ -62,19 +61,6 @@ def run_of(place: str) -> Run | None:
 
 def _key(place: str) -> str:
     return str(Path(place).resolve()) if Path(place).is_dir() else place
-
-
-def take_over_pipelines() -> None:
-    """Let LeRobot rebuild saved pipelines through this module. Calling it again changes nothing."""
-    build: Any = DataProcessorPipeline.__dict__["_build_steps_with_overrides"].__func__
-    if getattr(build, "of_pi0", False):
-        return
-
-    def rebuild(cls: Any, loaded_config: dict, overrides: dict | None, model_id: Any, *args: Any, **kwargs: Any) -> Any:
-        return build(cls, *rewritten(loaded_config, overrides or {}, str(model_id)), model_id, *args, **kwargs)
-
-    rebuild.of_pi0 = True  # type: ignore[attr-defined]
-    DataProcessorPipeline._build_steps_with_overrides = classmethod(rebuild)  # type: ignore[assignment, method-assign]
 
 
 def rewritten(pipeline: dict[str, Any], overrides: Steps, place: str) -> tuple[dict[str, Any], Steps]:
