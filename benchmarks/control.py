@@ -38,7 +38,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lerobot_pi0 import PI0Policy
-from lerobot_pi0.network import flow
+from lerobot_pi0.network import flow, solvers
 
 DELAYS = (0, 2, 4, 8, 12)
 GUIDES = ("sync", "none", "lerobot", "identity", "vjp", "trained")
@@ -100,7 +100,7 @@ def lerobots(policy: PI0Policy, batch: dict, noise: Tensor, left: Tensor | None,
     with torch.no_grad():
         context = policy.model.context(policy.observe(batch, noise.device))
         x, steps = noise, policy.config.num_inference_steps
-        for t in flow.fixed_times("euler", steps, noise.device):
+        for t in solvers.fixed_times("euler", steps, noise.device):
             term = policy.model.embed_time(t)
 
             def velocity(x: Tensor, term: Tensor = term) -> Tensor:

@@ -25,7 +25,7 @@ from subjects import Ours, RandomWeights, batch_for, with_weights
 
 from lerobot_pi0 import PI0Policy
 from lerobot_pi0.kernels import rounding
-from lerobot_pi0.network.pi0 import PI0
+from lerobot_pi0.network import init
 from lerobot_pi0.tools.memory import Counter, Load
 
 GIB = 2**30
@@ -92,7 +92,7 @@ def trainer(line: Configuration, size: str) -> Callable[[], None]:
     """A policy with weights; the function makes a step, as lerobot-train does."""
     config = make_config(line, size)
     kind, config.vlm_quantization = config.vlm_quantization, None  # there is no checkpoint to round
-    with presets(SIZES[size]), mock.patch.object(PI0, "initialise"):
+    with presets(SIZES[size]), mock.patch.object(init, "initialise"):
         policy = PI0Policy(config)
     if kind:
         rounding.prepare(policy.model, kind)

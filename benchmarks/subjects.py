@@ -27,8 +27,7 @@ from transformers import PI0Config as TransformersConfig
 from lerobot_pi0 import PI0Config, PI0Policy
 from lerobot_pi0.control.sampling import Sampler
 from lerobot_pi0.kernels import rounding
-from lerobot_pi0.network import flow
-from lerobot_pi0.network.pi0 import PI0
+from lerobot_pi0.network import flow, init
 from lerobot_pi0.network.sizes import GemmaSize
 
 CHUNK = 50
@@ -109,7 +108,7 @@ class Ours:
         **options,
     ) -> PI0Policy:
         """The policy with weights by `make`; `frozen` trains the expert alone, `rounded` has the VLM in int8."""
-        with presets(size), mock.patch.object(PI0, "initialise"):
+        with presets(size), mock.patch.object(init, "initialise"):
             policy = PI0Policy(cls.config(size, dtype, frozen, **options))
         if rounded:
             rounding.prepare(policy.model, "int8")

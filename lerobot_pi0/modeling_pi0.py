@@ -36,6 +36,7 @@ from .inputs.observation import ObservationMaker
 from .inputs.samples import leave_out_depth
 from .inputs.statistics import check_dataset
 from .kernels import rounding
+from .network import init
 from .network.pi0 import PI0
 from .training import lora
 from .training.objective import Objective
@@ -147,7 +148,7 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         parameters, device = dict(self.named_parameters()), torch.device(self.config.device)
         if made := {name: torch.empty_like(parameters[name], device=device) for name in names}:
             self.load_state_dict(made, strict=False, assign=True)
-            self.model.initialise()
+            init.initialise(self.model)
 
     def finish(self) -> "PI0Policy":
         """Make a policy of `empty` ready for use, once its weights are there; returns it in evaluation mode."""

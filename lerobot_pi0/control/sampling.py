@@ -22,7 +22,7 @@ from ..kernels.cuda_attention import attention_order
 from ..kernels.cuda_graphs import LARGEST_BATCH, CudaGraphs
 from ..kernels.cuda_layers import on_gpu
 from ..kernels.kv_cache import preallocate
-from ..network import flow
+from ..network import solvers
 from ..network.pi0 import PI0, Context, Observation
 from . import guidance
 from .debug import Record
@@ -87,7 +87,7 @@ class Sampler:
 
         Args:
             record: takes debug data; a compiled sampler has none to give.
-            solver: arguments of `flow.integrate`.
+            solver: arguments of `solvers.integrate`.
         """
         self.begin()
         with attention_order(noise_BKTA.device):
@@ -120,7 +120,7 @@ class Sampler:
             return self.velocity(model, x, time, time_embedding, next(contexts), guide, *recorded)
 
         with contextlib.nullcontext() if self.compiled else packed(model.expert):
-            return flow.integrate(field, embed, guidance.begin(noise_BKTA, guide), **solver)
+            return solvers.integrate(field, embed, guidance.begin(noise_BKTA, guide), **solver)
 
     def _contexts(
         self, model: PI0, obs: Observation, noise_BKTA: Tensor, guide: guidance.Guide | None

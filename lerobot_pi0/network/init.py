@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .gemma import Gemma, RMSNorm
+from .gemma import RMSNorm
+from .pi0 import PI0
 from .siglip import VisionTower
 
 QUERY_GAIN, OUTPUT_GAIN = 3.0, 2.0
@@ -39,8 +40,8 @@ def sincos_positions(side: int, width: int) -> Tensor:
 
 
 @torch.no_grad()
-def initialise(network: nn.Module, vision: VisionTower, vlm: Gemma, expert: Gemma) -> None:
-    """Draw all weights of `network`, of which the other three are parts.
+def initialise(network: PI0) -> None:
+    """Draw all weights.
 
     Queries and the output of attention start larger (`QUERY_GAIN`, `OUTPUT_GAIN`): unit variance gives each token an
     almost even mean over a hundred others, and a small network then takes far longer to learn which token matters
@@ -53,11 +54,11 @@ def initialise(network: nn.Module, vision: VisionTower, vlm: Gemma, expert: Gemm
                 nn.init.zeros_(module.bias)
         elif isinstance(module, RMSNorm):
             nn.init.zeros_(module.weight)
-    for layer in (*vlm.layers, *expert.layers):
+    for layer in (*network.vlm.layers, *network.expert.layers):
         layer.self_attn.q_proj.weight.mul_(QUERY_GAIN)
         layer.self_attn.o_proj.weight.mul_(OUTPUT_GAIN)
-    draw_normal(vlm.embed_tokens.weight, 1 / math.sqrt(vlm.cfg.width))
-    initialise_vision(vision)
+    draw_normal(network.vlm.embed_tokens.weight, 1 / math.sqrt(network.vlm.cfg.width))
+    initialise_vision(network.vision)
 
 
 @torch.no_grad()

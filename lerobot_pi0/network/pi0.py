@@ -18,7 +18,7 @@ import torch.nn.functional as F  # noqa: N812
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from . import flow, init, time_embedding
+from . import flow, time_embedding
 from .attention import KVCache, Mask, additive_mask
 from .gemma import Gemma, Rope
 from .siglip import VisionTower
@@ -129,10 +129,6 @@ class PI0(nn.Module):
         """Keep only the input of each layer, and compute the rest again in the backward pass."""
         for part in (self.vision, self.vlm, self.expert):
             part.gradient_checkpointing = True
-
-    def initialise(self) -> None:
-        """Draw random weights (`init.py`)."""
-        init.initialise(self, self.vision, self.vlm, self.expert)
 
     def prefix(self, obs: Observation) -> tuple[Tensor, Tensor]:
         """Tokens of the first block, images before the prompt: (B, S, W), and which are not padding (B, S)."""

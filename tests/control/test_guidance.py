@@ -25,7 +25,7 @@ from torch import Tensor
 from lerobot_pi0 import PI0Policy
 from lerobot_pi0.configuration_pi0 import choices
 from lerobot_pi0.control import guidance
-from lerobot_pi0.network import flow
+from lerobot_pi0.network import solvers
 
 SCHEDULES = list(RTCAttentionSchedule)
 CHUNK = 50
@@ -93,7 +93,7 @@ def test_identity_is_lerobots(schedule, steps, delay):
     config, left = rtc(prefix_attention_schedule=schedule), left_over(steps)
     x = torch.randn(1, CHUNK, 32)
     theirs = RTCProcessor(config)
-    for t in flow.fixed_times("euler", 10, x.device):
+    for t in solvers.fixed_times("euler", 10, x.device):
         expected = theirs.denoise_step(x, left, delay, t.item(), curved_field)
         with torch.inference_mode():
             guide = guidance.make_guide("identity", left, delay, 10, x[:, None], schedule.value, 10.0)
@@ -157,7 +157,7 @@ def test_vjp_chunk_against_autograd(small, schedule, delay):
     target[:8, :DIMS] = left
     context = policy.model.context(policy.observe(batch, noise.device))
     x = noise
-    for t in flow.fixed_times("euler", 10, x.device):
+    for t in solvers.fixed_times("euler", 10, x.device):
         term = policy.model.embed_time(t)
         v = reference_velocity(
             lambda x, term=term: policy.model.velocity(x, term, context), x, t.item(), target, weights, 5.0

@@ -19,7 +19,7 @@ for name in ("lerobot", "transformers", "lerobot_pi0", "xxhash"):
     sys.modules[name] = None  # every import of these fails
 
 import torch
-from copied.network import flow
+from copied.network import solvers
 from copied.network.pi0 import PI0, Observation
 from copied.network.sizes import EXPERT_PRESETS, PALIGEMMA_PRESETS, Architecture
 
@@ -29,7 +29,7 @@ model.load_state_dict(given["weights"])
 with torch.no_grad():
     context = model.context(Observation(*given["observation"]))
     field = lambda x, time, embedding: model.velocity(x, embedding, context)
-    chunk = flow.integrate(field, model.embed_time, given["noise"])
+    chunk = solvers.integrate(field, model.embed_time, given["noise"])
 torch.save(chunk, "chunk.pt")
 """
 

@@ -9,14 +9,16 @@ import torch
 from lerobot.policies.common.flow_matching import euler_integrate
 
 from lerobot_pi0.configuration_pi0 import choices
-from lerobot_pi0.network import flow
+from lerobot_pi0.network import flow, solvers
 
 CPU = torch.device("cpu")
 
 
 def solve(field, x: torch.Tensor, steps: int = 10, **options) -> torch.Tensor:
     """`integrate` a field of x and t, in whatever dtype it answers."""
-    return flow.integrate(lambda x, time, term: field(x, time[..., None]), lambda time: time, x, steps=steps, **options)
+    return solvers.integrate(
+        lambda x, time, term: field(x, time[..., None]), lambda time: time, x, steps=steps, **options
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 3, 10, 50])
@@ -62,7 +64,7 @@ def test_times_are_asked_for_in_order(solver, expected):
         embedded.append(len(time))
         return 2 * time
 
-    flow.integrate(field, embed, torch.zeros(1, 1, 1, 1), solver, 4 if solver == "euler" else 2)
+    solvers.integrate(field, embed, torch.zeros(1, 1, 1, 1), solver, 4 if solver == "euler" else 2)
     assert asked == expected
     assert embedded == [4]
 

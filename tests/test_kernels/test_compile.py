@@ -29,7 +29,7 @@ from lerobot_pi0.configuration_pi0 import choices
 from lerobot_pi0.control import guidance
 from lerobot_pi0.control.sampling import Sampler
 from lerobot_pi0.inputs.observation import bucket
-from lerobot_pi0.network import flow
+from lerobot_pi0.network import solvers
 from lerobot_pi0.network.pi0 import PI0, Observation
 from lerobot_pi0.network.sizes import EXPERT_PRESETS, PALIGEMMA_PRESETS, Architecture
 
@@ -182,7 +182,7 @@ def fake_observation(arch: Architecture, cameras: int = 3, batch_size: int = 1) 
 
 
 @pytest.mark.parametrize("guide", [None, *choices("rtc_guidance")])
-@pytest.mark.parametrize("solver", flow.FIXED)
+@pytest.mark.parametrize("solver", solvers.FIXED)
 def test_nothing_depends_on_values(guide, solver):
     """Catches an `.item()`, an `if` on a tensor or a shape made from values between observation and chunk, which a
     CUDA graph cannot capture and for which a GPU has to be waited for: fake tensors have no values. At full size."""
