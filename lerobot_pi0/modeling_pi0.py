@@ -321,10 +321,12 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         Raises:
             RuntimeError: the number of environments changed in the middle of a chunk.
         """
-        refuse_unknown(kwargs.keys() - CHUNK_ARGUMENTS)
-        if self._player.needs_chunk():
-            self._player.start(self.predict_action_chunk(batch, **kwargs), batch)
-        return self._player.next_action(batch)
+        if kwargs:
+            refuse_unknown(kwargs.keys() - CHUNK_ARGUMENTS)
+        player = self._player
+        if player.needs_chunk():
+            player.start(self.predict_action_chunk(batch, **kwargs), batch)
+        return player.next_action(batch)
 
     def generate_model_card(  # type: ignore[override]
         self,
