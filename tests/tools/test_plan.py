@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import CAMERAS, DIMS, features, tiny_config
 from lerobot.configs.default import PeftConfig
+from lerobot.optim import SGDConfig
 
 from lerobot_pi0 import PI0Config, PI0Policy
 from lerobot_pi0.kernels import rounding
@@ -55,7 +56,7 @@ def test_weights_gradients_and_states(micro, mode):
     assert x.peaks["forward"] >= x.weights + x.optimizer + x.activations
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", ["int8", "fp8", "nf4"])
 @pytest.mark.parametrize("adapted", [False, True], ids=["expert", "LoRA"])
 def test_a_rounded_vlm(micro, monkeypatch, kind, adapted):
     """Catches rounded weights that are counted as they were, or on this machine's terms: it may have no kernel for
@@ -69,10 +70,23 @@ def test_a_rounded_vlm(micro, monkeypatch, kind, adapted):
     x, y = plain.count(2, LOAD), found.count(2, LOAD)
     numbers, channels = sum(m.weight.numel() for m in layers), sum(m.out_features for m in layers)
     blocks = sum(-(-m.weight.numel() // 64) for m in layers)
-    scales = {"int8": numbers + 4 * channels, "nf4": numbers / 2 + 4 * blocks + 64 * len(layers)}[kind]
+    eight = numbers + 4 * channels
+    scales = {"int8": eight, "fp8": eight, "nf4": numbers / 2 + 4 * blocks + 64 * len(layers)}[kind]
     assert y.weights == pytest.approx(x.weights - 2 * numbers + scales, rel=1e-3)
     assert (y.gradients, y.optimizer) == (x.gradients, x.optimizer)
     assert y.activations == pytest.approx(x.activations, rel=0.05)
+
+
+def test_the_optimizer_of_a_gpu(micro):
+    """Catches temporary memory of AdamW's step that its fused kernel, which runs take on CUDA, does not need; and an
+    optimizer without such a kernel that is counted as if it had one."""
+    options = {"train_expert_only": True, "pretrained_path": "base"}
+    config = [PI0Config(**features(CAMERAS[:1], DIMS, 16), device="cpu", **MICRO, **options) for _ in range(2)]
+    fused, other = Counter(config[0]), Counter(config[1], optimizer=SGDConfig())
+    x, y = fused.count(1, LOAD), other.count(1, LOAD)
+    idle = x.weights + x.gradients + x.optimizer
+    assert idle <= x.peaks["optimizer"] < idle + 0.2 * x.gradients
+    assert y.optimizer < x.optimizer and y.peak > 0
 
 
 def test_averages_count(micro):
