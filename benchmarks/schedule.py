@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 from torch._dynamo.device_interface import CudaInterface, caching_worker_device_properties
 from torch._inductor import compile_fx, ir, scheduler
+from torch._inductor.debug import DebugContext
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime.hints import DeviceProperties
@@ -84,7 +85,7 @@ def scheduled(function: Callable[..., Any], args: tuple[Any, ...], mode: FakeTen
     inputs = [leaves[i] for i in places]
     with mode, torch.no_grad():
         traced = make_fx(torch.func.functionalize(flat), decomposition_table=select_decomp_table())(*inputs)
-    with as_with_a_card(), torch.no_grad(), V.set_fake_mode(mode):
+    with as_with_a_card(), torch.no_grad(), V.set_fake_mode(mode), V.set_debug_handler(DebugContext()):
         compile_fx._recursive_post_grad_passes(traced, is_inference=True)
         graph = GraphLowering(traced, example_inputs=inputs, is_inference=True)
         with V.set_graph_handler(graph), V.set_extern_kernel_nodes([]):

@@ -21,7 +21,7 @@ from ..network.gemma import Rope, rotate
 from ..network.pi0 import PI0
 from . import cuda_layers
 from .compilation import compiled
-from .cuda_layers import Joined, apply, joined_parts, saves_launches
+from .cuda_layers import Joined, add_linear, apply, joined_parts, saves_launches
 
 WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 """Modes of torch.compile that make CUDA graphs of their own, and the same without."""
@@ -82,9 +82,9 @@ def _gemma_layer(
     q_BTHD = rotate(rearrange(q, "b t (h d) -> b t h d", h=attention.heads), cos, sin)
     kv = KVCache(rotate(k, *rope), v)
     out = attention.attend(rearrange(q_BTHD, "b t h d -> b (t h) d"), kv, mask, past)
-    x = x + attention.o_proj(rearrange(out, "b (t h) d -> b t (h d)", h=attention.heads))
+    x = add_linear(attention.o_proj, rearrange(out, "b (t h) d -> b t (h d)", h=attention.heads), x)
     gate, up = apply([mlp.gate_proj, mlp.up_proj], layer.post_attention_layernorm(x), gate_up)
-    return x + mlp.down_proj(F.gelu(gate, approximate="tanh") * up), kv
+    return add_linear(mlp.down_proj, F.gelu(gate, approximate="tanh") * up, x), kv
 
 
 def _siglip_layer(layer: Any, x_NPW: Tensor, qkv: Joined) -> Tensor:

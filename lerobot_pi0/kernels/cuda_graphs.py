@@ -124,8 +124,9 @@ class CudaGraphs:
         if self._failed or not self._has_room():
             return None
         own = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
-        caches = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)  # weights that are cast before the capture would be gone at a replay
+        inputs, caches = [x for x in own if isinstance(x, Tensor)], torch.is_autocast_cache_enabled()
+        if _autocast(inputs):  # weights that are cast before the capture would be gone at a replay
+            torch.set_autocast_cache_enabled(False)
         try:
             recording = self._record(lambda: function(*tree_unflatten(own, structure)))
         except Exception as error:
@@ -134,7 +135,6 @@ class CudaGraphs:
             return None
         finally:
             torch.set_autocast_cache_enabled(caches)
-        inputs = [x for x in own if isinstance(x, Tensor)]
         entry = self._entries[known_by] = _Entry(recording, inputs, weights, [self._calls])
         return entry
 
