@@ -141,7 +141,7 @@ def chunk(bench: Bench) -> Iterator[Row]:
         "ours, one graph": lambda: bench.build(Ours),
         "ours, kernel by kernel": lambda: bench.build(Ours, cuda_graphs=False),
         "built-in": lambda: bench.build(Builtin),
-        "transformers": lambda: bench.build(Transformers),
+        "transformers": partial(_transformers, bench),
         **{f"ours, {kind}": partial(bench.rounded, kind) for kind in KINDS},
         "ours, float32": lambda: bench.build(Ours, "float32"),
         "built-in, float32": lambda: bench.build(Builtin, "float32"),
@@ -151,6 +151,19 @@ def chunk(bench: Bench) -> Iterator[Row]:
         for cameras, prompt in ((3, 48), (1, 10)):
             row = {"what": name, "cameras": cameras, "prompt": prompt}
             yield from bench.lines([(row, partial(_chunk, bench, make, built, cameras, prompt))])
+
+
+def _transformers(bench: Bench) -> Any:
+    """transformers' model under autocast, without which it mixes dtypes that do not go together."""
+    model = bench.build(Transformers)
+    plain = model.predict_action_chunk
+
+    def chunk(batch: dict[str, Tensor]) -> Tensor:
+        with torch.autocast(bench.device.type, torch.bfloat16):
+            return plain(batch)
+
+    model.predict_action_chunk = chunk
+    return model
 
 
 def _chunk(bench: Bench, make: Callable[[], Any], built: list[Any], cameras: int, prompt: int) -> Row:
