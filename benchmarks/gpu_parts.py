@@ -60,7 +60,9 @@ def right(bench: Bench) -> Iterator[Row]:
     finally:
         torch.set_float32_matmul_precision(tf32)
     if bench.full:
-        yield from bench.lines([({"what": "bfloat16, full size, graph beside kernels"}, partial(_graph_is_same, bench))])
+        yield from bench.lines(
+            [({"what": "bfloat16, full size, graph beside kernels"}, partial(_graph_is_same, bench))]
+        )
 
 
 def _right_cases(small: Bench) -> Iterator[tuple[Row, Callable[[], Row]]]:
@@ -122,7 +124,7 @@ def _right_gradients(small: Bench, frozen: bool, samples: int) -> Row:
 
 
 def _right_rounding(small: Bench, kind: str, noise: Tensor) -> Row:
-    policy = small.build(Ours) if kind == "bfloat16" else small.rounded(kind)
+    policy = small.build(Ours) if kind == "bfloat16" else small.rounded(kind, emulate=True)
     exact = small.build(Ours, "float32", torch.device("cpu")).predict_action_chunk(batch_for(small.size), noise=noise)
     off = relative(policy.predict_action_chunk(batch_for(small.size), noise=noise.to(small.device)), exact)
     return {"off": off, "good": off < (0.03 if kind == "bfloat16" else 0.3)}

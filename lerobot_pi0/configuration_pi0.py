@@ -202,7 +202,6 @@ class PI0Config(BuiltinPI0Config):
                 "take identity or vjp"
             )
 
-
     def architecture(self) -> Architecture:
         """Shapes of the network.
 

@@ -127,6 +127,27 @@ def test_graph(launches):
     assert found == {"captured": eager, "outside": 7, "graphs": 1}  # 5 inputs, the replay, the result
 
 
+@pytest.mark.parametrize("part", ["heun", "adaptive", "held out"])
+def test_no_float64_beside_the_network(launches, part):
+    """Catches float64 on the device in a solver, and in the error and the roughness of held-out chunks."""
+    small = launches.SIZES["small"]
+    chunk = launches.OurChunk(small, cameras=1)
+    host = launches.batch_for(small, 1) | {"index": torch.arange(1)}
+    answers = launches.Answers()
+    answers.learn(chunk.policy.observe, host)
+    batch = chunk.gpu.take(host)
+    sampler = launches.Sampler()
+
+    def sample(model, obs, noise):
+        return sampler.chunk(model, obs, noise[:, None], steps=2)[:, 0, :, :6]
+
+    with NoFloat64(), chunk.gpu.count(answers), torch.no_grad():
+        if part == "held out":
+            assert chunk.policy.objective.chunk_error(chunk.policy.model, batch, sample) is not None
+        else:
+            sampler.chunk(chunk.policy.model, chunk.obs, chunk.noise, solver=part, steps=2)
+
+
 def read_a_value(self, x_BKTA, *args):
     if x_BKTA.sum().item() == 0:
         raise ValueError
