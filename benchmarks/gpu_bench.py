@@ -20,7 +20,7 @@ Row = dict[str, Any]
 GIB = 2**30
 
 
-class LeftOut(Exception):
+class LeftOutError(Exception):
     """What this machine cannot do, and why."""
 
 
@@ -78,13 +78,13 @@ class Bench:
             emulate: take the numbers of FP8 also on a CPU, which computes them slowly.
 
         Raises:
-            LeftOut: the device has no products of this kind.
+            LeftOutError: the device has no products of this kind.
         """
         try:
             if not (emulate and kind == "fp8" and self.device.type == "cpu"):
                 rounding.check(kind, self.device)
         except (ImportError, ValueError) as error:
-            raise LeftOut(str(error)) from error
+            raise LeftOutError(str(error)) from error
         with presets(self.size):
             policy = Ours.build(self.size, RandomWeights(), "bfloat16", **options)
         weights = {name: p.detach() for name, p in policy.named_parameters()}
@@ -123,7 +123,7 @@ class Bench:
         for row, run in cases:
             try:
                 yield row | run()
-            except LeftOut as why:
+            except LeftOutError as why:
                 yield row | {"left out": str(why)}
             except Exception as error:  # such as too little memory
                 yield row | {"error": repr(error)}

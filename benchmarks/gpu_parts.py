@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from gpu_bench import GIB, Bench, LeftOut, Row, relative
+from gpu_bench import GIB, Bench, LeftOutError, Row, relative
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from presets import presets
 from subjects import CHUNK, DIMS, Builtin, Ours, Transformers, batch_for
@@ -240,7 +240,7 @@ def _left_out_without_kernel() -> Iterator[None]:
         yield
     except RuntimeError as error:
         if "kernel" in str(error).lower():
-            raise LeftOut(str(error).splitlines()[0]) from error
+            raise LeftOutError(str(error).splitlines()[0]) from error
         raise
 
 
@@ -261,7 +261,7 @@ def _product(bench: Bench, kind: str, layer: nn.Linear, x: Tensor) -> Row:
         try:
             rounding.check(kind, bench.device)
         except (ImportError, ValueError) as error:
-            raise LeftOut(str(error)) from error
+            raise LeftOutError(str(error)) from error
         used = rounding.LAYERS[kind](layer)
         used.put(layer.weight)
     with torch.no_grad():

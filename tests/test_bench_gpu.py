@@ -48,7 +48,7 @@ def test_what_does_not_fit_is_not_begun(gpu, tmp_path):
 
 
 def test_a_part_that_takes_longer_is_left(gpu, tmp_path, monkeypatch):
-    """Catches a part that goes on when the time is over, so that the machine is taken away before the table is written."""
+    """Catches a part that goes on when the time is over: the machine is taken away before the table is written."""
 
     def endless(bench):
         while True:
@@ -69,7 +69,7 @@ def test_one_case_does_not_hide_the_others(gpu):
         raise RuntimeError("CUDA out of memory")
 
     def cannot():
-        raise sys.modules["gpu_bench"].LeftOut("this card is too old")
+        raise sys.modules["gpu_bench"].LeftOutError("this card is too old")
 
     cases = [({"what": "a"}, fails), ({"what": "b"}, cannot), ({"what": "c"}, lambda: {"ms": 1.0})]
     first, second, third = gpu.Bench("cpu", "small", 1).lines(cases)

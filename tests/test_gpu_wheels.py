@@ -1,4 +1,4 @@
-"""`make bench-gpu` on a machine that has PyTorch and neither LeRobot nor a network, from what `make gpu-wheels` gathers.
+"""`make bench-gpu` where PyTorch is, and neither LeRobot nor a network, from what `make gpu-wheels` gathers.
 
 The wheels are not downloaded here: they are packed again from the distributions that are installed.
 """

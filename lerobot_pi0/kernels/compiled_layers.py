@@ -1,4 +1,4 @@
-"""Layers compiled by torch.compile on CUDA: one graph for all layers of a stack, to be captured in the graph of a chunk.
+"""Layers compiled by torch.compile on CUDA: one graph for all layers of a stack, to be captured in that of a chunk.
 
 `context` and `velocity` compiled as a whole unroll 27, 18 and 18 layers. One layer compiles in seconds, has as few
 kernels, and needs no graphs of torch.compile's own, which only the thread that made them can replay. Products of the

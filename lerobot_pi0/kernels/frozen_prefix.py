@@ -1,4 +1,4 @@
-"""A frozen VLM's part of a training step as a CUDA graph: it asks for a third of the step's launches, and has no gradient.
+"""A frozen VLM as a CUDA graph: in training it asks for a third of a step's launches, and has no gradient.
 
 Axes: B batch, S tokens of the prefix, L prompt tokens, D head dim.
 """

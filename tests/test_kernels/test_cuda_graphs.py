@@ -1,4 +1,4 @@
-"""One graph of a whole chunk, and of a frozen VLM in training, proved without a GPU by a recorder (`graph_recorder.py`)."""
+"""One graph of a whole chunk, proved without a GPU by a recorder (`graph_recorder.py`)."""
 
 import copy
 import functools

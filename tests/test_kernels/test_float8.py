@@ -1,5 +1,5 @@
-"""A VLM in FP8: refused where no card multiplies it, as exact as rounding allows, with the layout that a card wants; and
-int8 as a GPU computes it."""
+"""A VLM in FP8: refused where no card multiplies it, as exact as rounding allows, in the layout that a card wants.
+And int8 as a GPU computes it."""
 
 import pytest
 import torch
@@ -29,8 +29,8 @@ def a_layer(inputs: int = 64, outputs: int = 48, bias: bool = True) -> tuple[Lin
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_no_further_off_than_rounding_allows(bias):
-    """Catches a scale of the wrong axis, numbers beyond the largest of FP8 (they become NaN), and a bias that is scaled:
-    each factor is within a sixteenth of its own, or half a step at the bottom."""
+    """Catches a scale of the wrong axis, numbers beyond the largest of FP8, which become NaN, and a bias that is
+    scaled: each factor is within a sixteenth of its own, or half a step at the bottom."""
     plain, x = a_layer(bias=bias)
     layer = LAYERS["fp8"](plain)
     layer.put(plain.weight)
