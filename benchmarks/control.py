@@ -1,8 +1,9 @@
-"""What control costs and gains on the demo's task: delays and seams, solvers, replanning.
+"""What control costs and gains on the demo's task: delays and seams, solvers, replanning, a rounded VLM.
 
     python benchmarks/control.py --policy=DIR --what=rtc --trained=DIR     # real-time chunking with injected delays
     python benchmarks/control.py --policy=DIR --what=solvers               # error, success and time by evaluations
     python benchmarks/control.py --policy=DIR --what=replanning            # n_action_steps
+    python benchmarks/control.py --policy=DIR --what=rounding              # vlm_quantization: error and success
 
 A policy that `make demo` trained acts in the simulator, which waits for it. A delay is a number of control steps during
 which the arm executes the old chunk. `sync` stands still during the delay, `none` switches to the new chunk without
@@ -22,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -38,12 +40,16 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lerobot_pi0 import PI0Policy
+from lerobot_pi0.checkpoints.checkpoint import Checkpoint
+from lerobot_pi0.kernels import rounding
 from lerobot_pi0.network import flow, solvers
 
 DELAYS = (0, 2, 4, 8, 12)
 GUIDES = ("sync", "none", "lerobot", "identity", "vjp", "trained")
 SOLVERS = [("euler", n) for n in (1, 2, 3, 5, 10, 20)] + [(s, n) for s in ("midpoint", "heun") for n in (1, 2, 3, 5)]
 SOLVERS += [("adaptive", n) for n in (3, 6, 10)]
+ROUNDED = {"float32": {"dtype": "float32"}, "bfloat16": {"dtype": "bfloat16"}}
+ROUNDED |= {kind: {"dtype": "bfloat16", "vlm_quantization": kind} for kind in rounding.LAYERS}
 ARM = slice(0, len(JOINTS) - 1)  # the gripper has no degrees
 FREE_AFTER = 10  # actions behind the delay up to which a chunk is guided
 
@@ -58,10 +64,14 @@ class Driver:
     scenes: int
     seed: int = 1000
     batch: int = 25
+    options: dict[str, Any] = field(default_factory=dict)
     policy: PI0Policy = field(init=False)
 
     def __post_init__(self) -> None:
-        self.policy = PI0Policy.from_pretrained(self.folder)
+        config = Checkpoint.open(self.folder).config()
+        for name, value in self.options.items():
+            setattr(config, name, value)
+        self.policy = PI0Policy.from_pretrained(self.folder, config=config)
         self.pre, self.post = make_pre_post_processors(self.policy.config, pretrained_path=str(self.folder))
 
     def groups(self) -> Iterator[tuple[list[VirtualSO100GymEnv], list[dict]]]:
@@ -235,6 +245,33 @@ def measure_solvers(driver: Driver, every: int, batches: int = 4) -> list[dict]:
     return rows
 
 
+def measure_rounding(folder: Path, scenes: int, every: int) -> list[dict]:
+    """Distance of chunks from those in float32, from equal noise, and success, by what the VLM is rounded to.
+
+    FP8 is emulated where no card has its products: the same numbers, but for the order of sums.
+    """
+    rows: list[dict] = []
+    exact = None
+    for name, options in ROUNDED.items():
+        with mock.patch.object(rounding, "check"):
+            driver = Driver(folder, scenes, options=options)
+        draw = torch.Generator().manual_seed(1)
+        shape = (driver.policy.config.chunk_size, driver.policy.config.max_action_dim)
+        chunks = []
+        for group in driver.groups():
+            seen = driver.observe(*group)
+            noise = flow.sample_noise((len(seen[OBS_STATE]), *shape), torch.device("cpu"), draw)
+            chunks.append(driver.policy.predict_action_chunk(seen, noise=noise))
+        found = torch.cat(chunks)
+        exact = found if exact is None else exact
+        error = ((found - exact).norm() / exact.norm()).item()
+        rows.append(measure(driver, "none", 0, every) | {"rounded": name, "error": error})
+        low, high = rows[-1]["interval_95"]
+        ends = f"{rows[-1]['successes']}/{rows[-1]['episodes']} ({low:.0%} – {high:.0%})"
+        print(f"| `{name}` | {error:.2%} | {ends} |", flush=True)
+    return rows
+
+
 def evaluations(policy: PI0Policy, run: Callable[[], Any]) -> int:
     """How often `run` evaluates the network's velocity."""
     calls = 0
@@ -313,7 +350,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", type=Path, required=True, help="folder of a policy that make demo trained")
     parser.add_argument("--trained", type=Path, help="folder of one trained with rtc_training_max_delay")
-    parser.add_argument("--what", choices=["rtc", "solvers", "replanning"], required=True, help="what is measured")
+    whats = ["rtc", "solvers", "replanning", "rounding"]
+    parser.add_argument("--what", choices=whats, required=True, help="what is measured")
     parser.add_argument("--guides", nargs="+", choices=GUIDES, default=GUIDES, help="ways of chunking (default: all)")
     parser.add_argument("--scenes", type=int, default=100, help="unseen scenes (default: 100)")
     parser.add_argument("--every", type=int, default=6, help="actions between chunks, at the soonest (default: 6)")
@@ -321,7 +359,9 @@ def main() -> None:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     driver = Driver(options.policy, options.scenes)
-    if options.what == "rtc":
+    if options.what == "rounding":
+        rows = measure_rounding(options.policy, options.scenes, options.every)
+    elif options.what == "rtc":
         trained = options.trained and Driver(options.trained, options.scenes)
         rows = measure_rtc(driver, trained, options.every, options.guides)
     elif options.what == "solvers":

@@ -84,7 +84,7 @@ def counted(line: Configuration, size: str) -> int:
     """The peak of `lerobot-pi0 plan`, for the CPU's optimizer."""
     side = SIZES[size].vlm.vision.image_size
     with presets(SIZES[size]):
-        counter = Counter(make_config(line, size), adapter(line), foreach=False)
+        counter = Counter(make_config(line, size), adapter(line), as_on_gpu=False)
         return counter.count(line.batch, Load(((side, side),) * line.cameras, 48)).peak
 
 

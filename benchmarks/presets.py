@@ -7,9 +7,10 @@ presets too.
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
+from unittest import mock
 
 import lerobot.policies.pi0.modeling_pi0 as builtin
-import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
@@ -58,8 +59,21 @@ SIZES = {
 }
 
 
-def set_presets(patch: pytest.MonkeyPatch, size: Size) -> None:
-    """Let "gemma_2b" and "gemma_300m" mean this size, until the patch is undone."""
+class Patches:
+    """pytest's `monkeypatch`, as far as it is needed here: a machine that only measures has no pytest."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._stack = stack
+
+    def setattr(self, target: Any, name: str, value: Any) -> None:
+        self._stack.enter_context(mock.patch.object(target, name, value))
+
+    def setitem(self, mapping: Any, key: str, value: Any) -> None:
+        self._stack.enter_context(mock.patch.dict(mapping, {key: value}))
+
+
+def set_presets(patch: Any, size: Size) -> None:
+    """Let "gemma_2b" and "gemma_300m" mean this size, until the patch, `Patches` or pytest's, is undone."""
     patch.setitem(ours.PALIGEMMA_PRESETS, "gemma_2b", size.vlm)
     patch.setitem(ours.EXPERT_PRESETS, "gemma_300m", size.expert)
     stacks = {"gemma_2b": size.vlm.gemma, "gemma_300m": size.expert}
@@ -89,8 +103,8 @@ def set_presets(patch: pytest.MonkeyPatch, size: Size) -> None:
 @contextlib.contextmanager
 def presets(size: Size) -> Iterator[None]:
     """Let the presets mean this size for a while."""
-    with pytest.MonkeyPatch.context() as patch:
-        set_presets(patch, size)
+    with contextlib.ExitStack() as stack:
+        set_presets(Patches(stack), size)
         yield
 
 

@@ -156,6 +156,8 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
             self.model.enable_gradient_checkpointing()
         self._run.choose_autocast(self)
         kernels.join(self.model)
+        if self.config.compile_model and self.config.cuda_graphs:
+            kernels.compile_layers(self.model, self.config.compile_mode)
         return self.eval()
 
     @classmethod

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Gathers the wheels that a machine with PyTorch, CUDA and no network lacks, this package among them.
+# Gathers the wheels that a machine with PyTorch, torchvision, CUDA and no network lacks, this package among them.
 # There: python3 -m pip install --no-index --no-deps --target=DIR *.whl, then PYTHONPATH=DIR.
 # usage: scripts/gpu_wheels.sh FOLDER
 set -eu
@@ -11,8 +11,9 @@ mkdir -p "$folder"
 pinned=$("$python" - <<'PY'
 from importlib.metadata import version
 
-NEEDED = """lerobot draccus mergedeep mypy-extensions toml typing-inspect gymnasium farama-notifications
-termcolor transformers tokenizers xxhash einops"""
+NEEDED = """lerobot draccus mergedeep mypy-extensions toml typing-inspect gymnasium farama-notifications termcolor
+transformers tokenizers regex safetensors huggingface_hub httpx httpcore h11 anyio idna certifi tqdm PyYAML packaging
+accelerate psutil requests urllib3 charset-normalizer opencv-python-headless xxhash einops"""
 print(*(f"{name}=={version(name)}" for name in NEEDED.split()))
 PY
 )

@@ -65,17 +65,22 @@ def needed(roots: Iterable[Requirement]) -> dict[str, importlib.metadata.Distrib
     return found
 
 
+def link(packages: Path, distributions: Iterable[importlib.metadata.Distribution]) -> None:
+    """Let installed distributions be found in this folder of packages."""
+    for distribution in distributions:
+        tops = {PurePosixPath(file).parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}
+        for top in tops:
+            if not top.endswith(".pth") and not (packages / top).exists():
+                (packages / top).symlink_to(distribution.locate_file(top))
+
+
 def make(folder: Path, wheels: dict[Path, Iterable[str]]) -> Path:
     """A new environment with these wheels, each with its extras; the folder of its programs."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     (packages,) = folder.glob("lib/python*/site-packages")
     roots = [requirement for wheel, extras in wheels.items() for requirement in requirements(wheel, extras)]
     linked = needed(roots)
-    for distribution in linked.values():
-        tops = {PurePosixPath(file).parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}
-        for top in tops:
-            if not top.endswith(".pth") and not (packages / top).exists():
-                (packages / top).symlink_to(distribution.locate_file(top))
+    link(packages, linked.values())
     programs, python = folder / "bin", folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index"]
     subprocess.run([*pip, *wheels], check=True)

@@ -1,6 +1,7 @@
 """What a GPU is asked for, counted on fake CUDA tensors at full size: ceilings of launches, waits, copies, dtypes."""
 
 import importlib
+import itertools
 import sys
 from pathlib import Path
 
@@ -21,7 +22,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def launches(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     yield importlib.import_module("launches")
-    for name in ("launches", "measure", "subjects"):
+    for name in ("launches", "measure", "schedule", "subjects"):
         sys.modules.pop(name, None)
 
 
@@ -41,8 +42,8 @@ class NoFloat64(TorchDispatchMode):
         return out
 
 
-def first_and_next_step(launches, chunk) -> tuple[int, int]:
-    """Launches of a chunk of one Euler step, and of a step more."""
+def whole_and_step(launches, chunk) -> tuple[object, int]:
+    """The count of a whole chunk of ten steps, and launches from one velocity to the next."""
     sampler, seen = launches.Sampler(), []
     velocity = sampler.velocity
 
@@ -53,22 +54,28 @@ def first_and_next_step(launches, chunk) -> tuple[int, int]:
 
     sampler.velocity = counted
     with chunk.gpu.count() as mode, torch.no_grad():
-        sampler.chunk(chunk.policy.model, chunk.obs, chunk.noise, steps=2)
-    per_step = seen[1] - seen[0]  # from one velocity to the next
-    return mode.total - per_step, per_step
+        sampler.chunk(chunk.policy.model, chunk.obs, chunk.noise, steps=10)
+    steps = [b - a for a, b in itertools.pairwise(seen)]
+    assert len(steps) == 9 and len(set(steps)) == 1
+    return mode, steps[0]
 
 
 def test_chunk(launches, size):
     """Catches launches that crept back into the layers, a mask that hides nothing, and a value or a copy for which the
     host waits between observation and chunk."""
-    chunk = launches.OurChunk(size, cameras=3)
     with NoFloat64():
-        one, two = (chunk.count(steps) for steps in (1, 2))
-    per_step = two.total - one.total
+        whole, per_step = whole_and_step(launches, launches.OurChunk(size, cameras=3))
     assert 100 < per_step <= 450
-    assert 1000 < one.total + 9 * per_step <= 5600
-    assert not two.waits and not two.copies
-    assert two.launches["_scaled_dot_product_efficient_attention"] == 18  # the step in which the state sees no action
+    assert 9 * per_step + 1000 < whole.total <= 5600
+    assert not whole.waits and not whole.copies
+    assert whole.launches["_scaled_dot_product_efficient_attention"] == 18  # the step in which the state sees no action
+
+
+def test_compiled_chunk(launches, size):
+    """Catches a layer that Inductor cuts into many kernels, and layers that are compiled and not called."""
+    compiled = launches.OurChunk(size, cameras=3).compiled(steps=10)
+    assert 1000 < compiled.launches["compiled"] < compiled.total <= 3000
+    assert not compiled.waits and not compiled.copies
 
 
 @pytest.mark.parametrize("mode", ["identity", "trained"])
@@ -87,10 +94,9 @@ def test_weights_that_lie_apart(launches, size, monkeypatch):
     """Catches a fast path that only joined weights have: of weights that an average or an adapter moved, a chunk stays
     well below the launches of the plain layers."""
     monkeypatch.setattr(launches.kernels, "join", lambda model: None)
-    chunk = launches.OurChunk(size, cameras=3)
-    one, per_step = first_and_next_step(launches, chunk)
+    whole, per_step = whole_and_step(launches, launches.OurChunk(size, cameras=3))
     assert 450 < per_step <= 520
-    assert one + 9 * per_step <= 6500
+    assert whole.total <= 6500
 
 
 def test_step(launches, size):
@@ -119,6 +125,27 @@ def test_graph(launches):
     found = launches.graph_counts(launches.SIZES["small"], cameras=3, steps=2)
     eager = launches.OurChunk(launches.SIZES["small"], 3).count(2).total
     assert found == {"captured": eager, "outside": 7, "graphs": 1}  # 5 inputs, the replay, the result
+
+
+@pytest.mark.parametrize("part", ["heun", "adaptive", "held out"])
+def test_no_float64_beside_the_network(launches, part):
+    """Catches float64 on the device in a solver, and in the error and the roughness of held-out chunks."""
+    small = launches.SIZES["small"]
+    chunk = launches.OurChunk(small, cameras=1)
+    host = launches.batch_for(small, 1) | {"index": torch.arange(1)}
+    answers = launches.Answers()
+    answers.learn(chunk.policy.observe, host)
+    batch = chunk.gpu.take(host)
+    sampler = launches.Sampler()
+
+    def sample(model, obs, noise):
+        return sampler.chunk(model, obs, noise[:, None], steps=2)[:, 0, :, :6]
+
+    with NoFloat64(), chunk.gpu.count(answers), torch.no_grad():
+        if part == "held out":
+            assert chunk.policy.objective.chunk_error(chunk.policy.model, batch, sample) is not None
+        else:
+            sampler.chunk(chunk.policy.model, chunk.obs, chunk.noise, solver=part, steps=2)
 
 
 def read_a_value(self, x_BKTA, *args):
@@ -171,5 +198,6 @@ def test_main(launches, capsys, monkeypatch):
     for name in ("ours", "built-in"):
         assert {"eager", "compiled", "graph", "per_step"} <= found[name]["chunk"]["1"].keys()
         assert {"launches", "waits", "frozen_products"} <= found[name]["step"]["2"].keys()
-    assert found["ours"]["chunk"]["1"]["eager"] < found["built-in"]["chunk"]["1"]["eager"]
-    assert found["ours"]["chunk"]["1"]["compiled"] is None and found["ours"]["chunk"]["1"]["why"]
+    ours, builtin = (found[name]["chunk"]["1"] for name in ("ours", "built-in"))
+    assert ours["compiled"] < ours["eager"] < builtin["eager"]
+    assert builtin["compiled"] is None and builtin["why"]

@@ -22,6 +22,12 @@ from .errors import CorruptCheckpointError, MismatchedCheckpointError
 from .names import DIGESTS, EMBEDDING, EXPERT_HEAD, LM_HEAD, canonical_name
 from .tensor_bytes import DTYPES, PART, bytes_of, hash_of, in_threads, is_finite
 
+DIRECT = ("cpu",)
+"""Devices whose memory a file is read into. For others, parts land in memory of the host."""
+
+LANDING = 2**23
+"""Bytes that are copied to such a device at a time: below, each copy costs more than what it copies."""
+
 SERIAL = 2**15
 """Numbers that torch converts without threads of its own, which would only wait for ours."""
 
@@ -197,23 +203,32 @@ def _read_numbers(target: Tensor, file: Path, offset: int, dtype: torch.dtype, h
     Raises:
         OSError: the file cannot be read, or ends before the tensor does.
     """
-    on_cpu = target.device.type == "cpu"
     converted = target.dtype != dtype
     length = SERIAL if converted else PART // dtype.itemsize
-    source, landing = (torch.empty(min(length, target.numel()), dtype=d) for d in (dtype, target.dtype))
+    source = torch.empty(min(length, target.numel()), dtype=dtype)
     finite = True
     with file.open("rb") as opened:
         opened.seek(offset)
-        for part in target.view(-1).split(length):
-            final = part if on_cpu else landing[: len(part)]
-            numbers = source[: len(part)] if converted else final
-            if opened.readinto(bytes_of(numbers)) != numbers.nbytes:  # type: ignore[arg-type]
-                raise OSError("it ends too early")
-            for hashed in hashes:
-                hashed.update(bytes_of(numbers))
-            if converted:
-                final.copy_(numbers)
-            finite = finite and is_finite(final)
-            if not on_cpu:
-                part.copy_(final)
+        for landed in _landings(target.view(-1)):
+            for final in landed.split(length):
+                numbers = source[: len(final)] if converted else final
+                if opened.readinto(bytes_of(numbers)) != numbers.nbytes:  # type: ignore[arg-type]
+                    raise OSError("it ends too early")
+                for hashed in hashes:
+                    hashed.update(bytes_of(numbers))
+                if converted:
+                    final.copy_(numbers)
+                finite = finite and is_finite(final)
     return finite
+
+
+def _landings(target: Tensor) -> Iterator[Tensor]:
+    """Memory of the host to be filled one after the other: the target's own, or what is copied to it when filled."""
+    if target.device.type in DIRECT:
+        yield target
+        return
+    length = min(LANDING // target.element_size(), target.numel())
+    landing = torch.empty(length, dtype=target.dtype, pin_memory=target.device.type == "cuda")  # torch keeps such pages
+    for part in target.split(max(1, length)):
+        yield landing[: len(part)]
+        part.copy_(landing[: len(part)])

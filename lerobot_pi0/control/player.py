@@ -28,6 +28,9 @@ from .sampling import Sampler
 
 logger = logging.getLogger(__name__)
 
+WARM_UP = (16, 8, 32, 48)
+"""Tokens of the prompts for which kernels are loaded before the first chunk."""
+
 
 @dataclass(eq=False)
 class Episode:
@@ -98,20 +101,36 @@ class Player:
         self._episodes.mine.__dict__ |= state["_episodes"].__dict__
 
     def warm_up(self, model: PI0) -> None:
-        """Once, on CUDA: a chunk of black images, so that the robot's first one does not wait for CUDA to load kernels.
+        """Once, on CUDA: chunks of black images, so that the robot's first one does not wait for CUDA to load kernels.
 
-        LeRobot's real-time chunking takes the slowest chunk of a rollout for the delay of all of them.
+        LeRobot's real-time chunking takes the slowest chunk of a rollout for the delay of all of them. Prompts of
+        another length may need other kernels, and guided chunks need more. Graphs are made of what really comes.
         """
-        cfg, device = self.config, model.action_in_proj.weight.device
+        device = model.action_in_proj.weight.device
         if self._is_warm or not on_gpu(device):
             return
         self._is_warm = True
-        tokens = torch.ones(1, 16, dtype=torch.long, device=device)
+        sampler = self._sampler if self._sampler.graphs is None else Sampler()
+        noise = torch.zeros(1, 1, self.config.chunk_size, self.config.max_action_dim, device=device)
+        lengths = WARM_UP[:1] if self.config.compile_model else WARM_UP  # what is compiled sees few lengths
+        with torch.inference_mode(False), torch.no_grad(), self._autocast():
+            guided = self._guide(torch.ones(1, self._dims, device=device), 1, None, noise)
+            for length in sorted({min(n, self.config.tokenizer_max_length or 1) for n in lengths}):
+                for guide in [None] if guided is None else [None, guided]:
+                    sampler.chunk(model, self._black(length, device), noise, guide, **self._solver())
+
+    def _black(self, length: int, device: torch.device) -> Observation:
+        """An observation of black images with a prompt of this length."""
+        cfg = self.config
         images = torch.zeros(1, max(1, len(cfg.image_features)), 3, cfg.image_size, cfg.image_size, device=device)
+        tokens = torch.ones(1, length, dtype=torch.long, device=device)
         state = torch.zeros(1, cfg.max_state_dim, device=device)
-        obs = Observation(images, tokens, tokens > 0, state, padded=False)
-        with torch.inference_mode(False), torch.no_grad():
-            self.sample(model, obs, torch.zeros(1, cfg.chunk_size, cfg.max_action_dim, device=device))
+        return Observation(images, tokens, tokens > 0, state, padded=cfg.compile_model)
+
+    def _solver(self, steps: int | None = None) -> dict[str, Any]:
+        cfg = self.config
+        steps = cfg.num_inference_steps if steps is None else steps
+        return {"solver": cfg.solver, "steps": steps, "tolerance": cfg.solver_tolerance, "dims": self._dims}
 
     @property
     def _dims(self) -> int:
@@ -158,12 +177,9 @@ class Player:
         Raises:
             FloatingPointError: the network's output is not finite.
         """
-        cfg = self.config
-        steps = cfg.num_inference_steps if steps is None else steps
-        solver = {"solver": cfg.solver, "steps": steps, "tolerance": cfg.solver_tolerance, "dims": self._dims}
         sampler = self._sampler if record is None else Sampler()
         with self._autocast():
-            chunk = sampler.chunk(model, obs, noise_BTA[:, None], guide, record, **solver)
+            chunk = sampler.chunk(model, obs, noise_BTA[:, None], guide, record, **self._solver(steps))
         actions = chunk[:, 0, :, : self._dims]
         if not actions.isfinite().all():
             raise FloatingPointError(

@@ -21,6 +21,7 @@ from ..kernels.cpu_linear import packed
 from ..kernels.cuda_attention import attention_order
 from ..kernels.cuda_graphs import LARGEST_BATCH, CudaGraphs
 from ..kernels.cuda_layers import on_gpu
+from ..kernels.frozen_prefix import replay_prefix
 from ..kernels.kv_cache import preallocate
 from ..network import solvers
 from ..network.pi0 import PI0, Context, Observation
@@ -61,13 +62,23 @@ class Sampler:
 
         Args:
             compile_mode: torch.compile's; None compiles nothing.
-            cuda_graphs: on CUDA, make one graph of each chunk; of what is compiled, torch.compile makes its own.
+            cuda_graphs: on CUDA, make one graph of each chunk, and one of a frozen VLM's part of a training step. What
+                of a chunk is compiled then are the layers in it (`cuda_layers.compile_layers`), not `context` and
+                `velocity`.
         """
-        self.graphs = CudaGraphs() if cuda_graphs and compile_mode is None else None
+        self.graphs = CudaGraphs() if cuda_graphs else None
+        self.prefixes = CudaGraphs(of="a frozen VLM") if cuda_graphs and compile_mode is None else None
         self.compiled = compile_mode is not None
         self.context, self.velocity = PI0.context, velocity
         if compile_mode is not None:
             self.context, self.velocity = compiled(PI0.context, compile_mode), compiled(velocity, compile_mode)
+
+    def training_context(self, model: PI0, obs: Observation) -> Context:
+        """The context of a loss, whose `velocity` takes the state's token."""
+        prefix = None if self.prefixes is None else replay_prefix(self.prefixes, model, obs)
+        if prefix is None:
+            return self.context(model, obs, with_state=False)
+        return model.context(obs, with_state=False, prefix=prefix)
 
     def begin(self) -> None:
         """To be called before the first call of a chunk or a loss."""
@@ -89,11 +100,11 @@ class Sampler:
             record: takes debug data; a compiled sampler has none to give.
             solver: arguments of `solvers.integrate`.
         """
-        self.begin()
         with attention_order(noise_BKTA.device):
             if self.graphs is None or record is not None or not self._can_be_captured(noise_BKTA, **solver):
+                self.begin()
                 return self._chunk(model, obs, noise_BKTA, guide, record, **solver)
-            function = partial(self._chunk, model, **solver)
+            function = partial((Sampler() if self.compiled else self)._chunk, model, **solver)
             return self.graphs(model, function, (obs, noise_BKTA, guide), tuple(sorted(solver.items())))
 
     @staticmethod

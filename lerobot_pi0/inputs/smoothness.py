@@ -72,9 +72,10 @@ def roughness(sampled_BTA: Tensor, recorded_BTA: Tensor, valid_BT: Tensor) -> Ro
         valid_BT: False for steps after the end of the episode. Differences that reach there are not counted, neither of
             the recorded chunk, which stands still there, nor of the sampled one.
     """
+    valid_BT = valid_BT.cpu()  # some devices have no float64
     counted_BT = valid_BT.unfold(1, 4, 1).all(dim=-1) if valid_BT.shape[1] > 3 else valid_BT[:, :0]
     sampled_A, recorded_A = (
-        (torch.diff(chunk.double(), n=3, dim=1).square() * counted_BT[..., None]).sum(dim=(0, 1))
+        (torch.diff(chunk.cpu().double(), n=3, dim=1).square() * counted_BT[..., None]).sum(dim=(0, 1))
         for chunk in (sampled_BTA, recorded_BTA)
     )
     return Roughness(sampled_A, recorded_A, int(counted_BT.sum()))

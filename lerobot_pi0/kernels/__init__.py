@@ -6,6 +6,8 @@ What acts on the whole process, and not on one model:
 
 - `compilation.compiled` raises `torch._dynamo.config.recompile_limit`;
 - `cpu_linear` keeps one scratch buffer per thread for a weight in float32, as large as the largest such weight;
+- `compiled_layers` keeps what it has compiled, for the layers of all models;
+- `cuda_graphs` lets one graph run at a time, as all share the memory between their kernels;
 - `cpu_linear.packed` keeps copies of packed weights, as long as their layers live.
 """
 
@@ -13,10 +15,11 @@ from torch import nn
 
 from ..network import gemma, siglip
 from ..network.pi0 import PI0
+from .compiled_layers import Layer, SiglipEncoderLayer, compile_layers
 from .cpu_linear import Linear, SiglipMLP
-from .cuda_layers import CudaGemmaAttention, CudaGemmaMLP, CudaRMSNorm, CudaSiglipAttention, Layer, join
+from .cuda_layers import CudaGemmaAttention, CudaGemmaMLP, CudaRMSNorm, CudaSiglipAttention, join
 
-__all__ = ["FASTER", "install", "join"]
+__all__ = ["FASTER", "compile_layers", "install", "join"]
 
 FASTER: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: Linear,
@@ -26,6 +29,7 @@ FASTER: dict[type[nn.Module], type[nn.Module]] = {
     gemma.RMSNorm: CudaRMSNorm,
     siglip.Attention: CudaSiglipAttention,
     siglip.MLP: SiglipMLP,
+    siglip.SiglipEncoderLayer: SiglipEncoderLayer,
 }
 
 

@@ -1,4 +1,4 @@
-"""A whole chunk as one CUDA graph: what the host launches once is replayed from then on by a single call.
+"""A whole chunk, or a part of a training step, as one CUDA graph: launched once, and from then on replayed by one call.
 
 A graph reads its inputs, its weights and all that lies between them at fixed addresses. So inputs are copied to where
 they were at capture, a graph belongs to one set of shapes, and it is captured anew when weights were moved, swapped or
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 logger = logging.getLogger(__name__)
 
 KEPT = 4
-"""Graphs at a time. Each holds the memory of a chunk; control needs one or two."""
+"""Graphs of a keeper at a time. Control needs one or two."""
 
 FORGOTTEN = 32
 """Calls after which a graph that was not replayed makes room for another."""
@@ -36,17 +36,21 @@ class Recording(Protocol):
         """Run it again."""
 
 
+_RUNNING = threading.Lock()
+"""All graphs share the memory between their kernels, so one runs at a time, until its result is copied."""
+
+
 class CudaRecording:
     """A function as a CUDA graph."""
 
-    pool: Any = None  # of the memory of all graphs; two never run at a time
+    pool: Any = None  # of the memory of all graphs
 
     def __init__(self, function: Callable[[], Tensor]) -> None:
-        """Run the function twice on a stream of its own, which loads kernels and libraries, then capture it."""
+        """Run the function on a stream of its own, which loads kernels and libraries, then capture it."""
         current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            for _ in range(2):
+            for _ in range(2 if self.pool is None else 1):  # the first of all also begins libraries
                 function()
         current.wait_stream(stream)
         type(self).pool = self.pool or torch.cuda.graph_pool_handle()
@@ -69,15 +73,22 @@ class _Entry(NamedTuple):
 class CudaGraphs:
     """Replays functions of a network; may be called from several threads. A copy begins without graphs."""
 
-    def __init__(self, record: Callable[[Callable[[], Tensor]], Recording] = CudaRecording) -> None:
-        self._record = record
+    def __init__(
+        self, record: Callable[[Callable[[], Tensor]], Recording] = CudaRecording, of: str = "a chunk"
+    ) -> None:
+        """Begin without graphs.
+
+        Args:
+            record: makes a recording of a function.
+            of: what the functions compute, for messages.
+        """
+        self._record, self._of = record, of
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
-        self._lock = threading.Lock()
         self._calls = 0
         self._failed = self._warned = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._record,)
+        return type(self), (self._record, self._of)
 
     def __call__(self, model: nn.Module, function: Callable[..., Tensor], inputs: Any, key: Hashable = None) -> Tensor:
         """function(*inputs), replayed where its graph is known.
@@ -90,7 +101,7 @@ class CudaGraphs:
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         shapes = tuple((x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves)
         known_by = (shapes, str(structure), key, _autocast(tensors))
-        with self._lock:
+        with _RUNNING:
             self._calls += 1
             entry = self._entry(known_by, model, function, leaves, structure)
             if entry is not None:
@@ -113,17 +124,17 @@ class CudaGraphs:
         if self._failed or not self._has_room():
             return None
         own = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
-        caches = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)  # weights that are cast before the capture would be gone at a replay
+        inputs, caches = [x for x in own if isinstance(x, Tensor)], torch.is_autocast_cache_enabled()
+        if _autocast(inputs):  # weights that are cast before the capture would be gone at a replay
+            torch.set_autocast_cache_enabled(False)
         try:
             recording = self._record(lambda: function(*tree_unflatten(own, structure)))
         except Exception as error:
             self._failed = True
-            logger.warning("no CUDA graph of a chunk can be made, so chunks are launched kernel by kernel: %s", error)
+            logger.warning("no CUDA graph of %s can be made, so it is launched kernel by kernel: %s", self._of, error)
             return None
         finally:
             torch.set_autocast_cache_enabled(caches)
-        inputs = [x for x in own if isinstance(x, Tensor)]
         entry = self._entries[known_by] = _Entry(recording, inputs, weights, [self._calls])
         return entry
 
@@ -138,8 +149,9 @@ class CudaGraphs:
             self._warned = True
             logger.warning(
                 "observations have come in more than %d shapes (numbers of cameras, of observations, lengths of "
-                "prompts): chunks of the others are launched kernel by kernel",
+                "prompts): in the others, %s is launched kernel by kernel",
                 KEPT,
+                self._of,
             )
         return False
 

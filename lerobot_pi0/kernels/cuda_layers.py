@@ -4,7 +4,7 @@ A chunk is thousands of small kernels, and a GPU waits for the host to launch th
 one where their weights lie side by side in memory, the residual is added by the product before it, and conversions
 between bfloat16 and float32 happen inside of kernels. Norms and RoPE stay in float32 between reading and writing.
 
-torch.compile fuses more than this, so what it traces is the plain network.
+torch.compile fuses more than this, so what it traces is the plain network, or a layer of `compiled_layers.py`.
 
 Axes: B batch, T tokens, H query heads, D head dim, W width, N outputs.
 """
@@ -81,13 +81,30 @@ def _move(layers: list[Any]) -> None:
             p.data = part
 
 
-def project(layers: list[Any], x: Tensor) -> list[Tensor]:
-    """Each layer's output, by one product if their weights lie side by side."""
+Joined = tuple[Tensor | None, Tensor | None]
+"""Weight and bias of several layers, each as one tensor; None where that is not to be had."""
+
+
+def joined_parts(layers: list[Any]) -> Joined:
+    """The weights and biases of layers that multiply the same input, if they lie side by side."""
     weight = joined(layers)
-    bias = None if weight is None or layers[0].bias is None else joined(layers, "bias")
-    if weight is None or (layers[0].bias is not None and bias is None):
+    if weight is None or layers[0].bias is None:
+        return weight, None
+    bias = joined(layers, "bias")
+    return (None, None) if bias is None else (weight, bias)
+
+
+def apply(layers: list[Any], x: Tensor, parts: Joined) -> list[Tensor]:
+    """Each layer's output for x, by one product if there is one weight."""
+    weight, bias = parts
+    if weight is None:
         return [layer(x) for layer in layers]
     return list(F.linear(x, weight, bias).split([layer.out_features for layer in layers], dim=-1))
+
+
+def project(layers: list[Any], x: Tensor) -> list[Tensor]:
+    """Each layer's output, by one product if their weights lie side by side."""
+    return apply(layers, x, joined_parts(layers))
 
 
 def add_linear(layer: Any, x: Tensor, residual: Tensor) -> Tensor:

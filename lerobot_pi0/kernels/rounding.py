@@ -1,8 +1,8 @@
-"""The frozen VLM in int8 or NF4 (`vlm_quantization`). In int8, activations are rounded too, as they come:
+"""The frozen VLM in int8, FP8 or NF4 (`vlm_quantization`). In int8 and FP8, activations are rounded too, as they come:
 
-    w ≈ scale of the output channel · int8        once, when the weight is read
-    x ≈ scale of the token · int8                 at each call: what a token gives depends on no other token
-    y = both scales · the product of the integers, which is exact
+    w ≈ scale of the output channel · int8 or e4m3      once, when the weight is read
+    x ≈ scale of the token · int8 or e4m3               at each call: what a token gives depends on no other token
+    y = both scales · the product, which is exact in int8, and in FP8 a sum in float32
 
 In NF4 (arXiv 2305.14314), w ≈ scale of its block of 64 · one of 16 levels, by bitsandbytes; activations stay exact.
 
@@ -23,6 +23,15 @@ from torch._subclasses import FakeTensor
 
 from ..network.pi0 import PI0
 
+FLOAT8 = torch.float8_e4m3fn
+FLOAT8_RANGE = torch.finfo(FLOAT8).max
+
+FLOAT8_CAPABILITY = (8, 9)
+"""The first cards that multiply FP8: Ada; Hopper and Blackwell follow."""
+
+FLOAT8_MULTIPLE = 16
+"""What inputs and outputs of their products have to be multiples of."""
+
 WEIGHT_RANGE = 127
 TOKEN_RANGE = 126
 """Largest integers. The one of tokens is smaller, as a scale in bfloat16 may be too small by one part in 512."""
@@ -42,8 +51,17 @@ def check(kind: str, device: torch.device) -> None:
 
     Raises:
         ImportError: NF4 without bitsandbytes.
-        ValueError: int8 on neither CUDA nor a CPU with VNNI.
+        ValueError: int8 on neither CUDA nor a CPU with VNNI; FP8 on anything but a card that multiplies it.
     """
+    if kind == "fp8":
+        has_card = device.type == "cuda" and torch.cuda.is_available()
+        if not has_card or torch.version.hip or torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
+            found = torch.cuda.get_device_name(device) if has_card else f"the device {device.type}"
+            raise ValueError(
+                "vlm_quantization=fp8 needs an NVIDIA card of compute capability 8.9 or later (Ada, Hopper, "
+                f"Blackwell), and this is {found}: take int8, or leave the option out"
+            )
+        return
     if kind == "nf4":
         try:
             import bitsandbytes  # noqa: F401
@@ -67,11 +85,20 @@ def _on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" and not isinstance(x, FakeTensor)
 
 
+def _largest(x_RK: Tensor) -> Tensor:
+    """The largest absolute value of each row, (R, 1), by one kernel."""
+    return torch.linalg.vector_norm(x_RK, float("inf"), dim=1, keepdim=True)
+
+
 def _rounded_rows(x_RK: Tensor, most: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Rows as integers up to `most`, int8 (R, K), and the scale of each, (R, 1), computed in `dtype`."""
+    if not _on_cpu(x_RK):  # a GPU has no use for parts, and each would cost copies
+        x_RK = x_RK.to(dtype)
+        scale_R1 = (_largest(x_RK) / most).clamp(min=torch.finfo(dtype).tiny)
+        return (x_RK / scale_R1).round().to(torch.int8), scale_R1
     whole = torch.empty(x_RK.shape, dtype=torch.int8, device=x_RK.device)
     scale_R1 = x_RK.new_empty(len(x_RK), 1, dtype=dtype)
-    rows = max(1, PART // x_RK.shape[1] if _on_cpu(x_RK) else len(x_RK))
+    rows = max(1, PART // x_RK.shape[1])
     for part, target, scale in zip(*(x.split(rows) for x in (x_RK, whole, scale_R1)), strict=True):
         part = part.to(dtype)
         scale.copy_((part.abs().amax(dim=1, keepdim=True) / most).clamp_(min=torch.finfo(dtype).tiny))
@@ -93,8 +120,25 @@ def rounded_tokens(x_MK: Tensor) -> tuple[Tensor, Tensor]:
 
 def plain_product(x_MK: Tensor, weight_NK: Tensor, scale_N: Tensor, dtype: torch.dtype) -> Tensor:
     """The product of int8 tensors, times the channels' scales, by PyTorch's own function, which CUDA has too."""
-    padded = F.pad(x_MK, (0, 0, 0, max(0, CUDA_TOKENS - len(x_MK))))
+    missing = CUDA_TOKENS - len(x_MK)
+    padded = F.pad(x_MK, (0, 0, 0, missing)) if missing > 0 else x_MK  # padding by nothing would copy
     return (torch._int_mm(padded, weight_NK.t())[: len(x_MK)] * scale_N).to(dtype)
+
+
+def float8_rows(x_RK: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows in FP8 (R, K), and the scale of each, float32 (R, 1), not finite if the row is not."""
+    x_RK = x_RK.float()
+    scale_R1 = (_largest(x_RK) / FLOAT8_RANGE).clamp(min=torch.finfo(torch.float32).tiny)
+    return (x_RK / scale_R1).to(FLOAT8), scale_R1
+
+
+def float8_product(x_MK: Tensor, scale_M1: Tensor, weight_NK: Tensor, scale_N1: Tensor, bias: Tensor | None) -> Tensor:
+    """The product of FP8 tensors times both scales, bfloat16 (M, N): by the card, or on a CPU the same in float32."""
+    if not _on_cpu(x_MK) and all(n % FLOAT8_MULTIPLE == 0 for n in weight_NK.shape):
+        scales = {"scale_a": scale_M1, "scale_b": scale_N1.t(), "out_dtype": torch.bfloat16}
+        return torch._scaled_mm(x_MK, weight_NK.t(), bias=bias, **scales)
+    y_MN = (x_MK.float() @ weight_NK.float().t()) * scale_M1 * scale_N1.t()
+    return (y_MN if bias is None else y_MN + bias.float()).bfloat16()
 
 
 def packed_product(x_MK: Tensor, packed_KN: Tensor, scale_N: Tensor, dtype: torch.dtype) -> Tensor:
@@ -107,7 +151,7 @@ def packed_product(x_MK: Tensor, packed_KN: Tensor, scale_N: Tensor, dtype: torc
 
 
 class RoundedLinear(nn.Module):
-    """A frozen linear layer in int8; the base class of the one in NF4.
+    """A frozen linear layer in int8; the base class of those in FP8 and NF4.
 
     Its parameter `weight` has the published name and shape but no numbers (it is on the `meta` device). So rounded
     weights cannot be mistaken for real ones: saving a state dict, or loading one, fails instead.
@@ -194,7 +238,21 @@ class NF4Linear(RoundedLinear):
         return matmul_4bit(x, weight, self._levels, bias=self.bias)
 
 
-LAYERS = {"int8": RoundedLinear, "nf4": NF4Linear}
+class Float8Linear(RoundedLinear):
+    """A frozen linear layer in FP8 (e4m3). On a CPU, where `check` refuses it, its numbers are emulated for tests."""
+
+    def put(self, weight: Tensor) -> None:
+        self._rounded, self._scale_N1 = float8_rows(weight.detach())
+        self._scale_N = self._scale_N1[:, 0]
+
+    def _answer(self, x: Tensor, weight: Tensor) -> Tensor:
+        tokens_MK, scale_M1 = float8_rows(x.reshape(-1, self.in_features))
+        bias = None if self.bias is None else self.bias.bfloat16()
+        y_MN = float8_product(tokens_MK, scale_M1, weight, self._scale_N1, bias)
+        return y_MN.to(self.dtype).view(*x.shape[:-1], self.out_features)
+
+
+LAYERS = {"int8": RoundedLinear, "nf4": NF4Linear, "fp8": Float8Linear}
 
 
 def prepare(model: PI0, kind: str) -> None:

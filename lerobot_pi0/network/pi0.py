@@ -35,6 +35,10 @@ class Observation(NamedTuple):
     padded: bool = True  # False: it is known that no token is padding, so no mask is made
 
 
+Prefix = tuple[list[KVCache], Tensor]
+"""Keys and values of the first block per layer, S tokens each, and which tokens are not padding, (B, S)."""
+
+
 class Context(NamedTuple):
     """Prefix and state, as the expert's action tokens see them."""
 
@@ -139,22 +143,27 @@ class PI0(nn.Module):
         mask = torch.cat([obs.token_mask_BL.new_ones(images_BSW.shape[:2]), obs.token_mask_BL], dim=1)
         return torch.cat([images_BSW.to(prompt_BLW.dtype), prompt_BLW], dim=1), mask
 
-    def context(self, obs: Observation, with_state: bool = True) -> Context:
-        """Keys and values of prefix and state: once per observation.
+    def encode_prefix(self, obs: Observation) -> Prefix:
+        """Keys and values of the first block.
 
         A frozen VLM runs without autograd, which keeps no activations and propagates nothing through it. Whether it is
         frozen is looked up at each call, since PEFT and users set `requires_grad` after construction.
-
-        Args:
-            with_state: False leaves the state's token to `velocity`. Training does that: as `velocity` runs only once
-                there, state and actions go through each weight of the expert together, which saves a second pass.
         """
         trains_vlm = torch.is_grad_enabled() and any(p.requires_grad for p in self.paligemma.parameters())
         with torch.set_grad_enabled(trains_vlm):
             x, mask = self.prefix(obs)
             hidden = additive_mask(mask[:, None], x.dtype) if obs.padded else None
-            cache = self.vlm.cache(x, self.vlm.rope(mask.cumsum(dim=1) - 1), hidden)
+            return self.vlm.cache(x, self.vlm.rope(mask.cumsum(dim=1) - 1), hidden), mask
 
+    def context(self, obs: Observation, with_state: bool = True, prefix: Prefix | None = None) -> Context:
+        """Keys and values of prefix and state: once per observation.
+
+        Args:
+            with_state: False leaves the state's token to `velocity`. Training does that: as `velocity` runs only once
+                there, state and actions go through each weight of the expert together, which saves a second pass.
+            prefix: `encode_prefix` of the observation, if it is there already.
+        """
+        cache, mask = self.encode_prefix(obs) if prefix is None else prefix
         state = self.state_proj(obs.state_BA.to(self.state_proj.weight.dtype))[:, None]
         if not with_state:
             return Context(cache, mask, state, padded=obs.padded)

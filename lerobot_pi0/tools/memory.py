@@ -23,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..configuration_pi0 import PI0Config
 from ..kernels import rounding
 from ..modeling_pi0 import PI0Policy
+from ..training.optimizers import use_fused_kernel
 
 POINTS = (1, 8, 64)
 """Batch sizes that are counted. At each moment of a step memory is linear in the batch size, so the peak of a part of
@@ -97,14 +98,15 @@ class Counter:
         config: PI0Config,
         adapter: Mapping[str, Any] | None = None,
         optimizer: OptimizerConfig | None = None,
-        foreach: bool = True,
+        as_on_gpu: bool = True,
     ) -> None:
         """Build the policy and its optimizer without weights. Changes `config`.
 
         Args:
             adapter: what `--peft.*` hands to LeRobot.
             optimizer: in place of the policy's own.
-            foreach: the optimizer updates all weights in one call, as torch's do on GPUs and not on CPUs.
+            as_on_gpu: the optimizer updates all weights in one call, as torch's do on GPUs and not on CPUs; AdamW by
+                its fused kernel (`use_fused_kernel`), which needs no temporary memory.
 
         Raises:
             ValueError: nothing would be trained, or what is asked for does not go together.
@@ -114,7 +116,7 @@ class Counter:
         with self._fake, self._live:
             self._allocate_weights()
             self._weights = self._live.now
-            self._make_optimizer(optimizer or config.get_optimizer_preset(), foreach)
+            self._make_optimizer(optimizer or config.get_optimizer_preset(), as_on_gpu)
             self._states = self._live.now - self._weights
 
     def _allocate_weights(self) -> None:
@@ -128,14 +130,16 @@ class Counter:
                 self.policy.load_state_dict({name: weight}, strict=False, assign=True)
         self.policy.finish().train()
 
-    def _make_optimizer(self, preset: OptimizerConfig, foreach: bool) -> None:
+    def _make_optimizer(self, preset: OptimizerConfig, as_on_gpu: bool) -> None:
         """Build it and take one step, in which it creates its states."""
         trained = self.policy.get_optim_params()
         self._optimizer: Any = preset.build(trained)
         self._clip = preset.grad_clip_norm
+        if as_on_gpu:
+            use_fused_kernel(self._optimizer, on="cpu")  # these tensors stand for the GPU's
         for group in self._optimizer.param_groups:
-            if "foreach" in group:
-                group["foreach"] = foreach
+            if "foreach" in group and not group.get("fused"):
+                group["foreach"] = as_on_gpu
         for p in trained:
             p.grad = torch.zeros_like(p)
         self._optimizer.step()

@@ -28,10 +28,12 @@ HELD_OUT_SAMPLES = 4
 
 
 class NetworkCalls(Protocol):
-    """`PI0.context` and `PI0.velocity` as functions of the network, compiled or not."""
+    """The calls of the network that a loss needs, as functions of the network."""
 
-    context: Callable[..., Context]
     velocity: Callable[..., Tensor]
+
+    def training_context(self, model: PI0, obs: Observation) -> Context:
+        """`PI0.context` without the state's token."""
 
     def begin(self) -> None:
         """Called before the first of the calls that belong together."""
@@ -51,7 +53,7 @@ class Objective:
 
         Args:
             observe: turns batches into observations.
-            calls: the network's two calls.
+            calls: how the network is called.
             autocast: the context in which the network is called.
         """
         self.config, self._observe, self._calls, self._autocast = config, observe, calls, autocast
@@ -116,7 +118,7 @@ class Objective:
         x_t, target = flow.interpolate(actions_B1TA, noise, time[..., None])
         self._calls.begin()
         with self._autocast(), attention_order(x_t.device):
-            context = self._calls.context(model, obs, with_state=False)
+            context = self._calls.training_context(model, obs)
             velocity = self._calls.velocity(model, x_t, time, model.embed_time(time), context)
         errors = (velocity - target)[..., : self._dims].square()
         return errors * (free / free.mean(dim=-1, keepdim=True))[..., None]

@@ -69,15 +69,18 @@ class AveragedAdamW8bitConfig(AveragedAdamWConfig, AdamW8bitConfig):
     """AdamW with 8-bit moments; its state carries the averages of the weights in float32."""
 
 
-def use_fused_kernel(optimizer: Optimizer) -> None:
+def use_fused_kernel(optimizer: Optimizer, on: str = "cuda") -> None:
     """Let AdamW update weights on CUDA by its fused kernel, unless somebody chose another.
 
-    torch's default there makes temporaries as large as the weights, and takes about twice the time.
+    torch's default there makes temporaries as large as the weights.
+
+    Args:
+        on: the type of the device.
     """
     for group in optimizer.param_groups:
         parameters = group["params"]
         chosen = group.get("fused", True) is not None or group.get("foreach") is not None
-        if chosen or not all(p.device.type == "cuda" and p.is_floating_point() for p in parameters):
+        if chosen or not all(p.device.type == on and p.is_floating_point() for p in parameters):
             continue
         group["fused"] = True
         for p in parameters:  # of a run that is resumed: the fused kernel counts steps on the device

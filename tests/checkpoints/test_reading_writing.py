@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
+from lerobot_pi0.checkpoints import reading
 from lerobot_pi0.checkpoints.errors import CorruptCheckpointError
 from lerobot_pi0.checkpoints.reading import SERIAL, Stored, fill, index_tensors, read_tensors
 from lerobot_pi0.checkpoints.tensor_bytes import DTYPES, PART, digest, is_finite
@@ -264,3 +265,24 @@ def test_saving_takes_no_memory(tmp_path):
     tensors["zeros"] = torch.zeros(()).expand(MIB // 16, 1024)
     assert growth_in_a_child(lambda: write_tensors(tensors, tmp_path / "file", {}, "d")) < 64 * MIB  # one of them
     assert torch.equal(load_file(tmp_path / "file")["t3"], tensors["t3"])
+
+
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16], ids=str)
+def test_other_devices_are_filled_in_large_parts(tmp_path, monkeypatch, source):
+    """Catches a copy to a GPU for each part that is read, and a last part that is not copied: a CPU in its place."""
+    monkeypatch.setattr(reading, "DIRECT", ())
+    monkeypatch.setattr(reading, "LANDING", 16 * SERIAL)
+    tensors = {f"t{i}": numbers(*shape, dtype=source, seed=i) for i, shape in enumerate(SHAPES)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    landed: list[int] = []
+
+    def landings(target):
+        for x in plain(target):
+            landed.append(x.numel())
+            yield x
+
+    plain = reading._landings
+    monkeypatch.setattr(reading, "_landings", landings)
+    found = loaded([tmp_path / "a.safetensors"], torch.float32)
+    assert all(torch.equal(found[name], x.float()) for name, x in tensors.items())
+    assert max(landed) == 4 * SERIAL and sum(landed) == sum(x.numel() for x in tensors.values())

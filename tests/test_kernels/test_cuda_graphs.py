@@ -1,5 +1,4 @@
-"""One graph of a whole chunk, proved without a GPU: a recorder keeps every tensor and runs the same operators again on
-the same memory, as a CUDA graph does. It refuses to read a value, as a capture does."""
+"""One graph of a whole chunk, proved without a GPU by a recorder (`graph_recorder.py`)."""
 
 import copy
 import functools
@@ -9,43 +8,14 @@ import threading
 import pytest
 import torch
 from conftest import DIMS, draws, make_batch, relative, shake, small_policy
+from graph_recorder import Recorder
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lerobot_pi0.configuration_pi0 import choices
 from lerobot_pi0.control import sampling
 from lerobot_pi0.kernels import cuda_graphs, cuda_layers
 from lerobot_pi0.kernels.cuda_graphs import CudaGraphs
-
-
-class Recorder(TorchDispatchMode):
-    """Records a function; `replay` runs its operators again, each into the memory of its first result."""
-
-    made = 0
-
-    def __init__(self, function) -> None:
-        super().__init__()
-        type(self).made += 1
-        self.steps: list[tuple] = []
-        with self:
-            self.out = function()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("a value is read while a graph is captured")
-        out = function(*args, **kwargs)
-        self.steps.append((function, args, kwargs, out))
-        return out
-
-    def replay(self) -> None:
-        for function, args, kwargs, kept in self.steps:
-            fresh = function(*args, **kwargs)
-            for old, new in zip(tree_leaves(kept), tree_leaves(fresh), strict=True):
-                if isinstance(old, Tensor) and old.untyped_storage()._cdata != new.untyped_storage()._cdata:
-                    old.copy_(new)
 
 
 @pytest.fixture
@@ -174,6 +144,27 @@ def test_a_fifth_shape(gpu, monkeypatch, caplog):
     for _ in range(2):
         chunk(graphed, prompt=(9,))
     assert Recorder.made == cuda_graphs.KEPT + 1
+
+
+def test_warm_up(gpu, monkeypatch):
+    """Catches a robot whose first chunks wait for kernels to be loaded, of its own prompt or of a guided chunk; a pause
+    at each episode; and shapes of a warm-up that take the places of graphs."""
+    seen = []
+    plain = sampling.Sampler.chunk
+
+    def chunk_of(self, model, obs, noise, guide=None, *args, **solver):
+        seen.append((obs.tokens_BL.shape[1], guide is not None, obs.images_BNCHW.shape[1], solver["steps"]))
+        return plain(self, model, obs, noise, guide, *args, **solver)
+
+    monkeypatch.setattr(sampling.Sampler, "chunk", chunk_of)
+    graphed, _ = policies()
+    for _ in range(2):
+        graphed.reset()
+    assert seen == [(n, guided, 3, 3) for n in (8, 12) for guided in (False, True)]  # at most 12 tokens here
+    assert Recorder.made == 0
+    monkeypatch.setattr(cuda_layers, "ON", ("cuda",))
+    policies()[0].reset()
+    assert len(seen) == 4
 
 
 def test_large_batches_are_not_captured(gpu):

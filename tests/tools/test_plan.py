@@ -55,7 +55,7 @@ def test_weights_gradients_and_states(micro, mode):
     assert x.peaks["forward"] >= x.weights + x.optimizer + x.activations
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", ["int8", "fp8", "nf4"])
 @pytest.mark.parametrize("adapted", [False, True], ids=["expert", "LoRA"])
 def test_a_rounded_vlm(micro, monkeypatch, kind, adapted):
     """Catches rounded weights that are counted as they were, or on this machine's terms: it may have no kernel for
@@ -69,7 +69,8 @@ def test_a_rounded_vlm(micro, monkeypatch, kind, adapted):
     x, y = plain.count(2, LOAD), found.count(2, LOAD)
     numbers, channels = sum(m.weight.numel() for m in layers), sum(m.out_features for m in layers)
     blocks = sum(-(-m.weight.numel() // 64) for m in layers)
-    scales = {"int8": numbers + 4 * channels, "nf4": numbers / 2 + 4 * blocks + 64 * len(layers)}[kind]
+    eight = numbers + 4 * channels
+    scales = {"int8": eight, "fp8": eight, "nf4": numbers / 2 + 4 * blocks + 64 * len(layers)}[kind]
     assert y.weights == pytest.approx(x.weights - 2 * numbers + scales, rel=1e-3)
     assert (y.gradients, y.optimizer) == (x.gradients, x.optimizer)
     assert y.activations == pytest.approx(x.activations, rel=0.05)
@@ -97,11 +98,13 @@ def test_states_of_8_bits():
     assert x.peaks["optimizer"] < 1.01 * (x.weights + x.gradients + x.optimizer)  # one weight at a time
 
 
-def test_an_optimizer_that_takes_all_at_once(micro):
-    """Catches the temporaries of torch's optimizers on GPUs: as much again as the trained weights."""
+def test_the_optimizer_of_a_gpu(micro):
+    """Catches temporaries of AdamW's step, as much again as the trained weights, that its fused kernel does not need:
+    runs take it on CUDA."""
     found = counter(train_expert_only=False)
     x = found.count(1, LOAD)
-    assert x.peaks["optimizer"] >= x.weights + x.gradients + x.optimizer + 4 * found.trained()
+    idle = x.weights + x.gradients + x.optimizer
+    assert idle <= x.peaks["optimizer"] < idle + 2 * found.trained()
 
 
 def test_what_activations_depend_on(micro):

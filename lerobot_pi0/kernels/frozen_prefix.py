@@ -1,0 +1,49 @@
+"""A frozen VLM as a CUDA graph: in training it asks for a third of a step's launches, and has no gradient.
+
+Axes: B batch, S tokens of the prefix, L prompt tokens, D head dim.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from ..network.attention import KVCache
+from ..network.pi0 import PI0, Observation, Prefix
+from .cuda_attention import attention_order
+from .cuda_graphs import CudaGraphs
+from .cuda_layers import on_gpu
+
+LARGEST_PREFIX = 4096
+"""Tokens of a batch above which kernels are long enough for the host to keep up, and a graph's memory, which the
+backward pass cannot use, is large."""
+
+
+def replay_prefix(graphs: CudaGraphs, model: PI0, obs: Observation) -> Prefix | None:
+    """`PI0.encode_prefix` from a graph; None where there is none to be had, or the VLM is trained."""
+    if not on_gpu(obs.state_BA.device) or _tokens(model, obs) > LARGEST_PREFIX or not _is_frozen(model.paligemma):
+        return None
+
+    def stacked(images: Tensor, tokens: Tensor, mask: Tensor, padded: bool) -> Tensor:
+        seen = Observation(images, tokens, mask, obs.state_BA, padded)
+        with torch.no_grad(), attention_order(images.device):
+            return torch.stack([x for layer in model.encode_prefix(seen)[0] for x in layer])
+
+    images, tokens, mask, _, padded = obs
+    flat = graphs(model.paligemma, stacked, (images, tokens, mask, padded))
+    cache = [KVCache(keys, values) for keys, values in zip(flat[::2], flat[1::2], strict=True)]
+    return cache, F.pad(mask, (flat.shape[2] - mask.shape[1], 0), value=True)
+
+
+def _tokens(model: PI0, obs: Observation) -> int:
+    batch, cameras = obs.images_BNCHW.shape[:2]
+    patches = len(model.vision.vision_model.embeddings.position_embedding.weight)
+    return batch * (cameras * patches + obs.tokens_BL.shape[1])
+
+
+def _is_frozen(vlm: Any) -> bool:
+    """Whether nothing is trained, and each process has all of the weights (FSDP gathers them layer by layer)."""
+    return all(type(p) is nn.Parameter and not p.requires_grad for p in vlm.parameters()) and not any(
+        type(m).__name__.startswith(("FSDP", "FullySharded")) for m in vlm.modules()
+    )
