@@ -4,12 +4,14 @@ At full size each pass over the weights through main memory costs seconds. So by
 cache holds, and hashing and checking leave Python's lock to other threads.
 """
 
+import functools
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,9 +58,23 @@ def digest(name: str, x: Tensor) -> str:
     return hashed.hexdigest()
 
 
-def digest_of_digests(digests: Mapping[str, str]) -> str:
-    """One digest of many tensors, independent of their order."""
-    return xxhash.xxh3_64_hexdigest(json.dumps(digests, sort_keys=True).encode())
+def digest_of_json(content: Any) -> str:
+    """One digest of what JSON says, such as the digests of many tensors, whatever the order of its keys."""
+    return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+
+@functools.lru_cache(maxsize=64)
+def _digest_of_file(file: Path, size: int, changed: int) -> str:
+    hashed, part = xxhash.xxh3_64(), bytearray(PART)
+    with file.open("rb") as opened:
+        while length := opened.readinto(part):
+            hashed.update(memoryview(part)[:length])
+    return hashed.hexdigest()
+
+
+def digest_of_file(file: Path) -> str:
+    """Digest of all bytes of a file; size and time of change tell when it has to be read again."""
+    return _digest_of_file(file, file.stat().st_size, file.stat().st_mtime_ns)
 
 
 def _largest_bits(dtype: torch.dtype) -> int:

@@ -369,7 +369,10 @@ def test_mutations(originals, tmp_path, origin, kind):
         rounded = mutate(folder, random.Random(f"{origin} {kind} {seed}"))
         try:
             policy = PI0Policy.from_pretrained(folder)
-        except (CheckpointError, BoundsError) as error:  # BoundsError: the edited file asks for bounds, and cannot have them
+        except (
+            CheckpointError,
+            BoundsError,
+        ) as error:  # BoundsError: the edited file asks for bounds, and cannot have them
             assert len(str(error)) > 20
             outcomes["refused"] += 1
         except Exception as error:
