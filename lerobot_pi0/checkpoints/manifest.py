@@ -101,7 +101,8 @@ def read(source: Source) -> dict[str, Any] | None:
         return None
     options, processors = content.get("options"), content.get("processors")
     if not (
-        isinstance(options, dict)
+        content.keys() >= {"base", "cameras", "processors", "statistics", "weights"}
+        and isinstance(options, dict)
         and all(isinstance(options.get(name), dict) for name in FIXED)
         and isinstance(processors, dict | None)
         and isinstance(content.get("cameras"), list)

@@ -113,6 +113,8 @@ class Pipelines:
         """
         for file, steps in reversed(self.steps.items()):
             self._check_steps(file, [step.name for step in steps])
+        for name in self.by_name:
+            self.state_of(name)  # is there, and can be read
         if lost := ORDER.keys() - self.steps.keys():
             if self.steps:
                 raise CorruptCheckpointError(

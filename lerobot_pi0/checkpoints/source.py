@@ -40,6 +40,11 @@ class Source:
     """
 
     def __init__(self, place: str | Path, **hub: Any) -> None:
+        if not isinstance(place, str | Path) or not str(place):
+            raise CheckpointNotFoundError(
+                f"{place!r} names no checkpoint; if an adapter is loaded, base_model_name_or_path in its "
+                "adapter_config.json has to"
+            )
         self.place = str(place)
         self._hub = hub
         self._known: dict[str, bytes | None] = {}

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,9 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 
 PART = 2**20
 """Bytes handled at a time: they fit the cache, and a call from Python costs little compared with the work on them."""
+
+SURE = 10**9
+"""Nanoseconds after which another change of a file surely has another time."""
 
 
 def in_threads[T, R](work: Callable[[T], R], items: Iterable[T]) -> list[R]:
@@ -73,8 +77,10 @@ def _digest_of_file(file: Path, size: int, changed: int) -> str:
 
 
 def digest_of_file(file: Path) -> str:
-    """Digest of all bytes of a file; size and time of change tell when it has to be read again."""
-    return _digest_of_file(file, file.stat().st_size, file.stat().st_mtime_ns)
+    """Digest of all bytes of a file; size and time of change tell when an old one has to be read again."""
+    found = file.stat()
+    is_new = time.time_ns() - found.st_mtime_ns < SURE  # the next change may get the same time
+    return (_digest_of_file.__wrapped__ if is_new else _digest_of_file)(file, found.st_size, found.st_mtime_ns)
 
 
 def _largest_bits(dtype: torch.dtype) -> int:
