@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import CAMERAS, write_dataset
-from test_fuzz_folder import ADAPTER, FOLDER, OURS, Mutation, originals  # noqa: F401  a fixture
+from folders import ADAPTER, FOLDER, OURS, Mutation, make_originals
 
 from lerobot_pi0.tools import main
 
@@ -98,13 +98,18 @@ VERBS = ("show", "check", "open-loop", "plan", "convert", "serve")
 
 
 @pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    return make_originals(tmp_path_factory.mktemp("originals"))
+
+
+@pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sweep")
     write_dataset(folder / "data", cameras=CAMERAS[:2])
     return folder
 
 
-def sweep(originals, root, tmp_path, caplog, capsys, kind: str, verbs: tuple[str, ...], seeds: range) -> None:  # noqa: F811
+def sweep(originals, root, tmp_path, caplog, capsys, kind: str, verbs: tuple[str, ...], seeds: range) -> None:
     origin = "adapter" if kind in ADAPTER else "own"
     for seed in seeds:
         folder = tmp_path / str(seed)
@@ -128,6 +133,7 @@ def sweep(originals, root, tmp_path, caplog, capsys, kind: str, verbs: tuple[str
 def logs(monkeypatch, caplog) -> None:
     """The command sets logging up anew, which would take it away from pytest."""
     monkeypatch.setattr("lerobot_pi0.tools.init_logging", lambda: None)
+    monkeypatch.setattr(logging, "raiseExceptions", False)  # a handler of an earlier test may have a closed stream
     caplog.set_level(logging.INFO, "lerobot_pi0")
 
 
@@ -135,7 +141,7 @@ KINDS = [*DAMAGE, *ADAPTER]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_verb_over_damage(originals, root, tmp_path, caplog, capsys, kind):  # noqa: F811
+def test_a_verb_over_damage(originals, root, tmp_path, caplog, capsys, kind):
     """Catches a traceback where a file is damaged: each kind meets two verbs here, and all of them in the slow test."""
     first = KINDS.index(kind) % len(VERBS)
     verbs = (VERBS[first], "show")
@@ -144,12 +150,12 @@ def test_a_verb_over_damage(originals, root, tmp_path, caplog, capsys, kind):  #
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_verbs_over_damage(originals, root, tmp_path, caplog, capsys, kind):  # noqa: F811
+def test_all_verbs_over_damage(originals, root, tmp_path, caplog, capsys, kind):
     """Catches a traceback from any verb over any kind of damage."""
-    sweep(originals, root, tmp_path, caplog, capsys, kind, VERBS, range(1, 5))
+    sweep(originals, root, tmp_path, caplog, capsys, kind, VERBS, range(1, 3))
 
 
-def test_serving_executes_nothing(originals, tmp_path):  # noqa: F811
+def test_serving_executes_nothing(originals, tmp_path):
     """Catches a server that builds the pipelines of a checkpoint, which its client names, before it looks at them."""
     folder, mark = Path(shutil.copytree(originals["own"][0], tmp_path / "own")), tmp_path / "executed"
     file = folder / "policy_preprocessor.json"
