@@ -6,7 +6,7 @@ from typing import Any
 
 from . import manifest
 from .errors import CorruptCheckpointError
-from .names import ADAPTER_WEIGHTS_NAME
+from .names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from .reading import Stored
 from .source import Source
 from .tensor_bytes import digest_of_file, digest_of_json
@@ -57,7 +57,8 @@ def record(
     if adapter.is_file():
         digest = _carried(own) or (_of_files(own) if revision is None else None)
         identity = {"id": place, "revision": revision, "digest": digest}
-        manifest.write(folder, manifest.make(configs, digest_of_file(adapter), None, identity))
+        both = {**configs, ADAPTER_CONFIG_NAME: Source(folder).read_json(ADAPTER_CONFIG_NAME) or {}}
+        manifest.write(folder, manifest.make(both, digest_of_file(adapter), None, identity))
     elif known is not None:
         fresh = manifest.make(configs, known["weights"], known["statistics"], known["base"])
         manifest.write(folder, fresh | {"processors": known["processors"]})

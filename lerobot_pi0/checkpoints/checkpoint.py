@@ -281,7 +281,7 @@ class Checkpoint:
                 f"{self._base.revision}); but what is missing in it has the digest {digest_of_json(digests)} there, "
                 f"not {self._base.digest}: the base has changed since, or weights were taken out"
             )
-        if manifest.has_changed(self.source, manifest.MANIFEST_NAME):
+        if self.source.has_changed():
             raise manifest.being_written(self.source)
         seconds = time.perf_counter() - started
         logger.info("loaded %d of %s from %s in %.1f s", len(names), _summary(wanted), self, seconds)

@@ -18,7 +18,7 @@ from lerobot.configs import FeatureType
 
 from ..configuration_pi0 import OPTIONS, PLUGIN_CONFIG_NAME
 from .errors import CheckpointConfigError, CorruptCheckpointError
-from .names import ACTING_OPTIONS, ADAPTER_WEIGHTS_NAME, CONFIG_DIGEST, EXPERT_HEAD
+from .names import ACTING_OPTIONS, ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CONFIG_DIGEST, EXPERT_HEAD
 from .pipelines import POSTPROCESSOR, PREPROCESSOR
 from .reading import metadata_of
 from .source import Source
@@ -36,6 +36,9 @@ FIXED = {
     PLUGIN_CONFIG_NAME: ("base", "rtc_training_max_delay"),
 }  # fmt: skip
 """What weights and statistics were made for, and cannot be edited in a file. Everything else is an option."""
+
+OF_THE_BASE = ("base_model_name_or_path", "revision")
+"""What may be edited in adapter_config.json, as where a base lies is not what it is."""
 
 HOW_TO_ACCEPT = f"If the change is meant, remove {MANIFEST_NAME}: nothing is compared then"
 
@@ -103,7 +106,8 @@ def read(source: Source) -> dict[str, Any] | None:
     if not (
         content.keys() >= {"base", "cameras", "processors", "statistics", "weights"}
         and isinstance(options, dict)
-        and all(isinstance(options.get(name), dict) for name in FIXED)
+        and options.keys() >= FIXED.keys()
+        and all(isinstance(saved, dict) for saved in options.values())
         and isinstance(processors, dict | None)
         and isinstance(content.get("cameras"), list)
         and all(isinstance(content.get(name), str | None) for name in ("weights", "statistics"))
@@ -130,7 +134,7 @@ def check(source: Source, statistics: str | None) -> None:
     manifest = read(source)
     _check_lost(source)
     if manifest is not None:
-        for file in FIXED:
+        for file in (name for name in (*FIXED, ADAPTER_CONFIG_NAME) if name in manifest["options"]):
             _check_options(source, file, manifest)
         _check_processors(source, manifest, statistics)
         if manifest["base"] is not None:
@@ -170,9 +174,9 @@ def _check_options(source: Source, file: str, manifest: Mapping[str, Any]) -> No
         return  # `_check_lost` knows what is lost with it
     found = {key: digest_of_json(x) for key, x in content.items()}
     changed = sorted(key for key in found.keys() | saved.keys() if found.get(key) != saved.get(key))
-    if changed and has_changed(source, file):
+    if changed and source.has_changed():
         raise being_written(source)
-    if fixed := [key for key in changed if key in FIXED[file]]:
+    if fixed := [key for key in changed if (key in FIXED[file] if file in FIXED else key not in OF_THE_BASE)]:
         raise CheckpointConfigError(
             f"{', '.join(fixed)} in {file} of {source} is not what was saved, and the weights were made for that: "
             f"copy or download the file again. {HOW_TO_ACCEPT}"
@@ -215,11 +219,6 @@ def _digest_of(source: Source, name: str) -> str | None:
     if (data := source.read(name)) is None:
         return None
     return digest_of_json(source.read_json(name)) if name.endswith(".json") else xxhash.xxh3_64_hexdigest(data)
-
-
-def has_changed(source: Source, name: str) -> bool:
-    """Whether a file is another than the one that was read."""
-    return source.read(name, again=True) != source.read(name)
 
 
 def being_written(source: Source) -> CorruptCheckpointError:

@@ -46,8 +46,8 @@ def opened_safetensors(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
             yield opened
-    except SafetensorError as error:
-        raise not_whole(file, file.stat().st_size if file.exists() else 0, error) from error
+    except (SafetensorError, RuntimeError, OSError) as error:  # the last two where it has gone since
+        raise not_whole(file, error) from error
 
 
 def metadata_of(file: Path) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Files of a checkpoint, from a folder or from the Hugging Face Hub."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,11 @@ class Source:
         try:
             return None if data is None else load(data)
         except Exception as error:  # the library's own, and those of names, types and shapes that there are not
-            raise not_whole(self._paths[name], len(data or b""), error) from error
+            raise not_whole(self._paths[name], error) from error
+
+    def has_changed(self) -> bool:
+        """Whether a file of the folder is another than the one that was read, or has gone or come since."""
+        return self.folder is not None and any(self.read(name, again=True) != x for name, x in self._known.items())
 
     def weight_files(self) -> list[Path]:
         """The safetensors files of the weights: one, or the shards that the index names; empty where there are none.
@@ -196,7 +201,10 @@ def read_json(file: Path) -> dict[str, Any]:
     return decode_json(file, _bytes_of(file))
 
 
-def not_whole(file: Path, size: int, error: Exception) -> CorruptCheckpointError:
+def not_whole(file: Path, error: Exception) -> CorruptCheckpointError:
+    size = 0
+    with contextlib.suppress(OSError):  # it may have gone since
+        size = file.stat().st_size
     return CorruptCheckpointError(
         f"{file} ({size} bytes) is not a complete safetensors file: {error}. Download or copy it again"
     )

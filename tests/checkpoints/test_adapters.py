@@ -12,7 +12,12 @@ from test_hub import hub, online  # noqa: F401  fixtures
 from test_roundtrip import chunk, reload_adapter, save_adapter, wrapped
 
 from lerobot_pi0 import PI0Policy
-from lerobot_pi0.checkpoints.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
+from lerobot_pi0.checkpoints.errors import (
+    CheckpointConfigError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+)
 
 pytestmark = pytest.mark.usefixtures("small")
 
@@ -105,6 +110,15 @@ def test_an_adapter_whose_weights_are_lost_or_cut(adapter, tmp_path):
         change(adapter / ADAPTER)
         with pytest.raises(CheckpointError, match=ADAPTER):
             reload_adapter(adapter)
+
+
+@pytest.mark.parametrize("change", [{"lora_alpha": 64}, {"r": 2}, {"target_modules": ["q_proj"]}, {"use_rslora": True}])
+def test_the_options_of_an_adapter(adapter, change):
+    """Catches tensors that are as they were, and that PEFT multiplies by something else, or puts elsewhere."""
+    content = json.loads((adapter / CONFIG).read_text())
+    (adapter / CONFIG).write_text(json.dumps(content | change))
+    with pytest.raises(CheckpointConfigError, match=f"{next(iter(change))} in {CONFIG} of {adapter}"):
+        reload_adapter(adapter)
 
 
 def test_an_adapter_trained_on(adapter, tmp_path):

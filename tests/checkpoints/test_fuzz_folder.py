@@ -46,7 +46,6 @@ UNKNOWABLE = {
         "config.json flipped", f"{PRE} edited", f"{PRE} flipped", f"{POST} edited", f"{POST} flipped",
         *(f"{step} {kind}" for step in STEPS[::2] for kind in ("flipped", "of another type", "another number")),
     },
-    "adapter": {"adapter_config.json edited", "adapter_config.json flipped"},
 }  # fmt: skip
 """Where other actions may come of it in silence: a number, a name or an option that could as well be right."""
 

@@ -119,7 +119,7 @@ def sweep(originals, root, tmp_path, caplog, capsys, kind: str, verbs: tuple[str
             caplog.clear()
             try:
                 status = serve(folder) if verb == "serve" else main(command(verb, folder, root))
-            except BaseException as error:
+            except (Exception, SystemExit) as error:
                 pytest.fail(f"{verb}, seed {seed}: {type(error).__name__}: {str(error)[:500]}")
             said = capsys.readouterr()
             assert status in (0, 1, 2)
@@ -152,7 +152,7 @@ def test_a_verb_over_damage(originals, root, tmp_path, caplog, capsys, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_verbs_over_damage(originals, root, tmp_path, caplog, capsys, kind):
     """Catches a traceback from any verb over any kind of damage."""
-    sweep(originals, root, tmp_path, caplog, capsys, kind, VERBS, range(1, 3))
+    sweep(originals, root, tmp_path, caplog, capsys, kind, VERBS, range(1, 2))
 
 
 def test_serving_executes_nothing(originals, tmp_path):
