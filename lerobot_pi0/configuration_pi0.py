@@ -24,6 +24,7 @@ from lerobot.optim import AdamWConfig, LRSchedulerConfig
 from lerobot.policies.pi0.configuration_pi0 import PI0Config as BuiltinPI0Config
 
 from .network.sizes import EXPERT_PRESETS, PALIGEMMA_PRESETS, Architecture
+from .rules import LEROBOTS, Rule, above, at_least, kinds_of, one_of
 from .training.optimizers import (
     AdamW8bitConfig,
     AveragedAdamW8bitConfig,
@@ -37,28 +38,6 @@ PLUGIN_CONFIG_NAME = "lerobot_pi0.json"
 PALIGEMMA_TOKENIZER = "google/paligemma-3b-pt-224"
 BYTE_TOKENIZER = "bytes"
 """Name of transformers' ByT5 tokenizer, which is made in place: no vocabulary to download."""
-
-
-class Rule(NamedTuple):
-    """What the value of an option has to be."""
-
-    holds: Callable[[Any], bool]
-    says: str
-    """The rule as the end of a sentence that begins with the option and its value."""
-    choices: tuple[str, ...] = ()
-    """All values that there are, where they are few."""
-
-
-def one_of(*choices: str) -> Rule:
-    return Rule(lambda x: x in choices, f"is not one of {', '.join(choices)}", choices)
-
-
-def at_least(least: float, says: str = "") -> Rule:
-    return Rule(lambda x: x >= least, says or f"has to be at least {least}")
-
-
-def above(least: float, says: str = "") -> Rule:
-    return Rule(lambda x: x > least, says or f"has to be more than {least}")
 
 
 class Option(NamedTuple):
@@ -147,6 +126,7 @@ class PI0Config(BuiltinPI0Config):
     def __post_init__(self) -> None:
         try:
             self._complete()
+            self.__dict__["_made"] = True
         except ValueError as error:
             logger.error("%s", error)  # LeRobot's commands say no more than that the options do not make a config
             raise
@@ -171,15 +151,24 @@ class PI0Config(BuiltinPI0Config):
             if getattr(self, name) is None:
                 setattr(self, name, value)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.__dict__.get("_made") and name in {**KINDS, **RULES}:  # also what is set later keeps the rules
+            self._check_value(name, value)
+        super().__setattr__(name, value)
+
+    def _check_value(self, name: str, value: Any) -> None:
+        kind, may_be_none = KINDS.get(name, (None, False))
+        if value is None and (may_be_none or name == "compile_mode"):
+            return
+        rule = RULES.get(name)
+        for one in (rule,) if rule is not None and rule.choices else (kind, rule):
+            if one is not None and not one.holds(value):
+                raise ValueError(f"{name}={value!r} {one.says}")
+
     def _check(self) -> None:
         """Raises ValueError for an option that breaks its rule, and for options that do not go together."""
-        for name, rule in RULES.items():
-            value = getattr(self, name)
-            may_be_none = name in OPTIONS or name == "compile_mode"
-            if not (value is None and may_be_none) and not rule.holds(value):
-                raise ValueError(f"{name}={value!r} {rule.says}")
-        if tuple(self.image_resolution or ()) != (self.image_size,) * 2:
-            raise ValueError(f"image_resolution has to be square, got {self.image_resolution}")
+        for name in {**KINDS, **RULES}:
+            self._check_value(name, getattr(self, name))
         if not 1 <= self.n_action_steps <= self.chunk_size:
             raise ValueError(
                 f"n_action_steps={self.n_action_steps} has to be between 1 and chunk_size={self.chunk_size}"
@@ -189,6 +178,13 @@ class PI0Config(BuiltinPI0Config):
             raise ValueError(
                 f"compile_model does not go together with vlm_quantization={self.vlm_quantization} on the device "
                 f"{self.device}, whose layers nothing can trace: take one of the two"
+            )
+        if not self.min_period < self.max_period:
+            raise ValueError(f"min_period={self.min_period} has to be below max_period={self.max_period}")
+        if not 0 < self.time_sampling_scale + self.time_sampling_offset < 1 + 1e-6:
+            raise ValueError(
+                f"time_sampling_scale={self.time_sampling_scale} and time_sampling_offset={self.time_sampling_offset} "
+                "have to give times from 0 to 1: their sum is more"
             )
         most = self.rtc_training_max_delay
         if most is not None and not 0 <= most < self.chunk_size:
@@ -321,11 +317,10 @@ def encode_set(config: PI0Config, declared_type: type | None = None) -> dict[str
     return {k: v for k, v in options.items() if not (k in UNKNOWN_TO_LEROBOT and v is None)}
 
 
-RULES = {name: x.rule for name, x in OPTIONS.items() if x.rule is not None} | {
-    "dtype": one_of("bfloat16", "float32"),
-    "compile_mode": one_of("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
-    **dict.fromkeys(("num_inference_steps", "tokenizer_max_length", "max_state_dim", "max_action_dim"), at_least(1)),
-}
+KINDS = kinds_of(PI0Config)
+"""By option: the rule of its kind, and whether it may be None."""
+
+RULES = {name: x.rule for name, x in OPTIONS.items() if x.rule is not None} | LEROBOTS
 """Rules of single options, LeRobot's included."""
 
 

@@ -1,6 +1,8 @@
 """Options of the plugin: declared once, each with a rule, a help text and a value when nobody sets it."""
 
+import copy
 import math
+import pickle
 import subprocess
 import sys
 from dataclasses import fields
@@ -13,6 +15,12 @@ from lerobot.configs import PreTrainedConfig
 
 from lerobot_pi0.configuration_pi0 import OPTIONS, PLUGIN_FIELDS, RULES, choices, help_of
 
+OF_TRAINING = (
+    "optimizer_lr", "optimizer_eps", "optimizer_weight_decay", "optimizer_grad_clip_norm", "scheduler_warmup_steps",
+    "scheduler_decay_steps", "scheduler_decay_lr",
+)  # fmt: skip
+WHOLE, NUMBER, BOOL = "has to be a whole number", "has to be a number", "has to be true or false"
+POSITIVE, FINITE = "has to be above 0 and finite", "has to be 0 or more and finite"
 ALLOWED = {
     "flow_samples": [1, 8],
     "ema_decay": [0, 0.0, 0.99],
@@ -23,6 +31,17 @@ ALLOWED = {
     "tokenizer_max_length": [1, 200],
     "max_state_dim": [1, 64],
     "max_action_dim": [1, 64],
+    "chunk_size": [50, 64],
+    "n_action_steps": [1, 50],
+    "image_resolution": [(32, 32), [64, 64]],
+    "min_period": [1e-3],
+    "max_period": [1, 4.0],
+    "time_sampling_beta_alpha": [0.5, 1],
+    "time_sampling_beta_beta": [2],
+    "time_sampling_scale": [0.5, 0.999],
+    "time_sampling_offset": [0, 0.001],
+    "empty_cameras": [0, 2],
+    **{name: [0, 1] for name in OF_TRAINING},
 }
 REFUSED = {
     "flow_samples": ([0, -1], "has to be at least 1"),
@@ -34,6 +53,17 @@ REFUSED = {
     "tokenizer_max_length": ([0], "has to be at least 1"),
     "max_state_dim": ([0], "has to be at least 1"),
     "max_action_dim": ([0], "has to be at least 1"),
+    "chunk_size": ([0, -1], "has to be at least 1"),
+    "n_action_steps": ([0, -1], "has to be at least 1"),
+    "image_resolution": ([(32, 64), (0, 0), (32.0, 32.0), (32,), 32, "32"], "has to be square"),
+    "min_period": ([0, -1, math.nan, math.inf], POSITIVE),
+    "max_period": ([0, -1, math.nan, math.inf], POSITIVE),
+    "time_sampling_beta_alpha": ([0, math.nan], POSITIVE),
+    "time_sampling_beta_beta": ([-1, math.inf], POSITIVE),
+    "time_sampling_scale": ([-0.1, math.nan], FINITE),
+    "time_sampling_offset": ([-0.1, math.nan], FINITE),
+    "empty_cameras": ([-1], FINITE),
+    **dict.fromkeys(OF_TRAINING, ([-1], FINITE)),
     "rtc_training_max_delay": ([-1, 50], "has to be from 0 to chunk_size - 1 = 49: one action at least has to be"),
 }
 FEW = [name for name in RULES if choices(name)]
@@ -68,6 +98,59 @@ def test_refused(name, value):
     with pytest.raises(ValueError) as refused:
         tiny_config(**{name: value})
     assert str(refused.value).startswith(f"{name}={value!r} {REFUSED[name][1]}")
+
+
+KINDS = {
+    "n_action_steps": ([2.5, "2", True, None, [1]], WHOLE),
+    "chunk_size": ([50.0, math.nan, False], WHOLE),
+    "num_inference_steps": ([10.0, "10"], WHOLE),
+    "flow_samples": ([1.0, True], WHOLE),
+    "rtc_training_max_delay": ([2.5, "3"], WHOLE),
+    "min_period": (["0.004", True, None, [1]], NUMBER),
+    "ema_decay": (["0.9", True], NUMBER),
+    "max_action_step": (["5", False], NUMBER),
+    "use_relative_actions": ([1, "false", None, 0.0], BOOL),
+    "augment_images": ([1, "yes"], BOOL),
+    "text_tokenizer_name": ([3, True, ["bytes"]], "has to be a text"),
+    "relative_exclude_joints": (["gripper", None, 3], "has to be a list"),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, x) for name, (values, _) in KINDS.items() for x in values])
+def test_kinds(name, value):
+    """Catches a value of another kind, which is rounded, cut or iterated over somewhere; also one that is set later."""
+    with pytest.raises(ValueError) as refused:
+        tiny_config(**{name: value})
+    assert str(refused.value) == f"{name}={value!r} {KINDS[name][1]}"
+    config = tiny_config()
+    before = getattr(config, name)
+    with pytest.raises(ValueError, match=name):
+        setattr(config, name, value)
+    assert getattr(config, name) == before
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, x) for name, (values, _) in REFUSED.items() for x in values])
+def test_refused_later(name, value):
+    """Catches a value that no checkpoint of ours would load with, and that a script sets after it was loaded."""
+    config = tiny_config()
+    with pytest.raises(ValueError, match=name):
+        setattr(config, name, value)
+        config.resolve({}, vlm_is_pretrained=True)  # some depend on others
+
+
+def test_periods_and_times_go_together():
+    """Catches a range that runs backwards: each number alone is one that there may be."""
+    with pytest.raises(ValueError, match=r"min_period=5.0 has to be below max_period=4.0"):
+        tiny_config(min_period=5.0)
+    with pytest.raises(ValueError, match="times from 0 to 1"):
+        tiny_config(time_sampling_offset=0.5)
+
+
+def test_a_copy_keeps_the_rules():
+    """Catches a copied or pickled config that takes any value."""
+    for config in (copy.deepcopy(tiny_config()), pickle.loads(pickle.dumps(tiny_config()))):
+        with pytest.raises(ValueError, match="n_action_steps"):
+            config.n_action_steps = 2.5
 
 
 @pytest.mark.parametrize("name", FEW)

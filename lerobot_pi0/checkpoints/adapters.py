@@ -1,31 +1,15 @@
 """Adapters (LoRA) and the base that they belong to: which weights it had, and whether it still has them."""
 
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from . import manifest
 from .errors import CorruptCheckpointError
-from .names import ADAPTER_WEIGHTS_NAME
+from .names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from .reading import Stored
 from .source import Source
-from .tensor_bytes import PART, digest_of_digests
-
-
-def identity(source: Source, own: Mapping[str, Stored]) -> dict[str, Any]:
-    """What an adapter notes of its base: id, commit on the Hub, and a digest of the weights.
-
-    The digest is of those that the files carry. Files of others carry none: on the Hub the commit says enough, and in a
-    folder all bytes are read.
-    """
-    place = str(source.folder.resolve()) if source.folder is not None else source.place
-    digest = _carried(own)
-    if digest is None and source.folder is not None:
-        digest = _of_files(own)
-    return {"id": place, "revision": source.revision, "digest": digest}
+from .tensor_bytes import digest_of_file, digest_of_json
 
 
 def check_base(run: Source, base: Source, own: Mapping[str, Stored]) -> None:
@@ -39,8 +23,7 @@ def check_base(run: Source, base: Source, own: Mapping[str, Stored]) -> None:
     Raises:
         CorruptCheckpointError: the base has changed since.
     """
-    known = manifest.read(run)
-    wanted = None if known is None else known["base"]
+    wanted = (manifest.read(run) or {}).get("base")
     if not wanted or (base.revision is not None and base.revision == wanted.get("revision")):
         return
     digest = wanted.get("digest")
@@ -53,19 +36,29 @@ def check_base(run: Source, base: Source, own: Mapping[str, Stored]) -> None:
         )
 
 
-def record(base: Source, own: Mapping[str, Stored], folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
+def record(
+    base: tuple[str, str | None],
+    own: Mapping[str, Stored],
+    folder: Path,
+    configs: Mapping[str, Mapping[str, Any]],
+) -> None:
     """Write the manifest of an adapter that LeRobot and PEFT have just saved, or bring that of a checkpoint up to date.
 
+    The base is known by a digest of the weights that its files carry. Files of others carry none: on the Hub the
+    commit says enough, and in a folder all bytes are read.
+
     Args:
-        base, own: the checkpoint that the weights are of, and its tensors.
+        base, own: the checkpoint that the weights are of (`Source.identity`), and its tensors.
         folder: where config.json was saved.
         configs: content of config.json and lerobot_pi0.json, which were written too.
     """
-    adapter = folder / ADAPTER_WEIGHTS_NAME
-    known = manifest.read(Source(folder)) if (folder / manifest.MANIFEST_NAME).is_file() else None
+    place, revision = base
+    adapter, known = folder / ADAPTER_WEIGHTS_NAME, manifest.read(Source(folder))
     if adapter.is_file():
-        weights = manifest.digest_of_file(adapter)
-        manifest.write(folder, manifest.make(configs, weights, None, identity(base, own)))
+        digest = _carried(own) or (_of_files(own) if revision is None else None)
+        identity = {"id": place, "revision": revision, "digest": digest}
+        both = {**configs, ADAPTER_CONFIG_NAME: Source(folder).read_json(ADAPTER_CONFIG_NAME) or {}}
+        manifest.write(folder, manifest.make(both, digest_of_file(adapter), None, identity))
     elif known is not None:
         fresh = manifest.make(configs, known["weights"], known["statistics"], known["base"])
         manifest.write(folder, fresh | {"processors": known["processors"]})
@@ -76,17 +69,4 @@ def _carried(own: Mapping[str, Stored]) -> str | None:
 
 
 def _of_files(own: Mapping[str, Stored]) -> str:
-    files = sorted({stored.file for stored in own.values()})
-    return digest_of_digests(
-        {file.name: _of_file(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files}
-    )
-
-
-@functools.lru_cache(maxsize=64)
-def _of_file(file: Path, size: int, changed: int) -> str:
-    """Digest of all bytes of a file; size and time of change tell when it has to be read again."""
-    hashed, part = xxhash.xxh3_64(), bytearray(PART)
-    with file.open("rb") as opened:
-        while length := opened.readinto(part):
-            hashed.update(memoryview(part)[:length])
-    return hashed.hexdigest()
+    return digest_of_json({file.name: digest_of_file(file) for file in {stored.file for stored in own.values()}})

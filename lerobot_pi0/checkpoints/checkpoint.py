@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_INDEX_FILE, SAFETENSORS_SINGLE_FILE
+from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from lerobot.configs import PreTrainedConfig
 from lerobot.utils.constants import TRAINING_STATE_DIR
 from torch import Tensor, nn
 
 from ..configuration_pi0 import PLUGIN_CONFIG_NAME, PI0Config
 from ..inputs.normalisation import Normalisation
-from . import adapters, guard, manifest
+from . import adapters, manifest
 from .configs import check_type, decode_config, decode_saved, overrule
 from .errors import (
     CheckpointConfigError,
@@ -31,10 +31,11 @@ from .errors import (
 from .matching import SHAPING, check_tensors, describe_differences, general_advice
 from .names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, EMBEDDING, VLM
 from .origin import Base
+from .pipelines import Pipelines
 from .processors import settle_processors
-from .reading import Stored, fill, index_tensors, opened_safetensors
+from .reading import Stored, fill, index_tensors
 from .source import Source
-from .tensor_bytes import digest_of_digests
+from .tensor_bytes import digest_of_json
 from .writing import finish_interrupted_save
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class Checkpoint:
 
     def __init__(self, source: Source) -> None:
         self.source = source
+        self._run: Checkpoint | None = None
         self._finish_save()
 
     @classmethod
@@ -110,8 +112,7 @@ class Checkpoint:
         Args:
             config: options of the run, which LeRobot may have parsed. With `use_peft` and a `pretrained_path`, this
                 checkpoint is the base of the adapter there, and the run's own options lie beside the adapter.
-            meta, trains: as for `settle_processors`, which is called here, after the processors are checked: LeRobot
-                builds its pipelines after the policy.
+            meta, trains: as for `settle_processors`, which is called here, after the processors are checked.
 
         Returns:
             What this plugin saved, as `saved`, with the options of the run's own folder.
@@ -139,14 +140,14 @@ class Checkpoint:
                     "(examples/merge_adapter.py), or leave the option out"
                 )
             overrule(config, saved, self.source.place)
-        self.settle_processors(config, meta, trains)
+            self.settle_processors(config, meta, trains)
         return saved | {"statistics": statistics}
 
-    def settle_processors(self, config: PreTrainedConfig, meta: Any, trains: bool) -> None:
+    def settle_processors(self, config: PI0Config, meta: Any, trains: bool) -> None:
         """Bring the options of a run together with the processors that LeRobot will rebuild from this checkpoint.
 
         Args:
-            config: options of the run, as for `settle`.
+            config: options of the run, as for `settle`; those that nobody set take the processors' values.
             meta: the LeRobotDatasetMetadata of the dataset to train on, or None.
             trains: whether the policy is built for training.
 
@@ -154,35 +155,52 @@ class Checkpoint:
             CheckpointError: a file is broken, or an option cannot be changed without training.
         """
         run = self.of_run(config)
-        if isinstance(config, PI0Config):  # the policy refuses another by name
-            own = run.source.read_json(CONFIG_NAME) or {}  # beside an adapter there may be none
-            settle_processors(run.source, self.raw_config() or {}, own, config, meta, trains)
+        own = run.source.read_json(CONFIG_NAME) or {}  # beside an adapter there may be none
+        settle_processors(run.pipelines, self.raw_config() or {}, own, config, meta, trains)
 
     def of_run(self, config: PreTrainedConfig) -> "Checkpoint":
         """The checkpoint with the run's own options and processors: an adapter's, if one is loaded over this one."""
-        if config.use_peft and config.pretrained_path:
-            return Checkpoint(self.source.other(config.pretrained_path, config.pretrained_revision))
-        return self
+        if not (config.use_peft and config.pretrained_path):
+            return self
+        if self._run is None or self._run.source.place != str(config.pretrained_path):
+            self._run = Checkpoint(self.source.other(config.pretrained_path, config.pretrained_revision))
+        return self._run
 
     # --- processors ---
 
-    def check_processors(self, config: PreTrainedConfig, replaced: bool = False) -> str | None:
-        """`guard.check` of this checkpoint; to be called before LeRobot builds its pipelines."""
-        return guard.check(self.source, config, replaced)
+    @cached_property
+    def pipelines(self) -> Pipelines:
+        """What its processor files say; raises as `Pipelines`."""
+        return Pipelines(self.source)
+
+    def check_processors(self, config: Any, replaced: bool = False) -> str | None:
+        """Refuse what would run a program, is not π₀'s, or was not saved together; LeRobot builds pipelines after it.
+
+        Args:
+            config: the options that statistics and steps have to suit; another policy's are not looked at.
+            replaced: whether a run puts statistics, features and relative actions of its own in the checkpoint's place.
+
+        Returns:
+            Digest of the statistics in the checkpoint's processors; None without any.
+
+        Raises:
+            CheckpointError: a file is unsafe, broken, lost, or another than was saved.
+        """
+        statistics = self.pipelines.digest
+        manifest.check(self.source, statistics)
+        if isinstance(config, PI0Config):
+            self.pipelines.check(config, replaced)
+        return statistics
 
     def normalisation(self, config: PreTrainedConfig) -> Normalisation:
-        """`guard.normalisation` of the processors that the run has: an adapter's, if there is one."""
-        return guard.normalisation(self.of_run(config).source)
+        """What the run's preprocessor does to state and actions; an adapter's, if there is one."""
+        return self.of_run(config).pipelines.normalisation or Normalisation({}, {})
 
     # --- weights ---
 
     @cached_property
     def own(self) -> dict[str, Stored]:
-        """The tensors of the checkpoint's own files, by name.
-
-        Raises:
-            CheckpointError: the checkpoint has no weights, lacks some, or a file is broken.
-        """
+        """The tensors of the checkpoint's own files, by name. Raises CheckpointError as `check`."""
         return index_tensors(self._weight_files())
 
     @cached_property
@@ -218,12 +236,11 @@ class Checkpoint:
         Raises:
             CheckpointError: the weights are not there, broken, or not this network's.
         """
-        if known := manifest.read(self.source):
-            manifest.check_weights(self.source, known, {stored.name: stored.digest for stored in self.own.values()})
+        manifest.check_weights(self.source, {stored.name: stored.digest for stored in self.own.values()})
         if config is not None:
             if (run := self.of_run(config)) is not self:
                 adapters.check_base(run.source, self.source, self.own)
-            config.call_after_save(partial(adapters.record, self.source, self.own))
+            config.call_after_save(partial(adapters.record, self.source.identity, self.own))
         missing = check_tensors(self.source.place, parameters, self.tensors, strict, lambda: self._advice(config))
         if nowhere := [name for name in missing if name in rounded]:
             raise MismatchedCheckpointError(
@@ -258,13 +275,13 @@ class Checkpoint:
             hashed = {name for name, p in wanted.items() if not p.requires_grad}
         names = wanted.keys() & self.tensors.keys()
         digests = fill(module, names, self.tensors, device, hashed)
-        if self._base is not None and digest_of_digests(digests) != self._base.digest:
+        if self._base is not None and digest_of_json(digests) != self._base.digest:
             raise CorruptCheckpointError(
                 f"{self} holds trained weights alone, over the frozen ones of {self._base.id} (revision "
-                f"{self._base.revision}); but what is missing in it has the digest {digest_of_digests(digests)} there, "
+                f"{self._base.revision}); but what is missing in it has the digest {digest_of_json(digests)} there, "
                 f"not {self._base.digest}: the base has changed since, or weights were taken out"
             )
-        if self.source.read_json(manifest.MANIFEST_NAME, again=True) != self.source.read_json(manifest.MANIFEST_NAME):
+        if self.source.has_changed():
             raise manifest.being_written(self.source)
         seconds = time.perf_counter() - started
         logger.info("loaded %d of %s from %s in %.1f s", len(names), _summary(wanted), self, seconds)
@@ -295,25 +312,11 @@ class Checkpoint:
         logger.info("the VLM is %s's (%d tensors, %.1f s)", self, len(wanted), time.perf_counter() - started)
 
     def _weight_files(self) -> list[Path]:
-        """The safetensors files: one, or the shards that the index names."""
-        source = self.source
         self._finish_save()  # it may have been committed since the checkpoint was opened
-        if (single := source.file(SAFETENSORS_SINGLE_FILE)) is not None:
-            return [single]
-        index = source.read_json(SAFETENSORS_INDEX_FILE)
-        if index is None:
+        if not (files := self.source.weight_files()):
             self._refuse_adapter()
             raise CheckpointNotFoundError(f"{self} holds no {SAFETENSORS_SINGLE_FILE}: is it `pretrained_model`?")
-        places = index.get("weight_map")
-        if not isinstance(places, dict) or not all(isinstance(name, str) and name for name in places.values()):
-            raise CorruptCheckpointError(
-                f"{SAFETENSORS_INDEX_FILE} of {self} does not say which file holds which tensor: download or copy it "
-                "again"
-            )
-        files = {name: source.file(name) for name in sorted(set(places.values()))}
-        if missing := [name for name, file in files.items() if file is None]:
-            raise CheckpointNotFoundError(f"{self} lacks {', '.join(missing)}, which its index names")
-        return [file for file in files.values() if file is not None]
+        return files
 
     def _refuse_adapter(self) -> None:
         if self.source.file(ADAPTER_CONFIG_NAME) is not None:
@@ -325,10 +328,8 @@ class Checkpoint:
     def _adapts_vlm(self) -> bool:
         """Whether this is a PEFT adapter that has weights for the VLM."""
         file = self.source.file(ADAPTER_WEIGHTS_NAME)
-        if file is None:
-            return False
-        with opened_safetensors(file) as opened:
-            return any(VLM.removeprefix("model.") in name for name in opened.keys())  # noqa: SIM118
+        found = {} if file is None else index_tensors([file], prefix="adapter.")
+        return any(VLM.removeprefix("model.") in name for name in found)
 
     def _advice(self, config: PI0Config | None) -> str:
         """For weights that do not fit: what the checkpoint's own config.json says otherwise."""

@@ -55,6 +55,12 @@ def decode_config(content: dict[str, Any], place: str) -> PI0Config:
         raise CheckpointConfigError(f"{CONFIG_NAME} of {place} does not describe a π₀: {_reason(error)}") from error
 
 
+def decode_options(options: dict[str, Any]) -> PI0Config:
+    """A config with these options, which JSON holds; raises what draccus and the options' types raise."""
+    with draccus.config_type("json"):
+        return draccus.decode(PI0Config, options | {"device": "cpu"})
+
+
 def decode_saved(content: dict[str, Any], place: str) -> dict[str, Any]:
     """What a lerobot_pi0.json holds: options by name, `updates`, `start` and `base`.
 
@@ -68,8 +74,7 @@ def decode_saved(content: dict[str, Any], place: str) -> dict[str, Any]:
         )
     options = {name: content[name] for name in PLUGIN_FIELDS if name in content}
     try:
-        with draccus.config_type("json"):
-            decoded = draccus.decode(PI0Config, options | {"device": "cpu"})
+        decoded = decode_options(options)
         base = content.get("base")
         return content | {
             **{name: getattr(decoded, name) for name in options},

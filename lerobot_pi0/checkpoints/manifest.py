@@ -8,20 +8,21 @@ without processors, which is not taken for one that was tampered with.
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import xxhash
-from huggingface_hub.constants import CONFIG_NAME
+from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from lerobot.configs import FeatureType
 
 from ..configuration_pi0 import OPTIONS, PLUGIN_CONFIG_NAME
 from .errors import CheckpointConfigError, CorruptCheckpointError
-from .names import ADAPTER_WEIGHTS_NAME, EXPERT_HEAD
+from .names import ACTING_OPTIONS, ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CONFIG_DIGEST, EXPERT_HEAD
 from .pipelines import POSTPROCESSOR, PREPROCESSOR
+from .reading import metadata_of
 from .source import Source
-from .tensor_bytes import digest_of_digests
+from .tensor_bytes import digest_of_file, digest_of_json
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,9 @@ FIXED = {
     PLUGIN_CONFIG_NAME: ("base", "rtc_training_max_delay"),
 }  # fmt: skip
 """What weights and statistics were made for, and cannot be edited in a file. Everything else is an option."""
+
+OF_THE_BASE = ("base_model_name_or_path", "revision")
+"""What may be edited in adapter_config.json, as where a base lies is not what it is."""
 
 HOW_TO_ACCEPT = f"If the change is meant, remove {MANIFEST_NAME}: nothing is compared then"
 
@@ -52,7 +56,7 @@ def make(
     """
     return {
         "version": 1,
-        "options": {name: {key: _digest(x) for key, x in content.items()} for name, content in configs.items()},
+        "options": {name: {key: digest_of_json(x) for key, x in content.items()} for name, content in configs.items()},
         "cameras": cameras(configs[CONFIG_NAME]),
         "weights": weights,
         "statistics": statistics,
@@ -75,27 +79,15 @@ def options_that_matter(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, A
 
 def cameras(config: Mapping[str, Any]) -> list[str]:
     """Cameras in the order in which the network sees them: that of the features in config.json."""
-    features = config.get("input_features") or {}
-    return [key for key, x in features.items() if isinstance(x, dict) and x.get("type") == FeatureType.VISUAL.value]
+    features = config.get("input_features")
+    listed = features.items() if isinstance(features, dict) else ()
+    return [key for key, x in listed if isinstance(x, dict) and x.get("type") == FeatureType.VISUAL.value]
 
 
 def digest_of_weights(digests: Mapping[str, str | None]) -> str | None:
     """One digest of a file's tensors, by the digests that it carries; None where it carries none."""
     known = {name: x for name, x in digests.items() if x is not None and name != EXPERT_HEAD}
-    return digest_of_digests(known) if known else None
-
-
-def _digest(content: Any) -> str:
-    """A digest of what JSON says, whatever the order of its keys."""
-    return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())
-
-
-def digest_of_file(file: Path) -> str:
-    """A digest of a file: of what it says if it is JSON, or else of its bytes."""
-    data = file.read_bytes()
-    if file.suffix == ".json":
-        return _digest(json.loads(data))
-    return xxhash.xxh3_64_hexdigest(data)
+    return digest_of_json(known) if known else None
 
 
 # --- reading ----------------------------------------------------------------------------------------------------
@@ -112,8 +104,10 @@ def read(source: Source) -> dict[str, Any] | None:
         return None
     options, processors = content.get("options"), content.get("processors")
     if not (
-        isinstance(options, dict)
-        and all(isinstance(options.get(name), dict) for name in FIXED)
+        content.keys() >= {"base", "cameras", "processors", "statistics", "weights"}
+        and isinstance(options, dict)
+        and options.keys() >= FIXED.keys()
+        and all(isinstance(saved, dict) for saved in options.values())
         and isinstance(processors, dict | None)
         and isinstance(content.get("cameras"), list)
         and all(isinstance(content.get(name), str | None) for name in ("weights", "statistics"))
@@ -126,70 +120,105 @@ def read(source: Source) -> dict[str, Any] | None:
     return content
 
 
-def check_options(source: Source, manifest: Mapping[str, Any]) -> None:
-    """Compare config.json and lerobot_pi0.json with what was saved.
+def check(source: Source, statistics: str | None) -> None:
+    """Compare the files beside the weights with what was saved; an adapter's weights too, which PEFT will load.
+
+    Args:
+        statistics: digest of those in the checkpoint's processors.
 
     Raises:
         CheckpointConfigError: something was changed that the weights or the statistics were made for.
-        CorruptCheckpointError: the folder is being written.
+        CorruptCheckpointError: a file is broken, lost, or another than was saved; the save was cut off before the
+            processors were written; or the folder is being written.
     """
-    for file, saved in manifest["options"].items():
-        content = source.read_json(file)
-        if content is None:
-            continue  # `guard` knows what is lost with it
-        found = {key: _digest(x) for key, x in content.items()}
-        changed = sorted(key for key in found.keys() | saved.keys() if found.get(key) != saved.get(key))
-        if changed and source.read_json(file, again=True) != content:
-            raise being_written(source)
-        if fixed := [key for key in changed if key in FIXED[file]]:
-            raise CheckpointConfigError(
-                f"{', '.join(fixed)} in {file} of {source} is not what was saved, and the weights were made for that: "
-                f"copy or download the file again. {HOW_TO_ACCEPT}"
-            )
-        if changed:
-            logger.warning("%s of %s was edited since it was saved: %s", file, source, ", ".join(changed))
-        if file == CONFIG_NAME and (order := cameras(content)) != manifest["cameras"]:
-            raise CheckpointConfigError(
-                f"the cameras in {file} of {source} are in the order {', '.join(order)}, and the network was trained "
-                f"with {', '.join(map(str, manifest['cameras']))}: put the keys of input_features back in that order. "
-                "Programs that sort the keys of a JSON file exchange cameras"
-            )
+    manifest = read(source)
+    _check_lost(source)
+    if manifest is not None:
+        for file in (name for name in (*FIXED, ADAPTER_CONFIG_NAME) if name in manifest["options"]):
+            _check_options(source, file, manifest)
+        _check_processors(source, manifest, statistics)
+        if manifest["base"] is not None:
+            _check_adapter(source, manifest)
+    elif source.file(PLUGIN_CONFIG_NAME) is not None:
+        logger.warning(
+            "%s has no %s (version 0.1.0 wrote none): whether its processors and options are those of its weights "
+            "cannot be known. Saving the policy and its processors again makes one",
+            source,
+            MANIFEST_NAME,
+        )
 
 
-def check_processors(source: Source, manifest: Mapping[str, Any], statistics: str | None) -> None:
-    """Compare the processors' files with what was saved.
+def _check_lost(source: Source) -> None:
+    """Notice a lerobot_pi0.json that did not come along: the weights know that it was there."""
+    if source.file(PLUGIN_CONFIG_NAME) is not None or source.file(CONFIG_NAME) is None:
+        return
+    weights = source.file(SAFETENSORS_SINGLE_FILE)
+    carried = {} if weights is None else metadata_of(weights)
+    if CONFIG_DIGEST not in carried:
+        return
+    if (options := carried.get(ACTING_OPTIONS, "{}")) != "{}":
+        raise CorruptCheckpointError(
+            f"{source} has lost {PLUGIN_CONFIG_NAME}, and with it options that decide how the policy acts: {options}. "
+            "Copy or download the file again"
+        )
+    logger.warning(
+        "%s has lost %s, which this plugin wrote with it: updates and options of its training are unknown",
+        source,
+        PLUGIN_CONFIG_NAME,
+    )
 
-    Args:
-        statistics: digest of the statistics in the checkpoint's files.
 
-    Raises:
-        CorruptCheckpointError: one is another, or was lost; or the save was cut off before they were written.
-    """
-    recorded = manifest["processors"]
-    present = [name for name in (PREPROCESSOR, POSTPROCESSOR) if source.file(name) is not None]
-    if recorded is None or not {PREPROCESSOR, POSTPROCESSOR} <= recorded.keys():
+def _check_options(source: Source, file: str, manifest: Mapping[str, Any]) -> None:
+    content, saved = source.read_json(file), manifest["options"][file]
+    if content is None:
+        return  # `_check_lost` knows what is lost with it
+    found = {key: digest_of_json(x) for key, x in content.items()}
+    changed = sorted(key for key in found.keys() | saved.keys() if found.get(key) != saved.get(key))
+    if changed and source.has_changed():
+        raise being_written(source)
+    if fixed := [key for key in changed if (key in FIXED[file] if file in FIXED else key not in OF_THE_BASE)]:
+        raise CheckpointConfigError(
+            f"{', '.join(fixed)} in {file} of {source} is not what was saved, and the weights were made for that: "
+            f"copy or download the file again. {HOW_TO_ACCEPT}"
+        )
+    if changed:
+        logger.warning("%s of %s was edited since it was saved: %s", file, source, ", ".join(changed))
+    if file == CONFIG_NAME and (order := cameras(content)) != manifest["cameras"]:
+        raise CheckpointConfigError(
+            f"the cameras in {file} of {source} are in the order {', '.join(order)}, and the network was trained "
+            f"with {', '.join(map(str, manifest['cameras']))}: put the keys of input_features back in that order. "
+            "Programs that sort the keys of a JSON file exchange cameras"
+        )
+
+
+def _check_processors(source: Source, manifest: Mapping[str, Any], statistics: str | None) -> None:
+    recorded = manifest["processors"] or {}
+    present = [name for name in (PREPROCESSOR, POSTPROCESSOR) if source.read(name) is not None]
+    if not {PREPROCESSOR, POSTPROCESSOR} <= recorded.keys():
         bound = manifest["statistics"]
-        if (recorded and present) or (present and None not in (bound, statistics) and bound != statistics):
+        if present and (recorded or (None not in (bound, statistics) and bound != statistics)):
             raise CorruptCheckpointError(
                 f"the save of {source} is unfinished: it was cut off between the weights and the processors, and the "
                 f"processors that are there belong to other weights. Take another checkpoint. {HOW_TO_ACCEPT}"
             )
         return
     for name, digest in recorded.items():
-        file = source.file(str(name))
-        if file is None:
+        if (found := _digest_of(source, name)) is None:
             raise CorruptCheckpointError(
                 f"{source} has lost {name}, which was saved with it: copy or download it again"
             )
-        try:
-            found = digest_of_file(file)
-        except (ValueError, RecursionError) as error:
-            raise CorruptCheckpointError(f"{file} is no JSON ({error}): download or copy it again") from error
         if found != digest:
             raise CorruptCheckpointError(
                 f"{name} of {source} is not the one that was saved with these weights (its digest differs): copy or "
                 f"download it again. {HOW_TO_ACCEPT}"
             )
+
+
+def _digest_of(source: Source, name: str) -> str | None:
+    """A digest of a file: of what it says if it is JSON, or else of its bytes; None where there is no such file."""
+    if (data := source.read(name)) is None:
+        return None
+    return digest_of_json(source.read_json(name)) if name.endswith(".json") else xxhash.xxh3_64_hexdigest(data)
 
 
 def being_written(source: Source) -> CorruptCheckpointError:
@@ -198,14 +227,14 @@ def being_written(source: Source) -> CorruptCheckpointError:
     )
 
 
-def check_weights(source: Source, manifest: Mapping[str, Any], digests: Mapping[str, str | None]) -> None:
+def check_weights(source: Source, digests: Mapping[str, str | None]) -> None:
     """Compare the weights' digests with those of the weights that were saved with the other files.
 
     Raises:
         CorruptCheckpointError: the weights are of another checkpoint, or the folder is being written.
     """
-    found = digest_of_weights(digests)
-    if None not in (found, manifest["weights"]) and found != manifest["weights"]:
+    found, manifest = digest_of_weights(digests), read(source)
+    if manifest is not None and None not in (found, manifest["weights"]) and found != manifest["weights"]:
         raise CorruptCheckpointError(
             f"the weights in {source} are not those that its {CONFIG_NAME}, processors and {MANIFEST_NAME} were saved "
             "with: they were exchanged, or the folder was being written just now. Load it again; if this repeats, copy "
@@ -213,12 +242,7 @@ def check_weights(source: Source, manifest: Mapping[str, Any], digests: Mapping[
         )
 
 
-def check_adapter(source: Source, manifest: Mapping[str, Any]) -> None:
-    """Compare an adapter's tensors, which PEFT will load, with those that were saved.
-
-    Raises:
-        CorruptCheckpointError: they are others, or lost.
-    """
+def _check_adapter(source: Source, manifest: Mapping[str, Any]) -> None:
     file = source.file(ADAPTER_WEIGHTS_NAME)
     if manifest["weights"] is not None and (file is None or digest_of_file(file) != manifest["weights"]):
         raise CorruptCheckpointError(
@@ -243,17 +267,10 @@ def record_pipeline(folder: Path, config_file: str, statistics: str | None) -> N
         config_file: the pipeline's JSON file.
         statistics: digest of what its normalising step holds; None where it has none.
     """
-    file = folder / MANIFEST_NAME
-    if not file.is_file():
+    source = Source(folder)
+    if (content := read(source)) is None:
         return
-    content = json.loads(file.read_text())
-    names = [config_file, *_state_files(json.loads((folder / config_file).read_text()))]
-    written = {name: digest_of_file(folder / name) for name in names}
-    content["processors"] = {**(content.get("processors") or {}), **written}
-    if statistics is not None:
-        content["statistics"] = statistics
-    write(folder, content)
-
-
-def _state_files(pipeline: Mapping[str, Any]) -> Iterator[str]:
-    yield from (step["state_file"] for step in pipeline["steps"] if step.get("state_file"))
+    steps = (source.read_json(config_file) or {})["steps"]
+    names = [config_file, *(step["state_file"] for step in steps if step.get("state_file"))]
+    content["processors"] = {**(content["processors"] or {}), **{name: _digest_of(source, name) for name in names}}
+    write(folder, content | ({} if statistics is None else {"statistics": statistics}))

@@ -16,7 +16,7 @@ ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 
 DIGESTS = "lerobot_pi0.digests"
 CONFIG_DIGEST = "lerobot_pi0.config"
-OPTIONS = "lerobot_pi0.options"
+ACTING_OPTIONS = "lerobot_pi0.options"
 """Keys of a safetensors file's metadata: a digest per tensor, as JSON; one of the config.json written with it; and, as
 JSON, the options of lerobot_pi0.json without which the policy would act otherwise."""
 

@@ -13,7 +13,7 @@ from ..configuration_pi0 import PLUGIN_CONFIG_NAME, PI0Config
 from . import manifest
 from .names import published_state
 from .source import Source
-from .tensor_bytes import digest_of_digests
+from .tensor_bytes import digest_of_json
 from .writing import save
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Origin:
         base: Base | None = saved.get("base")
         start = saved.get("start")
         # A folder by where it really is: the link `last` will lead to another one soon.
-        own = Base(str(source.folder.resolve()) if source.folder else source.place, source.revision, digest="")
+        own = Base(*source.identity, digest="")
         ours = saved.keys() - {"statistics"}
         if not ours or source.folder is None:  # our own folders know what their run began with
             start = own.id if base is None else source.place
@@ -100,7 +100,8 @@ class Origin:
 
         A resumed run keeps the processors of its checkpoint, whatever its dataset has become.
         """
-        known = None if self._saved_in is None else manifest.read(Source(self._saved_in))
+        place = self._saved_in  # which may have been deleted since
+        known = manifest.read(Source(place)) if place is not None and place.is_dir() else None
         return self.statistics if known is None or known["processors"] is None else known["statistics"]
 
     def left_to_base(self, module: nn.Module, folder: Path | None = None) -> tuple[set[str], Base]:
@@ -124,7 +125,7 @@ class Origin:
                 f"save_expert_only=True would write the trained weights over {folder}, which alone holds the frozen "
                 "ones: save to another folder"
             )
-        return set(digests), self.base._replace(digest=digest_of_digests(digests))
+        return set(digests), self.base._replace(digest=digest_of_json(digests))
 
     def check_run(self, config: PI0Config, module: nn.Module) -> None:
         """Refuse, before training, what could not be saved or pushed after it.

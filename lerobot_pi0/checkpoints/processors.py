@@ -12,20 +12,19 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from lerobot.configs import FeatureType
-from lerobot.utils.constants import POLICY_POSTPROCESSOR_DEFAULT_NAME, POLICY_PREPROCESSOR_DEFAULT_NAME
 from lerobot.utils.feature_utils import dataset_to_policy_features
 
 from ..configuration_pi0 import PI0Config
 from ..inputs.features import padded, set_cameras
-from ..inputs.pipelines import PROMPT, RENAME, Run, Steps, follow
+from ..inputs.pipelines import PROMPT, Run, Steps, follow
 from ..inputs.steps import TOKENIZER
-from .errors import CheckpointConfigError
+from .configs import decode_options
+from .errors import CheckpointConfigError, CorruptCheckpointError
+from .manifest import cameras
+from .pipelines import ABSOLUTE, NORMALISE, RELATIVE, UNNORMALISE, Pipelines
 from .source import Source
 
 logger = logging.getLogger(__name__)
-
-RELATIVE, ABSOLUTE = "relative_actions_processor", "absolute_actions_processor"
-NORMALIZER, UNNORMALIZER = "normalizer_processor", "unnormalizer_processor"
 
 
 class Link(NamedTuple):
@@ -43,59 +42,30 @@ LINKS = (
     Link("text_tokenizer_name", TOKENIZER, "tokenizer_name", trained=False),
     Link("use_relative_actions", RELATIVE, "enabled"),
     Link("relative_exclude_joints", RELATIVE, "exclude_joints"),
-    Link("normalization_mapping", NORMALIZER, "norm_map"),
+    Link("normalization_mapping", NORMALISE, "norm_map"),
 )
 
 
-def saved_steps(source: Source) -> Steps:
-    """Arguments of the steps in a checkpoint's pipelines, by registered name; empty where it has none.
-
-    Raises:
-        CheckpointError: a file is broken.
-    """
-    steps: Steps = {}
-    for name in (POLICY_POSTPROCESSOR_DEFAULT_NAME, POLICY_PREPROCESSOR_DEFAULT_NAME):
-        for step in (source.read_json(f"{name}.json") or {}).get("steps", []):
-            steps[str(step.get("registry_name"))] = step.get("config") or {}
-    return steps
-
-
-def saved_rename_map(source: Source) -> dict[str, str]:
-    """The `--rename_map` that a checkpoint was trained with: the policy's name of a camera by the dataset's.
-
-    Raises:
-        CheckpointError: a file is broken.
-    """
-    return dict(saved_steps(source).get(RENAME, {}).get("rename_map") or {})
-
-
 def settle_processors(
-    source: Source,
+    pipelines: Pipelines,
     slots: Mapping[str, Any],
     own: Mapping[str, Any],
     config: PI0Config,
     meta: Any,
     trains: bool,
 ) -> None:
-    """Bring a run's options together with the processors of its checkpoint, which are rebuilt later.
+    """As `Checkpoint.settle_processors`.
 
     Args:
-        source: the checkpoint whose processors the run has.
         slots: the content of the checkpoint's config.json, whose `input_features` name the slots of the cameras.
         own: the content of the config.json beside the processors.
-        config: options of the run; those that nobody set take the processors' values.
-        meta: the LeRobotDatasetMetadata of the dataset to train on, or None.
-        trains: whether the policy is built for training.
-
-    Raises:
-        CheckpointConfigError: an option cannot be changed without training.
     """
-    steps = saved_steps(source)
-    run = Run(weakref.ref(config), slots=tuple(_cameras(slots)))
+    steps, source = pipelines.arguments, pipelines.source
+    run = Run(weakref.ref(config), slots=tuple(cameras(slots)))
     for link in LINKS:
         if link.argument in steps.get(link.step, {}):
             _settle(link, steps[link.step][link.argument], source, own, config, run.changes, trains)
-    for step, other in ((RELATIVE, ABSOLUTE), (NORMALIZER, UNNORMALIZER)):
+    for step, other in ((RELATIVE, ABSOLUTE), (NORMALISE, UNNORMALISE)):
         shared = {name: x for name, x in run.changes.get(step, {}).items() if name in ("enabled", "norm_map")}
         if shared and other in steps:
             run.changes[other] = shared
@@ -113,7 +83,7 @@ def _settle(
     """One option against the argument of the step that was saved."""
     value = getattr(config, link.option)
     if value is None or (link.option == "tokenizer_max_length" and config.takes_length):
-        setattr(config, link.option, saved)
+        setattr(config, link.option, _decoded(link, saved, source))
         return
     if (plain := _plain(value)) == saved or (link.argument == "exclude_joints" and not config.use_relative_actions):
         return
@@ -125,7 +95,7 @@ def _settle(
             "%s: config.json says %s=%s, the processors say %s, which is what the weights were trained with",
             source, link.option, plain, saved,
         )  # fmt: skip
-        setattr(config, link.option, saved)
+        setattr(config, link.option, _decoded(link, saved, source))
     else:
         raise CheckpointConfigError(
             f"{link.option}={plain}, but the weights of {source} were trained with {saved}: leave --policy."
@@ -133,16 +103,21 @@ def _settle(
         )
 
 
+def _decoded(link: Link, saved: Any, source: Source) -> Any:
+    try:
+        return getattr(decode_options({link.option: saved}), link.option)
+    except Exception as error:  # as in `decode_config`
+        raise CorruptCheckpointError(
+            f"{link.argument}={saved!r} of {link.step} in the processors of {source} cannot be used ({error}): copy or "
+            "download them again"
+        ) from error
+
+
 def _plain(value: Any) -> Any:
     """A value as JSON has it."""
     if isinstance(value, Mapping):
         return {str(key): _plain(x) for key, x in value.items()}
     return list(value) if isinstance(value, tuple) else getattr(value, "value", value)
-
-
-def _cameras(config: Mapping[str, Any]) -> list[str]:
-    features = config.get("input_features") or {}
-    return [key for key, x in features.items() if x.get("type") == FeatureType.VISUAL.value]
 
 
 def _take_cameras(run: Run, config: PI0Config, dataset: Mapping[str, Any]) -> None:

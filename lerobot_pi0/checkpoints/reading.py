@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..kernels import rounding
 from .errors import CorruptCheckpointError, MismatchedCheckpointError
 from .names import DIGESTS, EMBEDDING, EXPERT_HEAD, LM_HEAD, canonical_name
+from .source import decode_json, not_whole
 from .tensor_bytes import DTYPES, PART, bytes_of, hash_of, in_threads, is_finite
 
 DIRECT = ("cpu",)
@@ -51,11 +52,14 @@ def opened_safetensors(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
             yield opened
-    except SafetensorError as error:
-        size = file.stat().st_size if file.exists() else 0
-        raise CorruptCheckpointError(
-            f"{file} ({size} bytes) is not a complete safetensors file: {error}. Download or copy it again"
-        ) from error
+    except (SafetensorError, RuntimeError, OSError) as error:  # the last two where it has gone since
+        raise not_whole(file, error) from error
+
+
+def metadata_of(file: Path) -> dict[str, str]:
+    """What a safetensors file says about itself."""
+    with opened_safetensors(file) as opened:
+        return opened.metadata() or {}
 
 
 def index_tensors(files: Iterable[Path], prefix: str = "") -> dict[str, Stored]:
@@ -70,7 +74,8 @@ def index_tensors(files: Iterable[Path], prefix: str = "") -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for file in files:
         with opened_safetensors(file) as opened:
-            digests, offsets = _digests(opened), _data_offsets(file)
+            carried, offsets = (opened.metadata() or {}).get(DIGESTS, "{}"), _data_offsets(file)
+            digests = decode_json(f"the metadata (digests) of {file}", carried)
             for name in opened.keys():  # noqa: SIM118  it is no mapping
                 part, canonical = opened.get_slice(name), canonical_name(prefix + name)
                 if canonical in found:
@@ -86,16 +91,6 @@ def index_tensors(files: Iterable[Path], prefix: str = "") -> dict[str, Stored]:
         found.setdefault(EMBEDDING, head)
     found.pop(EXPERT_HEAD, None)
     return found
-
-
-def _digests(opened: Any) -> dict[str, str]:
-    try:
-        digests = json.loads((opened.metadata() or {}).get(DIGESTS, "{}"))
-    except (ValueError, RecursionError) as error:
-        raise CorruptCheckpointError(f"the digests that the file carries are unreadable ({error})") from error
-    if not isinstance(digests, dict):
-        raise CorruptCheckpointError("the digests that the file carries are unreadable (no object)")
-    return digests
 
 
 def _data_offsets(file: Path) -> dict[str, int]:

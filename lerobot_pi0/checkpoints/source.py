@@ -1,12 +1,12 @@
 """Files of a checkpoint, from a folder or from the Hugging Face Hub."""
 
-import copy
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, is_offline_mode, try_to_load_from_cache
-from huggingface_hub.constants import CONFIG_NAME
+from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_INDEX_FILE, SAFETENSORS_SINGLE_FILE
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -16,6 +16,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors.torch import load
+from torch import Tensor
 
 from .errors import CheckpointNotFoundError, CorruptCheckpointError
 
@@ -39,9 +41,15 @@ class Source:
     """
 
     def __init__(self, place: str | Path, **hub: Any) -> None:
+        if not isinstance(place, str | Path) or not str(place):
+            raise CheckpointNotFoundError(
+                f"{place!r} names no checkpoint; if an adapter is loaded, base_model_name_or_path in its "
+                "adapter_config.json has to"
+            )
         self.place = str(place)
         self._hub = hub
-        self._known: dict[str, dict[str, Any] | None] = {}
+        self._known: dict[str, bytes | None] = {}
+        self._paths: dict[str, Path] = {}
         self.reads_new = False  # of a committed save that nobody may finish, in a read-only folder
         self.folder = Path(place) if Path(place).is_dir() else None
         if self.folder is None and (snapshot := self.file(CONFIG_NAME)) is not None:
@@ -54,6 +62,11 @@ class Source:
     def revision(self) -> str | None:
         """The commit on the Hub; None for a folder."""
         return None if self.folder is not None else self._hub.get("revision")
+
+    @property
+    def identity(self) -> tuple[str, str | None]:
+        """What it is for others: a folder by where it really is, a repository by id and commit."""
+        return str(self.folder.resolve()) if self.folder is not None else self.place, self.revision
 
     def other(self, place: str | Path, revision: str | None) -> "Source":
         """Another folder or repository, with the same options of the Hub."""
@@ -84,8 +97,8 @@ class Source:
         except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
             raise CheckpointNotFoundError(self._explain(error)) from error
 
-    def read_json(self, name: str, again: bool = False) -> dict[str, Any] | None:
-        """The object in a JSON file; None where the checkpoint has no such file.
+    def read(self, name: str, again: bool = False) -> bytes | None:
+        """The content of a file that is no weights; None where the checkpoint has no such file.
 
         A file is read once, so that all who ask see the same, whatever is written meanwhile.
 
@@ -93,15 +106,61 @@ class Source:
             again: read it anew.
 
         Raises:
+            CheckpointError: there is no way to the file, or it cannot be read.
+        """
+        if name in self._known and not again:
+            return self._known[name]
+        file = self.file(name)
+        content = None if file is None else _bytes_of(file)
+        if not again:
+            self._known[name], self._paths[name] = content, file or Path(name)
+        return content
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """The object in a JSON file, as `read`.
+
+        Raises:
             CheckpointError: there is no way to the file, it is cut, or it holds no object.
         """
-        if again or name not in self._known:
-            file = self.file(name)
-            content = None if file is None else read_json(file)
-            if again:
-                return content
-            self._known[name] = content
-        return copy.deepcopy(self._known[name])
+        data = self.read(name)
+        return None if data is None else decode_json(self._paths[name], data)
+
+    def read_tensors(self, name: str) -> dict[str, Tensor] | None:
+        """The tensors in a safetensors file that is no weights, as `read`.
+
+        Raises:
+            CheckpointError: there is no way to the file, or it is cut.
+        """
+        data = self.read(name)
+        try:
+            return None if data is None else load(data)
+        except Exception as error:  # the library's own, and those of names, types and shapes that there are not
+            raise not_whole(self._paths[name], error) from error
+
+    def has_changed(self) -> bool:
+        """Whether a file of the folder is another than the one that was read, or has gone or come since."""
+        return self.folder is not None and any(self.read(name, again=True) != x for name, x in self._known.items())
+
+    def weight_files(self) -> list[Path]:
+        """The safetensors files of the weights: one, or the shards that the index names; empty where there are none.
+
+        Raises:
+            CheckpointError: the index is broken, or a shard is not there.
+        """
+        if (single := self.file(SAFETENSORS_SINGLE_FILE)) is not None:
+            return [single]
+        if (index := self.read_json(SAFETENSORS_INDEX_FILE)) is None:
+            return []
+        places = index.get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(name, str) and name for name in places.values()):
+            raise CorruptCheckpointError(
+                f"{SAFETENSORS_INDEX_FILE} of {self} does not say which file holds which tensor: download or copy it "
+                "again"
+            )
+        files = {name: self.file(name) for name in sorted(set(places.values()))}
+        if missing := [name for name, file in files.items() if file is None]:
+            raise CheckpointNotFoundError(f"{self} lacks {', '.join(missing)}, which its index names")
+        return [file for file in files.values() if file is not None]
 
     def _explain(self, error: Exception) -> str:
         """What an error of the Hub means for a user."""
@@ -139,10 +198,29 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         CorruptCheckpointError: the file is cut or holds no object.
     """
+    return decode_json(file, _bytes_of(file))
+
+
+def not_whole(file: Path, error: Exception) -> CorruptCheckpointError:
+    size = 0
+    with contextlib.suppress(OSError):  # it may have gone since
+        size = file.stat().st_size
+    return CorruptCheckpointError(
+        f"{file} ({size} bytes) is not a complete safetensors file: {error}. Download or copy it again"
+    )
+
+
+def _bytes_of(file: Path) -> bytes:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        return file.read_bytes()
     except OSError as error:
         raise CorruptCheckpointError(f"{file} cannot be read ({error}): copy or download it again") from error
+
+
+def decode_json(file: str | Path, data: bytes | str) -> dict[str, Any]:
+    """As `read_json`, of what a file holds."""
+    try:
+        content = json.loads(data if isinstance(data, str) else data.decode())
     except (ValueError, RecursionError) as error:  # also what is no text, and numbers and nesting without end
         raise CorruptCheckpointError(f"{file} is no JSON ({error}): download or copy it again") from error
     if not isinstance(content, dict):

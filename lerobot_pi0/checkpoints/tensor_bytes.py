@@ -4,12 +4,15 @@ At full size each pass over the weights through main memory costs seconds. So by
 cache holds, and hashing and checking leave Python's lock to other threads.
 """
 
+import functools
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,9 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 
 PART = 2**20
 """Bytes handled at a time: they fit the cache, and a call from Python costs little compared with the work on them."""
+
+SURE = 10**9
+"""Nanoseconds after which another change of a file surely has another time."""
 
 
 def in_threads[T, R](work: Callable[[T], R], items: Iterable[T]) -> list[R]:
@@ -56,9 +62,25 @@ def digest(name: str, x: Tensor) -> str:
     return hashed.hexdigest()
 
 
-def digest_of_digests(digests: Mapping[str, str]) -> str:
-    """One digest of many tensors, independent of their order."""
-    return xxhash.xxh3_64_hexdigest(json.dumps(digests, sort_keys=True).encode())
+def digest_of_json(content: Any) -> str:
+    """One digest of what JSON says, such as the digests of many tensors, whatever the order of its keys."""
+    return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+
+@functools.lru_cache(maxsize=64)
+def _digest_of_file(file: Path, size: int, changed: int) -> str:
+    hashed, part = xxhash.xxh3_64(), bytearray(PART)
+    with file.open("rb") as opened:
+        while length := opened.readinto(part):
+            hashed.update(memoryview(part)[:length])
+    return hashed.hexdigest()
+
+
+def digest_of_file(file: Path) -> str:
+    """Digest of all bytes of a file; size and time of change tell when an old one has to be read again."""
+    found = file.stat()
+    is_new = time.time_ns() - found.st_mtime_ns < SURE  # the next change may get the same time
+    return (_digest_of_file.__wrapped__ if is_new else _digest_of_file)(file, found.st_size, found.st_mtime_ns)
 
 
 def _largest_bits(dtype: torch.dtype) -> int:

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from . import manifest
 from .errors import CheckpointError, CorruptCheckpointError
-from .names import CONFIG_DIGEST, DIGESTS, OPTIONS
-from .reading import opened_safetensors
+from .names import ACTING_OPTIONS, CONFIG_DIGEST, DIGESTS
+from .reading import metadata_of
 from .source import NEW
 from .tensor_bytes import DTYPES, hash_of, in_threads, parts
 
@@ -75,7 +75,7 @@ def _write_beside(
 ) -> None:
     texts = {name: json.dumps(content, indent=4) + "\n" for name, content in configs.items()}
     metadata = {"format": "pt", CONFIG_DIGEST: xxhash.xxh3_64_hexdigest(texts[CONFIG_NAME].encode())}
-    metadata[OPTIONS] = json.dumps(manifest.options_that_matter(configs))
+    metadata[ACTING_OPTIONS] = json.dumps(manifest.options_that_matter(configs))
     weights = folder / (SAFETENSORS_SINGLE_FILE + NEW)
     part = weights.with_name(weights.name + PART)
     digests = write_tensors(tensors, part, metadata, DIGESTS)
@@ -154,9 +154,7 @@ def _is_committed(folder: Path) -> bool:
     """
     weights, config = folder / (SAFETENSORS_SINGLE_FILE + NEW), folder / CONFIG_NAME
     try:
-        with opened_safetensors(weights) as opened:
-            written_with = (opened.metadata() or {}).get(CONFIG_DIGEST)
-        return bool(written_with == xxhash.xxh3_64_hexdigest(config.read_bytes()))
+        return bool(metadata_of(weights).get(CONFIG_DIGEST) == xxhash.xxh3_64_hexdigest(config.read_bytes()))
     except (OSError, CorruptCheckpointError):
         return False
 

@@ -76,6 +76,7 @@ def problem_of(config: PI0Config, normalisation: Normalisation) -> str | None:
 
 
 def _flat(x: Any) -> np.ndarray:
+    x = x.detach().to("cpu", torch.float64) if isinstance(x, Tensor) else x
     return np.asarray(x, dtype=np.float64).reshape(-1)
 
 
@@ -120,8 +121,8 @@ def digest_of(statistics: Statistics | None) -> str | None:
 
 
 def _float32(x: Any) -> np.ndarray:
-    x = x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
-    return x.astype(np.float32).reshape(-1)
+    x = x.detach().to("cpu", torch.float32) if isinstance(x, Tensor) else x
+    return np.asarray(x, dtype=np.float32).reshape(-1)
 
 
 def name_of_bad(x_BA: Tensor, names: list[str]) -> str | None:

@@ -58,6 +58,7 @@ class ObservationMaker:
     def __init__(self, config: PI0Config) -> None:
         self.config = config
         self._warned: set[str] = set()
+        self._vocabulary = config.architecture().vlm.vocab_size
 
     def __call__(self, batch: Mapping[str, Any], device: torch.device) -> Observation:
         """Check a preprocessed batch and turn it into what the network sees.
@@ -84,7 +85,7 @@ class ObservationMaker:
         for key, image in cameras.items():
             if len(image) != len(state):
                 raise ObservationError(f"{key!r} holds {len(image)} images for {len(state)} states")
-        facts, index = self._facts(cameras, mask, state, batch.get("index"))
+        facts, index = self._facts(cameras, tokens, mask, state, batch.get("index"))
         self._check_facts(facts, batch, cameras)
         longest = int(facts["longest prompt"])
         if self.config.compile_model:
@@ -231,8 +232,8 @@ class ObservationMaker:
         return tokens, mask
 
     def _facts(
-        self, cameras: dict[str, Tensor], mask: Tensor, state: Tensor, index: Any
-    ) -> tuple[dict[str, float], list[int] | None]:
+        self, cameras: dict[str, Tensor], tokens: Tensor, mask: Tensor, state: Tensor, index: Any
+    ) -> tuple[dict[str, Any], list[int] | None]:
         """Numbers about the values, and the samples' index, fetched from the device in one tensor of integers.
 
         A float32 comes as the integer of its bits: float64, which would hold all of them, is not on every device.
@@ -244,23 +245,30 @@ class ObservationMaker:
             low, high = image.aminmax()
             numbers |= {f"{key} low": low, f"{key} high": high}
         bits = torch.stack([*numbers.values()]).to(torch.float).view(torch.int32).long()
-        parts = [torch.stack([last_token.max(), lengths.min()]).long(), bits]
+        parts = [torch.stack([*tokens.long().aminmax(), last_token.max(), lengths.min()]), bits]
         if index is not None:
             index = torch.as_tensor(index).reshape(-1)
             if index.device == bits.device and not index.is_floating_point():
                 parts.append(index.long())
-        longest, shortest, *rest = torch.cat(parts).tolist()
+        lowest, highest, longest, shortest, *rest = torch.cat(parts).tolist()
         values = struct.unpack(f"={len(bits)}f", struct.pack(f"={len(bits)}i", *rest[: len(bits)]))
-        facts = {"longest prompt": longest, "shortest prompt": shortest, **dict(zip(numbers, values, strict=True))}
+        facts = {"longest prompt": longest, "shortest prompt": shortest, "tokens": (lowest, highest)}
+        facts |= dict(zip(numbers, values, strict=True))
         if index is None or len(parts) == 3:
             return facts, None if index is None else rest[len(bits) :]
         return facts, index.tolist()
 
-    def _check_facts(self, facts: dict[str, float], batch: Mapping[str, Any], cameras: dict[str, Tensor]) -> None:
+    def _check_facts(self, facts: dict[str, Any], batch: Mapping[str, Any], cameras: dict[str, Tensor]) -> None:
         if not facts["state is finite"]:
             raise ObservationError(f"{OBS_STATE!r} holds NaN or infinity: check the robot's readings and its bus")
         if facts["shortest prompt"] < 1:
             raise ObservationError("a prompt has no tokens: π₀ needs an instruction in 'task'")
+        lowest, highest = facts["tokens"]
+        if not 0 <= lowest <= highest < self._vocabulary:
+            raise ObservationError(
+                f"{OBS_LANGUAGE_TOKENS!r} holds tokens from {lowest} to {highest}, and the network knows "
+                f"{self._vocabulary}: the tokenizer is not the one of training. Download or copy the checkpoint again"
+            )
         limit = self.config.tokenizer_max_length or 0
         if facts["longest prompt"] >= limit:
             self._warn(

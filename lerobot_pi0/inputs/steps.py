@@ -161,6 +161,8 @@ class PI0TokenizerStep(TokenizerProcessorStep):
                 (Path(folder) / name).write_bytes(content.cpu().contiguous().view(torch.uint8).numpy().tobytes())
             try:
                 self._loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+                if self._loaded.pad_token is None:
+                    raise ValueError("it has no token to pad with")
             except Exception as error:  # libraries of tokenizers raise many kinds
                 raise TokenizerError(
                     f"the tokenizer that the checkpoint carries cannot be loaded ({type(error).__name__}: {error}): "

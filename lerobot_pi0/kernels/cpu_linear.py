@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+import xxhash
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -133,14 +134,14 @@ def packed(module: nn.Module) -> Iterator[None]:
     """Let the linear layers of `module` use copies of their weights, packed in the order in which oneDNN reads them.
 
     Without that, oneDNN reorders each weight at each product, which is a third of the time of a product with few
-    tokens. A copy is used again as long as the weight's checksum is the same. So a weight that has changed in any way
-    (by an optimizer, a merged adapter, or without autograd's knowledge) is packed again.
+    tokens. A copy is used again as long as the digest of the weight's bytes is the same. So a weight that has changed
+    in any way (by an optimizer, a merged adapter, exchanged rows, or without autograd's knowledge) is packed again.
     """
     layers = [m for m in module.modules() if type(m) is Linear and _can_be_packed(m.weight)]
     for layer in layers:
-        checksum = layer.weight.detach().view(torch.int64).sum()
-        if layer not in _copies or _copies[layer][0] != checksum:
-            _copies[layer] = checksum, torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), None)
+        digest = _digest(layer.weight)
+        if layer not in _copies or _copies[layer][0] != digest:
+            _copies[layer] = digest, torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), None)
         layer.packed = _copies[layer][1]
     try:
         yield
@@ -149,8 +150,13 @@ def packed(module: nn.Module) -> Iterator[None]:
             layer.packed = None
 
 
-_copies: "weakref.WeakKeyDictionary[Linear, tuple[Tensor, Tensor]]" = weakref.WeakKeyDictionary()
+_copies: "weakref.WeakKeyDictionary[Linear, tuple[int, Tensor]]" = weakref.WeakKeyDictionary()
 """Kept outside of the layers: oneDNN's packed weights can be neither copied nor pickled with them."""
+
+
+def _digest(weight: Tensor) -> int:
+    """Of all bytes: the version that autograd counts misses changes by `.data`, and inference tensors have none."""
+    return xxhash.xxh3_64_intdigest(weight.detach().view(torch.uint8).numpy())
 
 
 def _can_be_packed(weight: Tensor) -> bool:

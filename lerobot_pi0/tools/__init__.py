@@ -91,7 +91,9 @@ def read_config(path: str, overrides: list[str]) -> Any:
     Raises:
         CheckpointError: there is no such checkpoint, or it is not π₀'s.
     """
-    Checkpoint.open(path).config()  # explains what is wrong with it; LeRobot's parser raises many kinds of errors
+    checkpoint = Checkpoint.open(path)
+    checkpoint.config()  # explains what is wrong with it; LeRobot's parser raises many kinds of errors
+    _ = checkpoint.pipelines  # refuses what would run a program, before a verb builds them
     config: Any = PreTrainedConfig.from_pretrained(path, cli_overrides=overrides)
     config.pretrained_path = path
     return config
@@ -124,7 +126,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2
     try:
         status = module.run(options)
-    except (CheckpointError, ToolError) as error:
+    except (ToolError, ValueError, OSError, FloatingPointError) as error:  # CheckpointError is a ValueError
+        logger.debug("", exc_info=True)
         logger.error("%s: %s", type(error).__name__, plain(error, keep="\n"))
         return 1
     return status if isinstance(status, int) else 0

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lerobot.configs import FeatureType, PreTrainedConfig
-from lerobot.policies import make_pre_post_processors
 from lerobot.processor import NormalizerProcessorStep, PolicyProcessorPipeline
 from lerobot.robots import Robot, RobotConfig, make_robot_from_config
 from lerobot.scripts import lerobot_rollout  # noqa: F401  makes LeRobot's robots and cameras known by name
@@ -23,7 +22,6 @@ from lerobot.utils.constants import POLICY_PREPROCESSOR_DEFAULT_NAME
 from lerobot.utils.feature_utils import dataset_to_policy_features
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.processors import saved_rename_map
 from ..checkpoints.quoting import plain
 from ..configuration_pi0 import PI0Config
 from ..inputs.features import narrow_padded
@@ -34,7 +32,7 @@ from ..inputs.steps import PI0TokenizerStep, TokenizerError, load_tokenizer
 from . import ToolError
 from .checks import CHECKS, NEED_FRAMES
 from .checks.subject import ERROR, FINE, WARNING, Finding, Subject, Trained
-from .data import DatasetOptions, need_pi0, open_recording
+from .data import DatasetOptions, build_pipelines, need_pi0, open_recording
 from .folder import short
 
 logger = logging.getLogger(__name__)
@@ -157,15 +155,10 @@ def read_trained(config: PI0Config) -> Trained:
     if checkpoint.source.file(f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json") is None:
         return Trained(str(source), before, {}, None, f"{source} has no preprocessor, which LeRobot needs")
     checkpoint.check_processors(before, replaced=not config.input_features)
-    try:
-        preprocessor, _ = make_pre_post_processors(
-            config, pretrained_path=str(source), preprocessor_overrides={"device_processor": {"device": "cpu"}}
-        )
-        names = saved_rename_map(checkpoint.source)
-        stats = {names.get(key, key): x for key, x in _stats(preprocessor).items()}  # they have the dataset's names
-        return Trained(str(source), before, stats, *tokenizer_of(preprocessor), names)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ToolError(f"the processors of {source} cannot be rebuilt: {error}") from error
+    preprocessor, _ = build_pipelines(config, device_processor={"device": "cpu"})
+    names = checkpoint.pipelines.rename_map
+    stats = {names.get(key, key): x for key, x in _stats(preprocessor).items()}  # they have the dataset's names
+    return Trained(str(source), before, stats, *tokenizer_of(preprocessor), names)
 
 
 def _stats(preprocessor: PolicyProcessorPipeline) -> dict:

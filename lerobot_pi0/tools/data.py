@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from lerobot.configs import PreTrainedConfig
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
+from lerobot.policies import make_pre_post_processors
 from lerobot.utils.constants import ACTION, HF_LEROBOT_HOME, OBS_STATE
 
 from ..checkpoints.checkpoint import Checkpoint
@@ -130,6 +131,26 @@ def need_pi0(policy: PreTrainedConfig | None) -> PI0Config:
         with contextlib.suppress(CheckpointNotFoundError):
             policy.take_saved(Checkpoint.open(policy.pretrained_path, revision=policy.pretrained_revision).saved())
     return policy
+
+
+def build_pipelines(config: PI0Config, **arguments: dict[str, Any]) -> tuple[Any, Any]:
+    """LeRobot's pipelines of the checkpoint that `config` is of; to be called after its files were checked.
+
+    Args:
+        arguments: of steps, in place of those that were saved, by name of the step.
+
+    Raises:
+        ToolError: a file is damaged in a way that only building them shows.
+    """
+    try:
+        return make_pre_post_processors(
+            config, pretrained_path=str(config.pretrained_path), preprocessor_overrides=arguments
+        )
+    except Exception as error:  # steps and libraries of tokenizers raise errors of many kinds
+        raise ToolError(
+            f"the processors of {config.pretrained_path} cannot be rebuilt: {short(error)}. Copy or download its files "
+            "again"
+        ) from error
 
 
 def dim_names(dataset: Recording | LeRobotDataset, key: str) -> list[str]:

@@ -23,7 +23,6 @@ from lerobot.datasets.factory import resolve_delta_timestamps
 
 from .. import __version__
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.processors import saved_rename_map
 from ..checkpoints.quoting import plain
 from . import ToolError
 from .data import DatasetOptions, need_pi0, need_whole, open_dataset, open_meta
@@ -74,7 +73,7 @@ def run(options: Options) -> None:
     config = need_pi0(options.policy)
     if config.pretrained_path is None:
         raise ToolError("a policy without weights has nothing to show: give --policy.path=CHECKPOINT")
-    options.rename_map = options.rename_map or saved_rename_map(Checkpoint.open(config.pretrained_path).source)
+    options.rename_map = options.rename_map or Checkpoint.open(config.pretrained_path).pipelines.rename_map
     meta = open_meta(options.dataset)
     need_whole(meta)
     episodes, origin = held_out(config, options.dataset, meta)

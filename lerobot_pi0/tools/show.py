@@ -17,7 +17,7 @@ import torch
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from lerobot.configs.train import TRAIN_CONFIG_NAME
 from lerobot.policies.pi0.configuration_pi0 import PI0Config as BuiltinPI0Config
-from lerobot.utils.constants import ACTION, POLICY_PREPROCESSOR_DEFAULT_NAME
+from lerobot.utils.constants import ACTION
 from safetensors import safe_open
 from torch import nn
 
@@ -25,10 +25,12 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, EMBEDDING, LM_HEAD, NETWORK, VLM
 from ..checkpoints.origin import Base
+from ..checkpoints.pipelines import PREPROCESSOR
 from ..checkpoints.quoting import plain
 from ..checkpoints.reading import Stored, index_tensors
 from ..configuration_pi0 import BYTE_TOKENIZER, PLUGIN_FIELDS, PI0Config
 from ..inputs.joints import names_in_config
+from ..inputs.steps import NOT_CARRIED, TOKENIZER
 
 PARTS = {
     "vision tower": VLM + "model.vision_tower.",
@@ -128,14 +130,14 @@ def _training(train: dict[str, Any] | None) -> dict[str, Any] | None:
     """What LeRobot noted about the run; None for checkpoints that no lerobot-train wrote."""
     if train is None:
         return None
-    dataset = train.get("dataset") or {}
+    dataset, optimizer = (x if isinstance(x := train.get(name), dict) else {} for name in ("dataset", "optimizer"))
     return {
         "dataset": dataset.get("repo_id"),
         "episodes": dataset.get("episodes") or "all",
         "held out": dataset.get("eval_split", 0.0),
         "steps": train.get("steps"),
         "batch": train.get("batch_size"),
-        "learning rate": (train.get("optimizer") or {}).get("lr"),
+        "learning rate": optimizer.get("lr"),
         "seed": train.get("seed"),
     }
 
@@ -164,34 +166,20 @@ def _options(config: PI0Config, saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def _processors(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """The tokenizer and whether it travels along, and which features have statistics."""
-    content = checkpoint.source.read_json(f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json")
-    if content is None:
-        return None
-    steps = {step.get("registry_name") or step.get("class"): step for step in content.get("steps", [])}
-    tokenizer, normalizer = steps.get("tokenizer_processor", {}), steps.get("normalizer_processor", {})
-    stored = _state_of(normalizer, checkpoint)
+    """The tokenizer and whether it travels along, and which features have statistics; None without processors."""
+    try:
+        pipelines = checkpoint.pipelines
+        if PREPROCESSOR not in pipelines.steps:
+            return None
+        name = pipelines.arguments.get(TOKENIZER, {}).get("tokenizer_name")
+        carried = pipelines.state_of(TOKENIZER)
+    except CheckpointError as error:
+        return {"cannot be used": str(error)}
     return {
-        "tokenizer": tokenizer.get("config", {}).get("tokenizer_name"),
-        "tokenizer travels": _travels(tokenizer, checkpoint),
-        "statistics of": sorted({name.rpartition(".")[0] for name in stored}),
+        "tokenizer": name,
+        "tokenizer travels": name == BYTE_TOKENIZER or bool(carried and NOT_CARRIED not in carried),
+        "statistics of": sorted(pipelines.normalisation.statistics if pipelines.normalisation else ()),
     }
-
-
-def _state_of(step: dict[str, Any], checkpoint: Checkpoint) -> set[str]:
-    """Names of the tensors that a processor's step keeps in a file of its own."""
-    name = step.get("state_file")
-    file = checkpoint.source.file(name) if name else None
-    return {s.name for s in index_tensors([file], prefix="model.").values()} if file else set()
-
-
-def _travels(tokenizer: dict[str, Any], checkpoint: Checkpoint) -> bool:
-    from ..inputs.steps import NOT_CARRIED
-
-    if tokenizer.get("config", {}).get("tokenizer_name") == BYTE_TOKENIZER:
-        return True  # it is made in place
-    names = _state_of(tokenizer, checkpoint)
-    return bool(names) and NOT_CARRIED not in names
 
 
 def _parts(found: dict[str, Stored]) -> list[dict[str, Any]]:

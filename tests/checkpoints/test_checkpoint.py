@@ -787,14 +787,14 @@ def test_two_processes_finish_the_same_save(tmp_path, monkeypatch):
         if json.loads((folder / "config.json").read_text())["n_action_steps"] == new.config.n_action_steps:
             break
     assert (folder / f"{WEIGHTS}.new").exists()
-    opened = writing.opened_safetensors
+    opened = writing.metadata_of
 
     def late(file):
-        writing.opened_safetensors = opened
+        writing.metadata_of = opened
         finish_interrupted_save(folder)  # the other process, between our look and our reading
         return opened(file)
 
-    monkeypatch.setattr(writing, "opened_safetensors", late)
+    monkeypatch.setattr(writing, "metadata_of", late)
     assert identity(PI0Policy.from_pretrained(folder)) == identity(new)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import micro_policy
+from folders import cut_json, edit_json, flip_json, lose, replace_json
 from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -229,62 +230,9 @@ def spoil_digests(folder: Path, draw: random.Random) -> None:
 
 # --- JSON ---------------------------------------------------------------------------------------------------
 
-VALUES = [
-    None, True, False, -1, 0, 1, 7, 10**30, 0.5, -1e308, "", "x", "cuda", "meta", "float16", "pi05", "../..", [], {},
-    [1], ["a"], {"a": 1}, [[[]]], [2, 2], [0, 0], [16, 8], float("nan"), "MEAN_STD", "١",
-]  # fmt: skip
-
-
-def edit_json(file: Path, draw: random.Random) -> None:
-    """Change, add or take out something at any depth."""
-    content = json.loads(file.read_text())
-    place = content
-    while True:
-        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
-        if not keys:
-            break
-        key = draw.choice(keys)
-        if isinstance(place[key], dict | list) and place[key] and draw.random() < 0.7:
-            place = place[key]
-            continue
-        action = draw.choice(["change", "change", "change", "drop", "add"])
-        if action == "change":
-            place[key] = draw.choice(VALUES)
-        elif action == "drop":
-            del place[key]
-        elif isinstance(place, dict):
-            place[draw.choice(["x", "proj_width", "device", "dtype", ""])] = draw.choice(VALUES)
-        else:
-            place.append(draw.choice(VALUES))
-        break
-    file.write_text(json.dumps(content))
-
-
-def cut_json(file: Path, draw: random.Random) -> None:
-    data = file.read_bytes()
-    file.write_bytes(data[: draw.randrange(len(data))])
-
-
-def flip_json(file: Path, draw: random.Random) -> None:
-    data = bytearray(file.read_bytes())
-    data[draw.randrange(len(data))] = draw.randrange(256)
-    file.write_bytes(data)
-
-
-def replace_json(file: Path, draw: random.Random) -> None:
-    texts = ["", "null", "3", "[]", "{}", '"x"', "[" * 10**5, '{"a":' * 10**5, '{"a": ' + "1" * 10**4 + "}", "\0", "{]"]
-    file.write_text(draw.choice(texts))
-
 
 def of(name: str, change: Callable[[Path, random.Random], None]) -> Mutation:
     return lambda folder, draw: change(folder / name, draw)
-
-
-def lose(folder: Path, draw: random.Random) -> None:
-    file = draw.choice(sorted(folder.iterdir()))
-    file.unlink()
-    if draw.random() < 0.3:
-        file.mkdir()
 
 
 # --- the run ------------------------------------------------------------------------------------------------

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CAMERAS, stats
+from folders import POST, PRE, as_published
 from lerobot.policies.factory import make_pre_post_processors
 from safetensors.torch import load_file, save_file
-from test_pipelines import POST, PRE, as_published, build, edit
+from test_pipelines import build, edit
 
 from lerobot_pi0 import PI0Policy
 from lerobot_pi0.checkpoints.checkpoint import Checkpoint

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CAMERAS, make_batch, stats, tiny_config, write_dataset
+from folders import POST, PRE, as_published
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.processor import ProcessorStep, ProcessorStepRegistry
 from safetensors.torch import load_file, save_file
@@ -18,8 +19,6 @@ from lerobot_pi0.inputs.steps import PI0TokenizerStep, TokenizerError
 from lerobot_pi0.tools import main
 
 pytestmark = pytest.mark.usefixtures("micro")
-
-PRE, POST = "policy_preprocessor.json", "policy_postprocessor.json"
 
 
 @pytest.fixture
@@ -33,15 +32,6 @@ def build(folder: Path, **options) -> Path:
     policy.save_pretrained(folder)
     for pipeline in make_pi0_pre_post_processors(policy.config, stats(cameras=CAMERAS[:1])):
         pipeline.save_pretrained(folder)
-    return folder
-
-
-def as_published(folder: Path) -> Path:
-    """Without what only this plugin writes: nothing can be compared with what was saved."""
-    for file in folder.glob("lerobot_pi0*.json"):
-        file.unlink()
-    tensors = load_file(folder / "model.safetensors")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

@@ -104,7 +104,40 @@ def change_storage(layer: Linear) -> None:
     layer.weight.data = -layer.weight.data
 
 
-@pytest.mark.parametrize("change", [change_in_place, change_behind_autograds_back, change_storage])
+def exchange_rows(layer: Linear) -> None:
+    with torch.no_grad():
+        layer.weight.copy_(layer.weight.flip(0).clone())
+
+
+def exchange_words(layer: Linear) -> None:
+    """What a sum of 64-bit words does not see."""
+    layer.weight.data.copy_(layer.weight.data.view(torch.int64).flip(1).view(torch.bfloat16))
+
+
+def step_of_an_optimizer(layer: Linear) -> None:
+    layer.weight.grad = torch.ones_like(layer.weight)
+    torch.optim.SGD([layer.weight], lr=0.5).step()
+    layer.weight.grad = None
+
+
+def fused_step(layer: Linear) -> None:
+    layer.weight.grad = torch.ones_like(layer.weight)
+    torch.optim.AdamW([layer.weight], lr=0.5, fused=True).step()
+    layer.weight.grad = None
+
+
+def exchange_data(layer: Linear) -> None:
+    """Two tensors in turn, as averages are deployed: the memory may be one that was packed before."""
+    layer.weight.data, layer.other = getattr(layer, "other", layer.weight.data.flip(1).contiguous()), layer.weight.data
+
+
+CHANGES = [
+    change_in_place, change_behind_autograds_back, change_storage, exchange_rows, exchange_words, step_of_an_optimizer,
+    fused_step, exchange_data,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_packed_weights_are_the_weights(fast_bfloat16, change):
     """Catches a packed copy that outlives its weight, in whatever way that was changed, or the block it is for."""
     torch.manual_seed(0)
@@ -121,6 +154,20 @@ def test_packed_weights_are_the_weights(fast_bfloat16, change):
         assert layer.packed is None
         change(layer)
     assert not torch.allclose(plain[0].float(), torch.nn.functional.linear(x, layer.weight, layer.bias).float())
+
+
+@pytest.mark.parametrize("change", [exchange_rows, exchange_words])
+def test_packed_weights_of_inference_mode(fast_bfloat16, change):
+    """Catches a copy that is held to a version counter, which tensors of inference mode do not have."""
+    with torch.inference_mode():
+        layer, x = Linear(64, 96).bfloat16(), torch.randn(3, 64).bfloat16()
+        layer.weight = torch.nn.Parameter(torch.randn(96, 64).bfloat16(), requires_grad=False)
+        assert layer.weight.is_inference()
+        for _ in range(2):
+            plain = layer(x)
+            with cpu_linear.packed(layer):
+                torch.testing.assert_close(layer(x), plain, rtol=1e-2, atol=1e-2)
+            change(layer)
 
 
 def test_packed_layers_are_copied_and_differentiated(fast_bfloat16):

@@ -1,6 +1,7 @@
 """Episodes that a training run held out."""
 
 import math
+from typing import Any
 
 from lerobot.configs.train import TRAIN_CONFIG_NAME
 from lerobot.datasets import LeRobotDatasetMetadata
@@ -16,16 +17,21 @@ def held_out(config: PI0Config, options: DatasetOptions, meta: LeRobotDatasetMet
     if options.episodes is not None:
         return sorted(options.episodes), "those that were named"
     train = Source(str(config.pretrained_path)).read_json(TRAIN_CONFIG_NAME) or {}
-    trained = train.get("dataset") or {}
+    trained = noted if isinstance(noted := train.get("dataset"), dict) else {}
     if trained.get("repo_id") not in (None, options.repo_id):
         return everything, f"of another dataset than that of training ({trained['repo_id']})"
-    seen = trained.get("episodes") or everything
-    if split := trained.get("eval_split"):
+    seen = [x for x in _list(trained.get("episodes")) if x in everything] or everything
+    split = trained.get("eval_split")
+    if isinstance(split, float) and 0 < split < 1:
         return _split(meta, seen, split), f"held out of training by eval_split={split}"
     if rest := sorted({*everything} - {*seen}):
         return rest, "those that training left out"
     last = everything[-max(1, len(everything) // 10) :]
     return last, "NOT held out: training may have seen them. Train with --dataset.eval_split=0.1, or name others"
+
+
+def _list(x: Any) -> list[Any]:
+    return x if isinstance(x, list) else []
 
 
 def _split(meta: LeRobotDatasetMetadata, seen: list[int], split: float) -> list[int]:

@@ -3,19 +3,21 @@
 Axes: N observations, T steps of a chunk, A joints.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from lerobot.datasets import LeRobotDataset
-from lerobot.policies import make_pre_post_processors
 from torch import Tensor
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
+from ...checkpoints.errors import CorruptCheckpointError
 from ...configuration_pi0 import PI0Config
 from .. import ToolError
+from ..data import build_pipelines
 from ..folder import Columns, short
 
 Change = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
@@ -41,13 +43,10 @@ class Runner:
     ) -> None:
         self.config, self.dataset, self.batch_size, self.seed = config, dataset, batch_size, seed
         self.policy = load_policy(config)
-        self.preprocessor, self.postprocessor = make_pre_post_processors(
+        self.preprocessor, self.postprocessor = build_pipelines(
             config,
-            pretrained_path=str(config.pretrained_path),
-            preprocessor_overrides={
-                "device_processor": {"device": str(config.device)},
-                "rename_observations_processor": {"rename_map": rename_map},
-            },
+            device_processor={"device": str(config.device)},
+            rename_observations_processor={"rename_map": rename_map},
         )
         self.columns = columns
         self.rows = spread_over(self.columns.episode, observations)
@@ -104,9 +103,22 @@ def load_policy(config: PI0Config) -> Any:
         return PI0Policy.from_pretrained(path, config=config).eval()
     from peft import PeftConfig, PeftModel
 
-    adapter = PeftConfig.from_pretrained(path)
+    with _named(path):
+        adapter = PeftConfig.from_pretrained(path)
     base = PI0Policy.from_pretrained(adapter.base_model_name_or_path, config=config, revision=adapter.revision)
-    return PeftModel.from_pretrained(base, path, config=adapter).eval()
+    with _named(path):
+        return PeftModel.from_pretrained(base, path, config=adapter).eval()
+
+
+@contextlib.contextmanager
+def _named(adapter: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # PEFT's errors of a damaged file are of many kinds
+        raise CorruptCheckpointError(
+            f"the adapter {adapter} cannot be loaded ({short(error)}): copy or download adapter_config.json and "
+            "adapter_model.safetensors again"
+        ) from error
 
 
 def spread_over(episode: np.ndarray, most: int) -> np.ndarray:

@@ -13,7 +13,6 @@ from lerobot.async_inference.configs import PolicyServerConfig
 from lerobot.async_inference.helpers import RemotePolicyConfig, TimedAction, TimedObservation
 from lerobot.async_inference.policy_server import PolicyServer
 from lerobot.configs import PreTrainedConfig
-from lerobot.policies import make_pre_post_processors
 from lerobot.policies.utils import prepare_observation_for_inference
 from lerobot.processor import RenameObservationsProcessorStep
 from lerobot.transport import services_pb2
@@ -22,6 +21,7 @@ from lerobot.utils.constants import OBS_IMAGES, OBS_STATE, OBS_STR
 from lerobot.utils.feature_utils import build_dataset_frame
 
 from .. import read_config
+from ..data import build_pipelines
 from ..evaluation.predictions import load_policy
 from .requests import RequestError, limited, read_pickle
 
@@ -77,11 +77,8 @@ class RolloutServer(PolicyServer):
         config = read_config(place, ["--compile_model=false", f"--device={specs.device}", *self._overrides])
         rename_map = specs.rename_map if self._rename_map is None and specs.rename_map else self._rename_map
         renamed = {} if rename_map is None else {"rename_observations_processor": {"rename_map": dict(rename_map)}}
-        on_device = {"device_processor": {"device": specs.device}}
-        self.preprocessor, self.postprocessor = make_pre_post_processors(
-            config,
-            pretrained_path=place,
-            preprocessor_overrides=on_device | renamed,
+        self.preprocessor, self.postprocessor = build_pipelines(
+            config, device_processor={"device": specs.device}, **renamed
         )
         features = driven(specs.lerobot_features)
         check_robot(config, features, rename_map_of(self.preprocessor))
