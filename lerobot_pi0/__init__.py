@@ -24,7 +24,7 @@ import draccus
 from lerobot.configs import PreTrainedConfig
 from lerobot.optim import LRSchedulerConfig, OptimizerConfig
 
-from .configuration_pi0 import OPTIMIZERS, SCHEDULES, PI0Config, encode_set
+from .configuration_pi0 import PI0Config, encode_set, optimizers
 
 if TYPE_CHECKING:
     from .modeling_pi0 import PI0Policy
@@ -48,7 +48,7 @@ def take_over() -> None:
     - draccus, which writes configs, leaves unset options of this plugin out (`configuration_pi0.encode_set`);
     - `lerobot-rollout --inference.rtc.mode=trained`, which LeRobot after 0.6.1 has for π₀.₅ only, takes π₀: it
       checks the mode once its options are loaded (`PI0Policy.init_rtc_processor`);
-    - `OPTIMIZERS` and `SCHEDULES` of `configuration_pi0` are known, so that a train_config.json which names them
+    - `OPTIMIZERS` and `SCHEDULES` of `training.optimizers` are known, so that a train_config.json which names them
       can be parsed;
     - a pipeline that is saved beside a policy of this plugin is recorded in the checkpoint's manifest.
 
@@ -61,8 +61,8 @@ def take_over() -> None:
     took_over = PreTrainedConfig.get_known_choices()["pi0"] is PI0Config
     PreTrainedConfig.get_known_choices()["pi0"] = PI0Config
     draccus.encode.register(PI0Config, encode_set)
-    OptimizerConfig.get_known_choices().update(OPTIMIZERS)
-    LRSchedulerConfig.get_known_choices().update(SCHEDULES)
+    OptimizerConfig.get_known_choices().update(optimizers.OPTIMIZERS)
+    LRSchedulerConfig.get_known_choices().update(optimizers.SCHEDULES)
     _accept_trained_mode(sys.modules.get("lerobot.rollout.context"))
     record_saved_pipelines()
     take_over_pipelines()

@@ -33,6 +33,7 @@ class Observation(NamedTuple):
     token_mask_BL: Tensor  # False on padding
     state_BA: Tensor
     padded: bool = True  # False: it is known that no token is padding, so no mask is made
+    prefix: Sequence[KVCache] | None = None  # keys and values of images and prompt per layer, if they are known already
 
 
 class Context(NamedTuple):
@@ -143,22 +144,29 @@ class PI0(nn.Module):
         mask = torch.cat([obs.token_mask_BL.new_ones(images_BSW.shape[:2]), obs.token_mask_BL], dim=1)
         return torch.cat([images_BSW.to(prompt_BLW.dtype), prompt_BLW], dim=1), mask
 
-    def context(self, obs: Observation, with_state: bool = True) -> Context:
-        """Keys and values of prefix and state: once per observation.
+    def prefix_cache(self, obs: Observation) -> tuple[Sequence[KVCache], Tensor]:
+        """Keys and values of the prefix, per layer, and which of its tokens are not padding (B, S).
 
         A frozen VLM runs without autograd, which keeps no activations and propagates nothing through it. Whether it is
         frozen is looked up at each call, since PEFT and users set `requires_grad` after construction.
+        """
+        if obs.prefix is not None:
+            images = obs.prefix[0].keys_BSD.shape[1] - obs.token_mask_BL.shape[1]
+            return obs.prefix, F.pad(obs.token_mask_BL, (images, 0), value=True)
+        trains_vlm = torch.is_grad_enabled() and any(p.requires_grad for p in self.paligemma.parameters())
+        with torch.set_grad_enabled(trains_vlm):
+            x, mask = self.prefix(obs)
+            hidden = additive_mask(mask[:, None], x.dtype) if obs.padded else None
+            return self.vlm.cache(x, self.vlm.rope(mask.cumsum(dim=1) - 1), hidden), mask
+
+    def context(self, obs: Observation, with_state: bool = True) -> Context:
+        """Keys and values of prefix and state: once per observation.
 
         Args:
             with_state: False leaves the state's token to `velocity`. Training does that: as `velocity` runs only once
                 there, state and actions go through each weight of the expert together, which saves a second pass.
         """
-        trains_vlm = torch.is_grad_enabled() and any(p.requires_grad for p in self.paligemma.parameters())
-        with torch.set_grad_enabled(trains_vlm):
-            x, mask = self.prefix(obs)
-            hidden = additive_mask(mask[:, None], x.dtype) if obs.padded else None
-            cache = self.vlm.cache(x, self.vlm.rope(mask.cumsum(dim=1) - 1), hidden)
-
+        cache, mask = self.prefix_cache(obs)
         state = self.state_proj(obs.state_BA.to(self.state_proj.weight.dtype))[:, None]
         if not with_state:
             return Context(cache, mask, state, padded=obs.padded)

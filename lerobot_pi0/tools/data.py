@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from lerobot.configs import PreTrainedConfig
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
+from lerobot.policies import make_pre_post_processors
 from lerobot.utils.constants import ACTION, HF_LEROBOT_HOME, OBS_STATE
 
 from ..checkpoints.checkpoint import Checkpoint
@@ -130,6 +131,33 @@ def need_pi0(policy: PreTrainedConfig | None) -> PI0Config:
         with contextlib.suppress(CheckpointNotFoundError):
             policy.take_saved(Checkpoint.open(policy.pretrained_path, revision=policy.pretrained_revision).saved())
     return policy
+
+
+def preprocessor_for(config: PI0Config, stats: Any, rename_map: dict[str, str]) -> Any:
+    """The preprocessor that training gets, on the CPU.
+
+    Args:
+        config: with all of its features; those of a checkpoint go with the checkpoint's processors.
+        stats: of the dataset.
+    """
+    overrides = {
+        "device_processor": {"device": "cpu"},
+        "rename_observations_processor": {"rename_map": rename_map},
+        "normalizer_processor": {
+            "stats": stats,
+            "features": {**(config.input_features or {}), **(config.output_features or {})},
+            "norm_map": config.normalization_mapping,
+        },
+    }
+    source = None if config.pretrained_path is None else str(config.pretrained_path)
+    preprocessor, _ = make_pre_post_processors(
+        config,
+        pretrained_path=source,
+        pretrained_revision=config.pretrained_revision,
+        dataset_stats=stats,
+        preprocessor_overrides=overrides if source else None,
+    )
+    return preprocessor
 
 
 def dim_names(dataset: Recording | LeRobotDataset, key: str) -> list[str]:
