@@ -218,6 +218,7 @@ def _policy_without_weights(config: PI0Config, adapter: Mapping[str, Any] | None
     config.device, config.compile_model = "cpu", False
     config.max_action_step = config.action_range_margin = None  # they need statistics, and no memory
     policy = PI0Policy.empty(config, pretrained=bool(config.pretrained_path or config.vlm_path))
+    config.save_expert_only = False  # nothing is saved, and there need be no checkpoint
     if kind:
         config.vlm_quantization = kind
         rounding.prepare(policy.model, kind)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cached import write_world
+from cached_world import write_world
 from processes import finish, start
 from safetensors.torch import load_file
 from test_resume import KILLED, RESUMED, SAVED, STEPS, WHOLE_THEN_CUT, kill_in_the_middle

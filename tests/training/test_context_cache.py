@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cached import CHUNK, EPISODES, FRAMES, SIZES, batches, cache, norm, run_of, step, write_policy, write_world
+from cached_world import CHUNK, EPISODES, FRAMES, SIZES, batches, cache, norm, run_of, step, write_policy, write_world
 from conftest import CAMERAS, PEFT_CLI, relative, tiny_config
 from lerobot.datasets import LeRobotDataset
 from lerobot.utils.constants import ACTION, OBS_STATE
@@ -17,6 +17,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from lerobot_pi0 import PI0Policy
 from lerobot_pi0.inputs.samples import IS_PAD, ObservationError
 from lerobot_pi0.kernels import absent
+from lerobot_pi0.tools import main
 from lerobot_pi0.tools.cache import fitting, spread
 from lerobot_pi0.training.context_store import ContextCache, ContextCacheError, read_manifest
 
@@ -248,6 +249,21 @@ def test_it_cannot_act(world):
     obs = torch.zeros(1, 2, 3, 64, 64)
     with pytest.raises(RuntimeError, match="the VLM is not in memory"):
         policy.model.vision(obs[0])
+
+
+def test_check(world, capsys):
+    """Catches a check before training that passes contexts of other options, or asks for what the run does not."""
+    command = [
+        "check", f"--policy.path={world / 'base'}", f"--policy.context_cache={world / 'float32'}",
+        "--dataset.repo_id=test/tiny", f"--dataset.root={world / 'data'}", "--images=4", "--json",
+    ]  # fmt: skip
+    said = []
+    for more in ([], ["--policy.dtype=bfloat16"]):
+        main([*command, *more])
+        said += [x for x in json.loads(capsys.readouterr().out)["findings"] if x["about"] == "contexts"]
+    assert [x["grade"] for x in said] == ["fine", "error"]
+    assert "21 contexts, every=1, are this policy's" in said[0]["message"]
+    assert "dtype 'float32', wanted 'bfloat16'" in said[1]["message"]
 
 
 # --- caching -------------------------------------------------------------------------------------------------------
