@@ -194,14 +194,14 @@ def test_what_cannot_be_planned(caplog):
 
 @pytest.mark.slow
 def test_as_measured(monkeypatch):
-    """Catches whatever the count leaves out: it is within 10 % of what a process takes, in seven configurations."""
+    """Catches whatever the count leaves out: it is within 10 % of what a process takes, in eight configurations."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     try:
         results = importlib.import_module("plan").main(["--size", "medium"])
     finally:
-        for name in ("plan", "measure", "subjects"):
+        for name in ("plan", "cached_steps", "measure", "subjects"):
             sys.modules.pop(name, None)
-    assert len(results) == 7
+    assert len(results) == 8
     for name, result in results.items():
         assert abs(result.deviation) < 0.1, name
 
