@@ -6,6 +6,7 @@
     python benchmarks/bench.py --size full --what chunk --pairs 5 --quantization int8
     python benchmarks/bench.py --size full --what chunk --pairs 5 --beside transformers
     python benchmarks/bench.py --size full --what step-frozen --flow-samples 8 --beside K=1
+    python benchmarks/bench.py --size full --what step-cached --batch-size 8 --pairs 5    # see cached_steps.py
 
 The table's lines are: a training step (forward and backward pass, no optimizer) with the VLM frozen or with everything
 trained; a chunk of 50 actions; a tick of the control loop that only takes an action from the queue. Each is measured
@@ -33,6 +34,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import cached_steps
 import measure
 import psutil
 import torch
@@ -252,7 +254,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     what = list(dict.fromkeys(line.what for line in LINES))
     parser.add_argument("--size", choices=SIZES, default="small", help="size of both networks (default: small)")
     parser.add_argument(
-        "--what", default=",".join(what), help=f"lines to measure, from {','.join(what)} (default: all)"
+        "--what", default=",".join(what), help=f"lines to measure, from {','.join(what)} (default: all); or step-cached"
     )
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="config.dtype (default: bfloat16)"
@@ -271,10 +273,16 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--accounting-only", action="store_true", help="count TFLOP and kept memory, run nothing: no memory needed"
     )
+    parser.add_argument("--theirs-batch", type=int, default=1, help="step-cached: the built-in's; 0: none (default: 1)")
+    parser.add_argument("--frames", type=int, default=64, help="step-cached: frames of the cache (default: 64)")
+    parser.add_argument("--bits", type=int, choices=[8], default=None, help="step-cached: of contexts (default: all)")
+    parser.add_argument("--disk", type=Path, default=None, help="step-cached: folder for the cache (default: /tmp's)")
     parser.add_argument("--no-peak", action="store_true", help="leave out peak memory: a process for each number")
     parser.add_argument("--json", type=Path, default=None, help="also write every number to this file")
     options = parser.parse_args(arguments)
     options.what = options.what.split(",")
+    if options.what == ["step-cached"]:
+        return options
     if unknown := set(options.what) - set(what):
         parser.error(f"--what: {', '.join(sorted(unknown))} is not one of {', '.join(what)}")
     if options.beside == OTHERS and options.what != ["chunk"]:
@@ -295,6 +303,11 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, Result]]:
         f"{'with' if torch.cpu._is_amx_tile_supported() else 'without'} AMX, "  # bfloat16 is fast only with it
         f"load {os.getloadavg()[0]:.1f}"
     )
+    if options.what == ["step-cached"]:
+        found = cached_steps.run(options)
+        if options.json:
+            options.json.write_text(json.dumps(found, indent=2))
+        return found
     results: dict[str, dict[str, Result]] = {}
     rows = [GROUPS, ["", *bench.subjects, "faster", *bench.subjects * 3]]
     for line in (line for line in LINES if line.what in options.what):

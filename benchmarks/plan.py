@@ -1,7 +1,7 @@
 """What `lerobot-pi0 plan` counts, beside the memory that a training step takes on the CPU.
 
-    python benchmarks/plan.py                  # seven configurations of a medium network, minutes
-    python benchmarks/plan.py --size full      # two at full size: 14 GiB
+    python benchmarks/plan.py                  # eight configurations of a medium network, minutes
+    python benchmarks/plan.py --size full      # four at full size: 14 GiB
 
 Measured is the peak of resident memory during the second training step (the first creates the optimizer's states),
 minus the resident memory before the policy was built. A smaller policy takes a step before that, so that libraries are
@@ -10,8 +10,11 @@ how much depends on the order of sizes. `--heap` measures without that.
 """
 
 import argparse
+import atexit
 import json
 import logging
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,8 +22,10 @@ from unittest import mock
 
 import measure
 import torch
+from cached_steps import write_contexts
 from lerobot.configs.default import PeftConfig
-from presets import SIZES, presets
+from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
+from presets import CAMERAS, SIZES, presets
 from subjects import Ours, RandomWeights, batch_for, with_weights
 
 from lerobot_pi0 import PI0Policy
@@ -41,6 +46,7 @@ class Configuration:
     dtype: str = "bfloat16"
     frozen: bool | None = False
     lora: bool = False
+    cached: bool = False
     options: dict = field(default_factory=dict)
 
 
@@ -53,8 +59,14 @@ MEDIUM = [
     Configuration("everything, checkpointing", 4, options=CHECKPOINTING),
     Configuration("LoRA", 2, frozen=None, lora=True),
     Configuration("LoRA, frozen VLM in int8", 16, frozen=True, lora=True, options={"vlm_quantization": "int8"}),
+    Configuration("cached contexts", 8, frozen=True, cached=True),
 ]
-FULL = [Configuration("frozen VLM, batch 1", 1, frozen=True), Configuration("frozen VLM, batch 8", 8, frozen=True)]
+FULL = [
+    Configuration("frozen VLM, batch 1", 1, frozen=True),
+    Configuration("frozen VLM, batch 8", 8, frozen=True),
+    Configuration("cached contexts", 8, frozen=True, cached=True),
+    Configuration("cached contexts, 8 bits", 8, frozen=True, cached=True, options={"optimizer_8bit": True}),
+]
 CONFIGURATIONS = {"small": MEDIUM, "medium": MEDIUM, "full": FULL}
 
 
@@ -64,6 +76,7 @@ class Result:
 
     counted: int
     measured: int
+    pages: int = 0  # of the contexts' file, which the system can take back: not in `measured`
 
     @property
     def deviation(self) -> float:
@@ -73,6 +86,7 @@ class Result:
 
 def make_config(line: Configuration, size: str):
     base = {"pretrained_path": "base"} if line.lora else {}  # without it LeRobot refuses adapters
+    base |= {"context_cache": "contexts", "save_expert_only": True} if line.cached else {}
     return Ours.config(SIZES[size], line.dtype, line.frozen, **line.options, **base)
 
 
@@ -93,15 +107,18 @@ def trainer(line: Configuration, size: str) -> Callable[[], None]:
     config = make_config(line, size)
     kind, config.vlm_quantization = config.vlm_quantization, None  # there is no checkpoint to round
     with presets(SIZES[size]), mock.patch.object(init, "initialise"):
-        policy = PI0Policy(config)
+        policy = PI0Policy.empty(config, pretrained=True) if line.cached else PI0Policy(config)
     if kind:
         rounding.prepare(policy.model, kind)
     if line.lora:
         policy.wrap_with_peft(peft_cli_overrides=adapter(line))
     with_weights(policy, RandomWeights(), training=True)
+    policy.config.save_expert_only = False  # there is no checkpoint that could be the base
     preset = policy.config.get_optimizer_preset()
     optimizer = preset.build(policy.get_optim_params())
     batch = batch_for(SIZES[size], line.cameras, batch_size=line.batch)
+    if line.cached:
+        batch = read_contexts(policy, line, size, batch)
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=line.dtype == "bfloat16"):
@@ -115,6 +132,19 @@ def trainer(line: Configuration, size: str) -> Callable[[], None]:
     return step
 
 
+def read_contexts(policy: PI0Policy, line: Configuration, size: str, batch: dict) -> dict:
+    """The batch as that of a cache with as many frames, which the policy then reads; pages of its file count apart."""
+    for key in (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK):
+        batch[key] = batch[key][:1].expand(line.batch, -1).clone()
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with presets(SIZES[size]):
+        contexts = write_contexts(folder, policy.config, line.cameras, batch, line.batch, None)
+    policy.observe.contexts = contexts
+    pixel = dict.fromkeys(CAMERAS[: line.cameras], torch.zeros(line.batch, 3, 1, 1))
+    return batch | pixel | {"index": torch.arange(line.batch)}
+
+
 def compare(line: Configuration, size: str, heap: bool) -> Result:
     """Both peaks; in a process of its own."""
     logging.disable(logging.WARNING)
@@ -122,12 +152,13 @@ def compare(line: Configuration, size: str, heap: bool) -> Result:
     trainer(line, "small")()
     if not heap:
         measure.give_back_at_once()
-    before = measure.resident_bytes()
+    before, pages = measure.resident_bytes(), measure.file_bytes()
     step = trainer(line, size)
     step()
     measure.restart_peak()
     step()
-    return Result(expected, measure.resident_bytes(most=True) - before)
+    pages = measure.file_bytes() - pages if line.cached else 0
+    return Result(expected, measure.resident_bytes(most=True) - before - pages, pages)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Result]:
@@ -144,7 +175,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Result]:
             r = results[line.name] = measure.in_own_process(compare, line, options.size, options.heap)
             print(
                 f"{line.name:28} batch {line.batch}, {line.cameras} cameras, {line.dtype:9} counted "
-                f"{r.counted / GIB:7.3f} GiB, measured {r.measured / GIB:7.3f} GiB, {r.deviation:+.1%}",
+                f"{r.counted / GIB:7.3f} GiB, measured {r.measured / GIB:7.3f} GiB, {r.deviation:+.1%}"
+                + (f", {r.pages / GIB:.3f} GiB of file pages apart" if r.pages else ""),
                 flush=True,
             )
     if options.json:

@@ -26,7 +26,7 @@ from transformers import PI0Config as TransformersConfig
 
 from lerobot_pi0 import PI0Config, PI0Policy
 from lerobot_pi0.control.sampling import Sampler
-from lerobot_pi0.kernels import rounding
+from lerobot_pi0.kernels import absent, rounding
 from lerobot_pi0.network import flow, init
 from lerobot_pi0.network.sizes import GemmaSize
 
@@ -83,7 +83,8 @@ def with_weights(policy: Policy, make: MakeWeight, training: bool) -> Policy:
     rounded = rounding.layers(policy)
     for name, layer in rounded.items():
         layer.put(make(name, layer.weight.shape, layer.dtype))
-    weights = {name: make(name, p.shape, p.dtype) for name, p in policy.named_parameters() if name not in rounded}
+    others = rounded.keys() | absent.names(policy)
+    weights = {name: make(name, p.shape, p.dtype) for name, p in policy.named_parameters() if name not in others}
     policy.load_state_dict(weights, assign=True, strict=False)
     return policy.train(training)
 

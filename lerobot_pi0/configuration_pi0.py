@@ -25,12 +25,7 @@ from lerobot.policies.pi0.configuration_pi0 import PI0Config as BuiltinPI0Config
 
 from .network.sizes import EXPERT_PRESETS, PALIGEMMA_PRESETS, Architecture
 from .rules import LEROBOTS, Rule, above, at_least, kinds_of, one_of
-from .training.optimizers import (
-    AdamW8bitConfig,
-    AveragedAdamW8bitConfig,
-    AveragedAdamWConfig,
-    WarmupCosineConfig,
-)
+from .training import optimizers
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +99,9 @@ class PI0Config(BuiltinPI0Config):
     # Rounds a frozen VLM when it is loaded. "int8": smaller, faster on CPUs, less exact; "nf4": smaller still, slower,
     # less exact still; "fp8": as small as int8, for NVIDIA cards from Ada on. None rounds nothing.
     vlm_quantization: str | None = option(None, one_of("int8", "fp8", "nf4"), of_the_run=True)
+    # Train the expert on the contexts that `lerobot-pi0 cache` has put into this folder, without the VLM in memory.
+    # Goes with --dataset.root=FOLDER/dataset. None: contexts are computed at each step.
+    context_cache: str | None = option(of_the_run=True)
     # On CUDA, launch a chunk, and in training a frozen VLM, as one CUDA graph. None means True.
     cuda_graphs: bool | None = option(True)
     # Real-time chunking: vjp, identity or trained. None takes trained after rtc_training_max_delay, or else identity.
@@ -277,13 +275,26 @@ class PI0Config(BuiltinPI0Config):
         if self.recipe == "openpi" and preset.weight_decay == BuiltinPI0Config.optimizer_weight_decay:
             preset.weight_decay = 1e-10
         if self.optimizer_8bit:
-            return (AveragedAdamW8bitConfig if self.ema_decay else AdamW8bitConfig)(**vars(preset))
-        return AveragedAdamWConfig(**vars(preset)) if self.ema_decay else preset
+            kind = optimizers.AveragedAdamW8bitConfig if self.ema_decay else optimizers.AdamW8bitConfig
+            return kind(**vars(preset))
+        return optimizers.AveragedAdamWConfig(**vars(preset)) if self.ema_decay else preset
 
     def get_scheduler_preset(self) -> LRSchedulerConfig:
         """LeRobot's, or openpi's: the same numbers, but never rescaled, and the decay begins after the warm-up."""
         preset = super().get_scheduler_preset()
-        return WarmupCosineConfig(**vars(preset)) if self.recipe == "openpi" else preset
+        return optimizers.WarmupCosineConfig(**vars(preset)) if self.recipe == "openpi" else preset
+
+    @property
+    def action_delta_indices(self) -> list[int] | None:  # type: ignore[override]
+        """Which actions LeRobot gathers for a sample; none where a sample of the dataset holds its chunk already."""
+        return None if self.context_cache else super().action_delta_indices
+
+    def set_dataset_feature_metadata(self, features: dict[str, Any]) -> None:
+        """LeRobot tells which features the dataset has, before it builds the policy."""
+        if self.context_cache:
+            from .training.context_cache import take_features  # it needs this module
+
+            take_features(self, features)
 
     def to_files(self) -> dict[str, dict[str, Any]]:
         """Content of a checkpoint's config.json, LeRobot's keys alone, and of this plugin's file."""
@@ -332,12 +343,3 @@ def choices(name: str) -> tuple[str, ...]:
 def help_of(name: str) -> str:
     """The help text of an option, as `--help` shows it: the comment above its field."""
     return " ".join(get_attribute_docstring(PI0Config, name).comment_above.split())
-
-
-OPTIMIZERS = {
-    "pi0_averaged_adamw": AveragedAdamWConfig,
-    "pi0_adamw_8bit": AdamW8bitConfig,
-    "pi0_averaged_adamw_8bit": AveragedAdamW8bitConfig,
-}
-SCHEDULES = {"pi0_warmup_cosine": WarmupCosineConfig}
-"""Optimizers and schedules of the plugin by their names in train_config.json; `take_over` registers them."""

@@ -32,13 +32,12 @@ from .control.player import Player
 from .control.sampling import Sampler
 from .inputs.features import narrow_padded
 from .inputs.normalisation import Normalisation, digest_of
-from .inputs.observation import ObservationMaker
 from .inputs.samples import leave_out_depth
 from .inputs.statistics import check_dataset
-from .kernels import rounding
+from .kernels import absent
 from .network import init
 from .network.pi0 import PI0
-from .training import lora
+from .training import context_cache, lora
 from .training.objective import Objective
 from .training.run import Run
 
@@ -69,9 +68,9 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
             ValueError: options, features or statistics do not go together.
         """
         vlm = getattr(config, "vlm_path", None)  # a config of another class is refused below, by name
-        if getattr(config, "vlm_quantization", None):
+        if option := next((x for x in ("vlm_quantization", "context_cache") if getattr(config, x, None)), None):
             raise ValueError(
-                "vlm_quantization rounds the VLM of a checkpoint when it is loaded, and there is none: give "
+                f"{option} goes with the VLM of a checkpoint, and there is none: give "
                 "--policy.path or --policy.pretrained_path, or leave it out"
             )
         self._build(config, dataset_stats, dataset_meta, {"start": vlm}, vlm is not None)
@@ -117,6 +116,7 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         if not isinstance(config, PI0Config):
             raise TypeError(f"config is a {type(config).__name__}, expected lerobot_pi0.PI0Config")
         super().__init__(config)
+        self.observe = context_cache.observations(config)
         leave_out_depth(config)
         config.validate_features()
         trains = dataset_stats is not None or dataset_meta is not None
@@ -133,10 +133,9 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         kernels.install(self.model)
         self._run = Run(config)
         self._run.prepare(self.model, trains)
-        if config.vlm_quantization:  # DDP cannot send rounded weights
-            self._ddp_params_and_buffers_to_ignore = rounding.names_for_ddp(self)
+        if names := absent.names_for_ddp(self):  # DDP cannot send what has no numbers
+            self._ddp_params_and_buffers_to_ignore = names
         sampler = Sampler(config.compile_mode if config.compile_model else None, config.cuda_graphs)
-        self.observe = ObservationMaker(config)
         self.objective = Objective(config, self.observe, sampler, self._run.autocast)
         self._player = Player(config, self.observe, sampler, self._run.autocast, limits)
         self.init_rtc_processor()
@@ -186,9 +185,12 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         saved = checkpoint.settle(config, dataset_meta, dataset_stats is not None or dataset_meta is not None)
         statistics = partial(checkpoint.normalisation, config)  # read only if a bound needs them
         policy = cls.empty(config, dataset_stats, dataset_meta, saved, True, statistics)  # type: ignore[arg-type]
-        missing = checkpoint.check(dict(policy.named_parameters()), strict, policy.config, rounding.layers(policy))
+        missing = checkpoint.check(
+            dict(policy.named_parameters()), strict, policy.config, absent.without_numbers(policy)
+        )
         policy._initialise(missing)
         digests = checkpoint.read(policy, torch.device(policy.config.device), policy.config.save_expert_only)
+        context_cache.check(policy.observe, digests)
         policy.origin = Origin.of(checkpoint.source, saved, digests, policy.origin.statistics)
         return policy.finish()
 

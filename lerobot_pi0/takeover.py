@@ -14,7 +14,8 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.optim import LRSchedulerConfig, OptimizerConfig
 from lerobot.processor import DataProcessorPipeline, NormalizerProcessorStep
 
-from .configuration_pi0 import OPTIMIZERS, SCHEDULES, PI0Config, encode_set
+from .configuration_pi0 import PI0Config, encode_set
+from .training import optimizers
 
 TAKEOVER_VARIABLE = "LEROBOT_PI0_TAKEOVER"
 
@@ -28,7 +29,7 @@ def take_over(version: str) -> None:
       actions) and with what the run asks for (`inputs.pipelines`); those of other policies are left alone.
     - A pipeline that is saved beside a policy of this plugin is recorded in the checkpoint's manifest.
     - draccus, which writes configs, leaves unset options of this plugin out (`configuration_pi0.encode_set`).
-    - `OPTIMIZERS` and `SCHEDULES` of `configuration_pi0` are known, so that a train_config.json which names them
+    - `OPTIMIZERS` and `SCHEDULES` of `training.optimizers` are known, so that a train_config.json which names them
       can be parsed.
     - `lerobot-rollout --inference.rtc.mode=trained`, which LeRobot after 0.6.1 has for π₀.₅ only, takes π₀: it
       checks the mode once its options are loaded (`PI0Policy.init_rtc_processor`).
@@ -38,8 +39,8 @@ def take_over(version: str) -> None:
     took_over = PreTrainedConfig.get_known_choices()["pi0"] is PI0Config
     PreTrainedConfig.get_known_choices()["pi0"] = PI0Config
     draccus.encode.register(PI0Config, encode_set)
-    OptimizerConfig.get_known_choices().update(OPTIMIZERS)
-    LRSchedulerConfig.get_known_choices().update(SCHEDULES)
+    OptimizerConfig.get_known_choices().update(optimizers.OPTIMIZERS)
+    LRSchedulerConfig.get_known_choices().update(optimizers.SCHEDULES)
     _accept_trained_mode(sys.modules.get("lerobot.rollout.context"))
     _record_saved_pipelines()
     _rebuild_saved_pipelines()

@@ -15,7 +15,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def bench(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     yield importlib.import_module("bench")
-    for name in ("bench", "measure", "subjects"):
+    for name in ("bench", "cached_steps", "measure", "subjects"):
         sys.modules.pop(name, None)
 
 
@@ -79,6 +79,17 @@ def test_flow_samples(bench):
     what = ["--what", "step-frozen", "--flow-samples", "8", "--beside", "K=1", "--accounting-only"]
     for row in bench.main(what).values():
         assert 2 < row["ours"].flop / row["K=1"].flop < 9
+
+
+def test_cached_steps(bench, capsys):
+    """Catches a benchmark of cached contexts that computes them, or whose fused optimizer computes something else."""
+    found = bench.main(["--what", "step-cached", "--batch-size", "2", "--pairs", "1", "--frames", "4", "--bits", "8"])
+    assert list(found) == ["3 cameras", "1 cameras"]
+    for row in found.values():
+        assert all(x > 0 for times in row["seconds"].values() for x in times)
+        assert row["seconds"].keys() == {"read", "from disk", "computed", "built-in"}
+        assert 0 < row["fused differs by"] < 1e-5
+    assert capsys.readouterr().out.count("forward and backward: ") == 2
 
 
 @pytest.mark.parametrize("cameras", [3, 1])

@@ -74,7 +74,7 @@ DEFAULTS = {
     "rtc_training_max_delay": 0, "ema_decay": 0.0, "augment_images": False, "clean_prompts": False,
     "mask_padded_actions": False, "optimizer_8bit": False, "recipe": "lerobot", "text_tokenizer_name": "bytes",
     "vlm_path": None, "vlm_quantization": None, "rtc_guidance": None, "max_action_step": None,
-    "action_range_margin": None,
+    "action_range_margin": None, "context_cache": None,
 }  # fmt: skip
 """What version 0.1.0 does where nothing is said."""
 
@@ -199,13 +199,14 @@ OTHER = {"flow_samples": 3, "solver": "heun", "solver_tolerance": 0.5, "rtc_trai
          "augment_images": True, "clean_prompts": True, "image_resize": "openpi",
          "mask_padded_actions": True, "optimizer_8bit": True, "recipe": "openpi", "text_tokenizer_name": "t",
          "vlm_path": "v", "vlm_quantization": "int8", "rtc_guidance": "vjp", "max_action_step": 2.0,
-         "action_range_margin": 0.5}  # fmt: skip
+         "action_range_margin": 0.5, "context_cache": "contexts"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_who_says_it(name):
     """Catches a run that overrules what was asked for, or that inherits what was the earlier run's own."""
-    of_the_run = ("ema_decay", "augment_images", "mask_padded_actions", "optimizer_8bit", "recipe", "vlm_quantization")
+    of_the_run = ("ema_decay", "augment_images", "mask_padded_actions", "optimizer_8bit", "recipe", "vlm_quantization",
+                  "context_cache")  # fmt: skip
     saved = {name: OTHER[name]}
     unset, asked = tiny_config(), tiny_config(**saved)
     unset.resolve(saved, vlm_is_pretrained=True)

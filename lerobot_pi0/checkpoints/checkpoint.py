@@ -245,7 +245,7 @@ class Checkpoint:
         if nowhere := [name for name in missing if name in rounded]:
             raise MismatchedCheckpointError(
                 f"{self} lacks {len(nowhere)} weights of the VLM, such as {min(nowhere)}; they would be random, which "
-                "vlm_quantization does not round: leave it out"
+                "vlm_quantization does not round, and which context_cache does not train: leave the option out"
             )
         return missing
 

@@ -104,7 +104,10 @@ def _start(config: PI0Config, base: str | None, on_hub: bool) -> str:
     name = base if on_hub else f"a folder, …/{'/'.join(Path(base).parts[-3:])}"  # not where it was: cards are public
     if base == config.vlm_path:
         return f"the VLM alone is that of {name}; everything else was trained from random weights"
-    return f"fine-tuned from {name}"
+    part = (
+        "; the frozen weights are not in this repository: they are loaded from there" if config.save_expert_only else ""
+    )
+    return f"fine-tuned from {name}{part}"
 
 
 def _dataset(dataset: str | None, meta: Any) -> str:
@@ -117,7 +120,8 @@ def _training(train: Any) -> str:
     if train is None:
         return "unknown"
     optimizer = getattr(train.optimizer, "lr", None)
-    return f"{train.steps} steps, batch {train.batch_size}, learning rate {optimizer}, seed {train.seed}"
+    contexts = ", on cached contexts: the VLM was frozen" if getattr(train.policy, "context_cache", None) else ""
+    return f"{train.steps} steps, batch {train.batch_size}, learning rate {optimizer}, seed {train.seed}{contexts}"
 
 
 def _actions(config: PI0Config) -> str:

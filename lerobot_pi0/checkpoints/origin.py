@@ -79,9 +79,9 @@ class Origin:
         Raises:
             ValueError: as `left_to_base`; or all weights would be written, and the VLM's are not in memory.
         """
-        if config.vlm_quantization and not config.save_expert_only:
+        if (option := _instead_of_vlm(config)) and not config.save_expert_only:
             raise ValueError(
-                "the VLM is rounded in memory (vlm_quantization), so a whole checkpoint cannot be written from it: "
+                f"the VLM is {option}, so a whole checkpoint cannot be written from it: "
                 "load the policy without, and save that; or set save_expert_only=True"
             )
         configs = config.to_files()
@@ -135,12 +135,12 @@ class Origin:
         """
         if config.save_expert_only:
             self.left_to_base(module)
-        if config.push_to_hub and config.repo_id and config.vlm_quantization and self.folder is not None:
+        option = _instead_of_vlm(config)
+        if config.push_to_hub and config.repo_id and option and self.folder is not None:
             raise ValueError(
                 f"the frozen weights are in the folder {self.folder}, which nobody else has, and a VLM that is "
-                "rounded (vlm_quantization) cannot be pushed with the trained ones: set --policy.push_to_hub=false, "
-                "and push the checkpoint after training, loaded without vlm_quantization; or begin with a checkpoint "
-                "of the Hub"
+                f"{option} cannot be pushed with the trained ones: set --policy.push_to_hub=false, and push the "
+                "checkpoint after training, loaded without that option; or begin with a checkpoint of the Hub"
             )
 
     @contextmanager
@@ -156,3 +156,10 @@ class Origin:
             yield
         finally:
             config.save_expert_only = asked
+
+
+def _instead_of_vlm(config: PI0Config) -> str | None:
+    """What is in memory in place of the VLM, with the option that asks for it; None where the VLM itself is."""
+    if config.context_cache:
+        return "left out of memory (context_cache)"
+    return "rounded in memory (vlm_quantization)" if config.vlm_quantization else None

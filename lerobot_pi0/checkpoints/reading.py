@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..kernels import rounding
+from ..kernels import absent, rounding
 from .errors import CorruptCheckpointError, MismatchedCheckpointError
 from .names import DIGESTS, EMBEDDING, EXPERT_HEAD, LM_HEAD, canonical_name
 from .source import decode_json, not_whole
@@ -33,6 +33,8 @@ SERIAL = 2**15
 """Numbers that torch converts without threads of its own, which would only wait for ours."""
 
 HUGE_PAGE = 2**21
+
+META = torch.device("meta")
 
 
 class Stored(NamedTuple):
@@ -111,7 +113,7 @@ def fill(
     """Put parameters of a module, which are on the `meta` device, into memory with the numbers of the files.
 
     Args:
-        names: which parameters.
+        names: which parameters; those of a VLM that is left out (`kernels.absent`) stay, and are read for digests.
         found: where they are stored, by name.
         hashed: names whose digests are wanted; hashing costs time.
 
@@ -122,10 +124,11 @@ def fill(
         CorruptCheckpointError: one is not what was written, or not finite.
     """
     parameters, rounded = dict(module.named_parameters()), rounding.layers(module)
-    names = set(names)
+    names, left_out = set(names), absent.names(module)
 
     def memory(name: str) -> Tensor:
-        return allocate(parameters[name].shape, parameters[name].dtype, device)
+        place = META if name in left_out else device
+        return allocate(parameters[name].shape, parameters[name].dtype, place)
 
     def read_and_round(name: str) -> str:  # a few at a time: all of them unrounded are never in memory
         weight = memory(name)

@@ -75,7 +75,9 @@ class Sampler:
 
     def training_context(self, model: PI0, obs: Observation) -> Context:
         """The context of a loss, whose `velocity` takes the state's token."""
-        prefix = None if self.prefixes is None else replay_prefix(self.prefixes, model, obs)
+        prefix = None
+        if self.prefixes is not None and obs.prefix is None:
+            prefix = replay_prefix(self.prefixes, model, obs)
         if prefix is None:
             return self.context(model, obs, with_state=False)
         return model.context(obs, with_state=False, prefix=prefix)

@@ -267,8 +267,3 @@ def prepare(model: PI0, kind: str) -> None:
 def layers(module: nn.Module) -> dict[str, RoundedLinear]:
     """Rounded layers by the names of their weights."""
     return {f"{name}.weight": m for name, m in module.named_modules() if isinstance(m, RoundedLinear)}
-
-
-def names_for_ddp(module: nn.Module) -> list[str]:
-    """Names of the rounded weights as DDP meets them: peft puts a prefix before them."""
-    return [prefix + name for name in layers(module) for prefix in ("", "base_model.model.")]

@@ -33,9 +33,10 @@ class Observation(NamedTuple):
     token_mask_BL: Tensor  # False on padding
     state_BA: Tensor
     padded: bool = True  # False: it is known that no token is padding, so no mask is made
+    prefix: Sequence[KVCache] | None = None  # keys and values of images and prompt per layer, if they are known already
 
 
-Prefix = tuple[list[KVCache], Tensor]
+Prefix = tuple[Sequence[KVCache], Tensor]
 """Keys and values of the first block per layer, S tokens each, and which tokens are not padding, (B, S)."""
 
 
@@ -149,6 +150,9 @@ class PI0(nn.Module):
         A frozen VLM runs without autograd, which keeps no activations and propagates nothing through it. Whether it is
         frozen is looked up at each call, since PEFT and users set `requires_grad` after construction.
         """
+        if obs.prefix is not None:
+            images = obs.prefix[0].keys_BSD.shape[1] - obs.token_mask_BL.shape[1]
+            return obs.prefix, F.pad(obs.token_mask_BL, (images, 0), value=True)
         trains_vlm = torch.is_grad_enabled() and any(p.requires_grad for p in self.paligemma.parameters())
         with torch.set_grad_enabled(trains_vlm):
             x, mask = self.prefix(obs)

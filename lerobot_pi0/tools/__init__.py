@@ -26,6 +26,7 @@ VERBS = {
     "show": "describe a checkpoint: what it was trained on, what it expects, which programs can load it",
     "check": "look for faults in a dataset, and compare it with a policy and a robot, before training",
     "plan": "how much GPU memory training needs, by mode and batch size, and which card is large enough",
+    "cache": "compute what the VLM makes of a dataset's pictures once, so that training needs no VLM",
     "open-loop": "compare predicted chunks with recorded actions, and test which inputs the policy uses",
     "serve": "run LeRobot's policy server with this policy, for robots on other machines",
     "convert": "make a LeRobot checkpoint from openpi's (JAX or PyTorch)",

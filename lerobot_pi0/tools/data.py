@@ -153,6 +153,33 @@ def build_pipelines(config: PI0Config, **arguments: dict[str, Any]) -> tuple[Any
         ) from error
 
 
+def preprocessor_for(config: PI0Config, stats: Any, rename_map: dict[str, str]) -> Any:
+    """The preprocessor that training gets, on the CPU.
+
+    Args:
+        config: with all of its features; those of a checkpoint go with the checkpoint's processors.
+        stats: of the dataset.
+    """
+    overrides = {
+        "device_processor": {"device": "cpu"},
+        "rename_observations_processor": {"rename_map": rename_map},
+        "normalizer_processor": {
+            "stats": stats,
+            "features": {**(config.input_features or {}), **(config.output_features or {})},
+            "norm_map": config.normalization_mapping,
+        },
+    }
+    source = None if config.pretrained_path is None else str(config.pretrained_path)
+    preprocessor, _ = make_pre_post_processors(
+        config,
+        pretrained_path=source,
+        pretrained_revision=config.pretrained_revision,
+        dataset_stats=stats,
+        preprocessor_overrides=overrides if source else None,
+    )
+    return preprocessor
+
+
 def dim_names(dataset: Recording | LeRobotDataset, key: str) -> list[str]:
     """Names of the dims of state or actions, in order; numbers where the dataset has no names."""
     return names_in_dataset(dataset.meta.features, key)

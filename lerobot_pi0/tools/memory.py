@@ -21,8 +21,10 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..configuration_pi0 import PI0Config
-from ..kernels import rounding
+from ..kernels import absent, rounding
 from ..modeling_pi0 import PI0Policy
+from ..network.attention import KVCache
+from ..network.pi0 import Observation
 from ..training.optimizers import use_fused_kernel
 
 POINTS = (1, 8, 64)
@@ -121,8 +123,8 @@ class Counter:
 
     def _allocate_weights(self) -> None:
         """Give every parameter a tensor of its shape and dtype, which holds no numbers."""
-        rounded = rounding.layers(self.policy)
-        for name, p in list(self.policy.named_parameters()):
+        rounded, left_out = rounding.layers(self.policy), absent.names(self.policy)
+        for name, p in [x for x in self.policy.named_parameters() if x[0] not in left_out]:
             weight = torch.empty(p.shape, dtype=p.dtype)
             if name in rounded:
                 rounded[name].put(weight)
@@ -171,16 +173,27 @@ class Counter:
     def _batch(self, batch: int, load: Load) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
         """Images, tokens, state and actions, as the preprocessor hands them over but for their padding."""
         cfg = self.policy.config
-        images = {str(i): torch.empty(batch, 3, *size) for i, size in enumerate(load.images)}
+        pixel = (1, 1) if absent.names(self.policy) else None  # in place of a picture, where contexts are cached
+        images = {str(i): torch.empty(batch, 3, *(pixel or size)) for i, size in enumerate(load.images)}
         tokens = torch.zeros(batch, load.prompt, dtype=torch.long)
         actions = torch.empty(batch, 1, cfg.chunk_size, cfg.max_action_dim)
         return images, tokens, torch.empty(batch, cfg.max_state_dim), actions
 
     def _loss(self, images: dict[str, Tensor], tokens: Tensor, state: Tensor, actions: Tensor) -> Tensor:
         policy = self.policy
-        obs = policy.observe.assemble(images, tokens, torch.ones_like(tokens, dtype=torch.bool), state)
+        obs = self._observation(images, tokens, state)
         noise = torch.empty(len(state), policy.config.flow_samples or 1, *actions.shape[2:])
         return policy.objective.errors(policy.model, obs, actions, noise, torch.empty(noise.shape[:2])).mean()
+
+    def _observation(self, images: dict[str, Tensor], tokens: Tensor, state: Tensor) -> Observation:
+        """The batch as the network sees it; cached contexts come from the disk, without pictures."""
+        policy, mask = self.policy, torch.ones_like(tokens, dtype=torch.bool)
+        if not absent.names(policy):
+            return policy.observe.assemble(images, tokens, mask, state)
+        shape = context_shape(policy.config, len(images), tokens.shape[1])
+        x = torch.empty(len(state), *shape, dtype=getattr(torch, policy.config.dtype))
+        prefix = [KVCache(*layer.unbind(1)) for layer in x.unbind(1)]
+        return Observation(state.new_empty(0), tokens, mask, state, prefix=prefix)
 
     def _update(self) -> None:
         """What LeRobot's loop does after the backward pass."""
@@ -188,6 +201,13 @@ class Counter:
         self._optimizer.step()
         self._optimizer.zero_grad()
         self.policy.update()
+
+
+def context_shape(config: PI0Config, cameras: int, prompt: int) -> tuple[int, int, int, int]:
+    """Of the context of a frame: layers, keys and values, tokens, head dim."""
+    vlm = config.architecture().vlm
+    patches = (config.image_size // vlm.vision.patch_size) ** 2
+    return vlm.gemma.depth, 2, cameras * patches + prompt, vlm.gemma.head_dim
 
 
 def _policy_without_weights(config: PI0Config, adapter: Mapping[str, Any] | None) -> PI0Policy:
@@ -202,6 +222,7 @@ def _policy_without_weights(config: PI0Config, adapter: Mapping[str, Any] | None
     config.device, config.compile_model = "cpu", False
     config.max_action_step = config.action_range_margin = None  # they need statistics, and no memory
     policy = PI0Policy.empty(config, pretrained=bool(config.pretrained_path or config.vlm_path))
+    config.save_expert_only = False  # nothing is saved, and there need be no checkpoint
     if kind:
         config.vlm_quantization = kind
         rounding.prepare(policy.model, kind)

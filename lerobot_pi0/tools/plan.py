@@ -24,7 +24,7 @@ from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
 from ..configuration_pi0 import PI0Config
 from ..inputs.steps import TokenizerError, load_tokenizer
-from . import ToolError
+from . import ToolError, cached_plan
 from .data import DatasetOptions, need_pi0, open_meta
 from .memory import Count, Counter, Load, count, largest_batch
 
@@ -35,12 +35,18 @@ RESERVE_GB = 1.0
 DIMS = 6
 """Dims of state and actions, where the policy has no robot yet. They cost no memory: both are padded anyway."""
 
+CACHED = {
+    "train_expert_only": True, "save_expert_only": True, "context_cache": "contexts", "augment_images": False,
+    "vlm_quantization": None,
+}  # fmt: skip
 MODES: dict[str, tuple[dict[str, Any], bool]] = {
     "frozen VLM": ({"train_expert_only": True}, False),
     "frozen vision tower": ({"train_expert_only": False, "freeze_vision_encoder": True}, False),
     "everything": ({"train_expert_only": False, "freeze_vision_encoder": False}, False),
     "LoRA": ({"train_expert_only": None, "freeze_vision_encoder": False, "ema_decay": 0}, True),
     "LoRA, frozen VLM": ({"train_expert_only": True, "ema_decay": 0}, True),
+    "cached contexts": (CACHED, False),
+    "LoRA, cached contexts": (CACHED | {"ema_decay": 0}, True),
 }
 """Options of the policy, and whether there is an adapter (docs/training.md): then weights are not averaged."""
 
@@ -51,8 +57,9 @@ class Options:
 
     # The policy: --policy.path=CHECKPOINT, or --policy.type=pi0 and the options that training will get.
     policy: PreTrainedConfig | None = None
-    # Modes of training: frozen VLM, frozen vision tower, everything, LoRA, or "LoRA, frozen VLM"; by default all, and
-    # with vlm_quantization those in which the VLM is frozen.
+    # Modes of training: frozen VLM, frozen vision tower, everything, LoRA, "LoRA, frozen VLM", cached contexts, or
+    # "LoRA, cached contexts"; by default all, with vlm_quantization those in which the VLM is frozen, and with
+    # context_cache those on cached contexts.
     modes: list[str] | None = None
     # Samples per step on one GPU.
     batch_size: int = 8
@@ -85,8 +92,7 @@ def run(options: Options) -> None:
     config = need_pi0(options.policy)
     modes = options.modes
     if modes is None:
-        frozen = config.vlm_quantization is not None
-        modes = [mode for mode, (changes, _) in MODES.items() if changes["train_expert_only"] or not frozen]
+        modes = default_modes(config)
     if unknown := [mode for mode in modes if mode not in MODES]:
         raise ToolError(f"--modes: {', '.join(unknown)}: there are {'; '.join(MODES)}")
     if options.batch_size < 1:
@@ -95,6 +101,7 @@ def run(options: Options) -> None:
     if options.dataset is not None:
         recorded = recorded_load(config, options.dataset)
         load = Load(load.images if options.cameras else recorded.images, options.prompt_tokens or recorded.prompt)
+    frames = None if options.dataset is None else open_meta(options.dataset, whole=False).total_frames
     rows = {mode: plan(options, config, mode, load) for mode in modes}
     content = {
         "policy": f"{config.paligemma_variant} + {config.action_expert_variant}",
@@ -107,8 +114,16 @@ def run(options: Options) -> None:
         "gradient_checkpointing": config.gradient_checkpointing,
         "reserve_gb": options.reserve_gb,
         "modes": rows,
+        "contexts": cached_plan.about(config, load, options.batch_size, frames),
     }
     print(json.dumps(content, indent=2) if options.json else as_text(content))
+
+
+def default_modes(config: PI0Config) -> list[str]:
+    """The modes that go together with the policy's options."""
+    if config.context_cache:
+        return [mode for mode, (changes, _) in MODES.items() if "context_cache" in changes]
+    return [mode for mode, (changes, _) in MODES.items() if changes["train_expert_only"] or not config.vlm_quantization]
 
 
 def make_load(config: PI0Config, cameras: int | None, size: tuple[int, int], prompt: int | None) -> Load:
@@ -216,4 +231,6 @@ def as_text(content: Mapping[str, Any]) -> str:
         "",
         f"under each card: the largest batch, with {content['reserve_gb']:g} GiB of the card left for CUDA and kernels",
     ]
+    if any("cached" in mode for mode in modes):
+        lines += ["", *cached_plan.as_lines(content["contexts"])]
     return "\n".join(lines)

@@ -113,3 +113,12 @@ class WarmupCosineConfig(CosineDecayWithWarmupSchedulerConfig):
             return last + (1 - last) * (1 + math.cos(math.pi * progress)) / 2
 
         return LambdaLR(optimizer, factor)
+
+
+OPTIMIZERS = {
+    "pi0_averaged_adamw": AveragedAdamWConfig,
+    "pi0_adamw_8bit": AdamW8bitConfig,
+    "pi0_averaged_adamw_8bit": AveragedAdamW8bitConfig,
+}
+SCHEDULES = {"pi0_warmup_cosine": WarmupCosineConfig}
+"""Optimizers and schedules of the plugin by their names in train_config.json; `take_over` registers them."""

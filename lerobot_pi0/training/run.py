@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..configuration_pi0 import PI0Config
-from ..kernels import rounding
+from ..kernels import absent, rounding
 from ..network.pi0 import PI0
 from .ema import Ema, sharding
 from .guards import Guards
@@ -54,6 +54,8 @@ class Run:
         storage = getattr(torch, cfg.dtype)
         for p in model.parameters():
             p.data = p.data.to(torch.float32 if trains and p.requires_grad else storage)
+        if cfg.context_cache:
+            absent.leave_out(model)
         if cfg.vlm_quantization:
             rounding.check(cfg.vlm_quantization, torch.device(cfg.device))
             if trains:
@@ -96,10 +98,11 @@ class Run:
             ValueError: nothing would be trained, or a part of a rounded VLM would be.
         """
         _freeze_unread(model)  # again, because adapters may be attached there
-        if self.config.vlm_quantization and any(p.requires_grad for p in model.paligemma.parameters()):
+        is_whole = not absent.without_numbers(model)
+        if not is_whole and any(p.requires_grad for p in model.paligemma.parameters()):
             raise ValueError(
-                "a part of the VLM would be trained (--peft.target_modules?), but it is rounded: leave "
-                "vlm_quantization out, or train the expert alone"
+                "a part of the VLM would be trained (--peft.target_modules?), but it is rounded, or not in memory: "
+                "leave vlm_quantization and context_cache out, or train the expert alone"
             )
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:

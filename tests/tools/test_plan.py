@@ -4,18 +4,24 @@ import importlib
 import json
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CAMERAS, DIMS, features, tiny_config
+from conftest import CAMERAS, DIMS, features, tiny_config, write_dataset
 from lerobot.configs.default import PeftConfig
+from torch.nn.attention import SDPBackend
+from torch.utils.flop_counter import FlopCounterMode
 
 from lerobot_pi0 import PI0Config, PI0Policy
-from lerobot_pi0.kernels import rounding
+from lerobot_pi0.kernels import absent, rounding
+from lerobot_pi0.network.pi0 import PI0, Observation
 from lerobot_pi0.tools import main
+from lerobot_pi0.tools.cached_plan import about, operations
 from lerobot_pi0.tools.memory import Count, Counter, Load, largest_batch, peak_at
 from lerobot_pi0.tools.plan import MODES
+from lerobot_pi0.training.context_store import Manifest, made_from
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 MICRO = {
@@ -41,11 +47,14 @@ def counter(adapter: dict | None = None, **options) -> Counter:
 def test_weights_gradients_and_states(micro, mode):
     """Catches a dtype that is not training's, states that are missing, and frozen weights that get a gradient."""
     options, adapted = MODES[mode]
+    options = {"dtype": "bfloat16"} | options
     name = {"pretrained_path": "base"} if adapted else {}
-    found = counter(vars(PeftConfig(r=2)) if adapted else None, dtype="bfloat16", **options, **name)
-    own, total = found.trained(), sum(p.numel() for p in found.policy.parameters())
+    found = counter(vars(PeftConfig(r=2)) if adapted else None, **options, **name)
+    own, left_out = found.trained(), absent.names(found.policy)
+    total = sum(p.numel() for name, p in found.policy.named_parameters() if name not in left_out)
+    assert bool(left_out) == ("cached" in mode)
     x = found.count(2, LOAD)
-    assert 0 < own < total
+    assert 0 < own <= total
     assert x.gradients == 4 * own
     steps = 4 * sum(p.requires_grad for p in found.policy.parameters())  # AdamW counts the steps of each weight
     assert x.optimizer == 8 * own + steps
@@ -162,6 +171,7 @@ def test_the_command(micro, capsys):
     assert main(["plan", *CLI, "--policy.vlm_quantization=int8", "--batch_size=2"]) == 0
     text = capsys.readouterr().out
     assert "VLM in int8" in text and text.count("frozen VLM") == 2 and "everything" not in text
+    assert "cached contexts: " in text and "one epoch over the cached frames" in text
 
 
 def test_options_of_a_checkpoint(tmp_path, capsys):
@@ -187,13 +197,59 @@ def test_what_cannot_be_planned(caplog):
 
 @pytest.mark.slow
 def test_as_measured(monkeypatch):
-    """Catches whatever the count leaves out: it is within 10 % of what a process takes, in seven configurations."""
+    """Catches whatever the count leaves out: it is within 10 % of what a process takes, in eight configurations."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     try:
         results = importlib.import_module("plan").main(["--size", "medium"])
     finally:
-        for name in ("plan", "measure", "subjects"):
+        for name in ("plan", "cached_steps", "measure", "subjects"):
             sys.modules.pop(name, None)
-    assert len(results) == 7
+    assert len(results) == 8
     for name, result in results.items():
         assert abs(result.deviation) < 0.1, name
+
+
+def test_cached_contexts(micro, tmp_path, capsys):
+    """Catches a context of another size than is written, a VLM that is counted, arithmetic that torch counts otherwise,
+    and a plan for cached contexts that shows what the options rule out."""
+    config = PI0Config(**features(CAMERAS[:1], DIMS, 16), device="cpu", **MICRO, flow_samples=3)
+    found = about(config, LOAD, 2, 20)
+    manifest = Manifest(
+        **made_from(config), vlm_digest="", cameras=[], bits=None, image_tokens=4, prompt_tokens=LOAD.prompt, frames=1,
+        every=1, batch_size=1, dataset="", dataset_frames=1, checkpoint="",
+    )  # fmt: skip
+    assert found["bytes of a frame"] == manifest.record_bytes == found["bytes read by a step"] / 2
+    assert found["bytes of a frame in 8 bits"] == replace(manifest, bits=8).record_bytes
+    assert found["pays from step"] == 10
+    write_dataset(tmp_path / "data", cameras=CAMERAS[:1])
+    command = [
+        "plan",
+        *CLI,
+        "--policy.context_cache=contexts",
+        "--dataset.repo_id=a/b",
+        f"--dataset.root={tmp_path / 'data'}",
+    ]
+    assert main([*command, "--batch_size=2"]) == 0
+    text = capsys.readouterr().out
+    assert "all 12 frames are 0 GB" in text and "as much as 6 steps" in text
+    assert text.count("cached contexts  ") == 2 and "everything" not in text
+
+
+def test_the_arithmetic():
+    """Catches a figure that is not torch's: operations at full size, counted on tensors without numbers."""
+    config = PI0Config(**features(CAMERAS, DIMS, 224), device="cpu")
+    prefix, expert = operations(config, Load(((224, 224),) * 3, 48))
+    with torch.device("meta"):
+        model = PI0(config.architecture(), config.image_size)
+        obs = Observation(
+            torch.empty(1, 3, 3, 224, 224), torch.empty(1, 48, dtype=torch.long), torch.ones(1, 48, dtype=torch.bool),
+            torch.empty(1, 32),
+        )  # fmt: skip
+        with (
+            FlopCounterMode(display=False) as counter,
+            torch.no_grad(),
+            torch.nn.attention.sdpa_kernel(SDPBackend.MATH),
+        ):
+            model.encode_prefix(obs)
+    assert prefix == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert prefix / (prefix + expert) == pytest.approx(3.81 / 3.93, rel=0.01)

@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from lerobot_pi0 import PI0Policy, make_pi0_pre_post_processors
+from lerobot_pi0 import PI0Policy, make_pi0_pre_post_processors, tools
 
 PROCESSES, BATCH, CHUNK = 2, 4, 10
 OPTIONS = {
@@ -234,8 +234,12 @@ KINDS = {
         "--policy.flow_samples=2", "--policy.augment_images=true", "--policy.ema_decay=0.9",
     ],
     "lora": ["--policy.path={base}", "--peft.method_type=LORA", "--peft.r=4"],
+    "cached": [
+        "--policy.path={base}", "--policy.train_expert_only=true", "--policy.context_cache={base}/../contexts",
+        "--dataset.root={base}/../contexts/dataset",
+    ],
 }  # fmt: skip
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "lora": 1e-3}
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "lora": 1e-3, "cached": 1e-3}
 
 
 LAUNCHERS = {
@@ -286,6 +290,12 @@ def base(tmp_path_factory) -> Path:
     PI0Policy(config).save_pretrained(folder / "policy")
     for pipeline in make_pi0_pre_post_processors(config, stats()):
         pipeline.save_pretrained(folder / "policy")
+    options = [
+        f"--policy.path={folder / 'policy'}",
+        f"--dataset.root={folder / 'data'}",
+        f"--output={folder / 'contexts'}",
+    ]
+    assert tools.main(["cache", *options]) == 0
     return folder
 
 

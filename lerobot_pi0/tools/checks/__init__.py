@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 
 from .cameras import cameras, pictures_of_training
+from .contexts import contexts
 from .demonstrations import drift, idle, jumps, lengths, limits
 from .episodes import episodes, prompts
 from .files import files
@@ -15,9 +16,9 @@ from .units import motion, units
 
 CHECKS: tuple[Callable[[Subject], Iterable[Finding]], ...] = (
     files, cameras, pictures_of_training, images, joints, units, motion, statistics, outliers, prompts, episodes,
-    lengths, idle, jumps, limits, drift, one_batch, weights, memory,
+    lengths, idle, jumps, limits, drift, one_batch, weights, contexts, memory,
 )  # fmt: skip
 """In the order of the report."""
 
-NEED_FRAMES = frozenset(CHECKS) - {files, cameras, pictures_of_training, joints, weights, memory}
+NEED_FRAMES = frozenset(CHECKS) - {files, cameras, pictures_of_training, joints, weights, contexts, memory}
 """What cannot be asked where no frame can be read."""

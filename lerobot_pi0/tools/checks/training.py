@@ -5,12 +5,12 @@ from collections.abc import Iterable
 
 import torch
 from lerobot.datasets.utils import DEFAULT_TASKS_PATH as TASKS
-from lerobot.policies.factory import make_pre_post_processors
 
 from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.errors import CheckpointError
 from ...inputs.observation import ObservationMaker
 from .. import ToolError
+from ..data import preprocessor_for
 from ..recording import PictureError
 from ..show import network_parameters
 from .subject import ERROR, FINE, WARNING, Finding, Subject
@@ -26,20 +26,7 @@ def one_batch(subject: Subject) -> Iterable[Finding]:
     except PictureError:  # which `images` reports
         return
     try:
-        overrides = {
-            "device_processor": {"device": "cpu"},
-            "rename_observations_processor": {"rename_map": subject.rename_map},
-            "normalizer_processor": {
-                "stats": subject.stats,
-                "features": {**config.input_features, **config.output_features},
-                "norm_map": config.normalization_mapping,
-            },
-        }
-        source = subject.trained.source
-        preprocessor, _ = make_pre_post_processors(
-            config, pretrained_path=source, dataset_stats=subject.stats,
-            preprocessor_overrides=overrides if source else None,
-        )  # fmt: skip
+        preprocessor = preprocessor_for(config, subject.stats, subject.rename_map)
         ObservationMaker(config)(preprocessor(item), torch.device("cpu"))
     except (ValueError, KeyError, RuntimeError, OSError) as error:
         yield Finding(ERROR, "sample", f"the policy would not take the first frame: {error}", "see the errors above")

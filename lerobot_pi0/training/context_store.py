@@ -1,0 +1,332 @@
+"""The store of cached contexts: keys and values of images and prompt, which a frozen VLM makes once for each frame.
+
+A folder:
+
+    contexts.json   what the contexts were made from (`Manifest`)
+    contexts.bin    a record for each frame, in the order of the dataset beside it
+    tokens.bin      int32: the prompt of each frame, with -1 behind it
+    digests.bin     uint64: XXH3 of each record; 0 while the record is not whole
+    dataset/        a LeRobot dataset of these frames: states, chunks of actions, tasks, and pictures of one black pixel
+
+Records have equal lengths, so that the frame with number `index` is one contiguous read, whose place needs no table.
+They are written where they belong while others are missing, which safetensors' library cannot do. The file is mapped
+into memory: what fits stays in the system's page cache, which all processes of a run share.
+
+Axes: B batch, L layers, S tokens of the prefix, D head dim.
+"""
+
+import json
+import math
+import mmap
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+import xxhash
+from torch import Tensor
+
+from ..configuration_pi0 import OPTIONS, PI0Config
+from ..network.attention import KVCache
+
+MANIFEST, RECORDS, TOKENS, DIGESTS = "contexts.json", "contexts.bin", "tokens.bin", "digests.bin"
+DATASET = "dataset"
+FORMAT = 1
+LARGEST = 127
+"""The largest number of 8 bits. Tokens share a scale, and channels have their own: trained keys have channels that are
+larger than others, and per token these would take all others' precision. Of values either is as good."""
+
+VLM = ".paligemma."
+"""Part of the names of the VLM's parameters."""
+
+
+class ContextCacheError(ValueError):
+    """A folder of contexts that is not there, not whole, or not this run's; the message says what differs."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What the contexts of a folder were made from, and how they are stored."""
+
+    vlm_digest: str  # of all its weights
+    cameras: list[str]  # in the order in which the network sees them
+    image_size: int
+    image_resize: str
+    dtype: str
+    bits: int | None  # 8: rounded; None: as computed
+    layers: int
+    head_dim: int
+    image_tokens: int  # of all cameras
+    prompt_tokens: int  # of the longest prompt
+    chunk_size: int
+    frames: int
+    every: int
+    batch_size: int  # of the frames that were computed together
+    dataset: str
+    dataset_frames: int
+    checkpoint: str
+    format: int = FORMAT
+
+    @property
+    def name(self) -> str:
+        """A digest of everything, by which the dataset knows its contexts."""
+        return xxhash.xxh3_64_hexdigest(json.dumps(asdict(self), sort_keys=True).encode())
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of a record's numbers: layers, keys and values, tokens, head dim."""
+        return self.layers, 2, self.image_tokens + self.prompt_tokens, self.head_dim
+
+    @property
+    def numbers_bytes(self) -> int:
+        return math.prod(self.shape) * (1 if self.bits else getattr(torch, self.dtype).itemsize)
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of a frame: its numbers; with 8 bits, a float32 for each channel of keys and values of a layer too."""
+        return self.numbers_bytes + (4 * self.layers * 2 * self.head_dim if self.bits else 0)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """What a folder's contexts were made from.
+
+    Raises:
+        ContextCacheError: there is no cache, or it is another version's.
+    """
+    try:
+        content = json.loads((folder / MANIFEST).read_text())
+        if content.get("format") != FORMAT:
+            raise ContextCacheError(
+                f"the contexts in {folder} have format {content.get('format')}, this version reads {FORMAT}: cache "
+                "them again, into another folder"
+            )
+        return Manifest(**content)
+    except FileNotFoundError as error:
+        raise ContextCacheError(
+            f"context_cache={folder} holds no {MANIFEST}: `lerobot-pi0 cache --output={folder}` makes it"
+        ) from error
+    except (TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, ContextCacheError):
+            raise
+        raise ContextCacheError(f"{folder / MANIFEST} cannot be read ({error}): cache the contexts again") from error
+
+
+def digest_of_vlm(digests: Mapping[str, str]) -> str:
+    """One digest of a VLM's weights, from those of a policy's weights by name."""
+    own = {name: x for name, x in digests.items() if VLM in name}
+    return xxhash.xxh3_64_hexdigest(json.dumps(own, sort_keys=True).encode())
+
+
+# --- records --------------------------------------------------------------------------------------------------------
+
+
+def pack(prefix: Sequence[KVCache], mask_BS: Tensor, manifest: Manifest) -> np.ndarray:
+    """Records, uint8 (B, bytes), of contexts; what no token sees is zero, so that nothing depends on a batch's padding.
+
+    Args:
+        prefix: per layer, as `PI0.encode_prefix` gives it.
+        mask_BS: False on padding.
+    """
+    x_BL2SD = torch.stack([torch.stack(list(layer), dim=1) for layer in prefix], dim=1)
+    x_BL2SD = torch.where(mask_BS[:, None, None, :, None], x_BL2SD, 0)
+    x_BL2SD = F.pad(x_BL2SD, (0, 0, 0, manifest.shape[2] - x_BL2SD.shape[3]))
+    parts = [x_BL2SD.to(getattr(torch, manifest.dtype))]
+    if manifest.bits:
+        scale = (x_BL2SD.float().abs().amax(dim=3) / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+        parts = [(x_BL2SD / scale[:, :, :, None]).round().to(torch.int8), scale]
+    return torch.cat([x.flatten(1).contiguous().view(torch.uint8) for x in parts], dim=1).cpu().numpy()
+
+
+def unpack(records: Tensor, manifest: Manifest, tokens: int) -> list[KVCache]:
+    """Keys and values per layer, each (B, S, D), of the first `tokens` tokens of records, uint8 (B, bytes)."""
+    dtype, (layers, _, stored, head_dim) = getattr(torch, manifest.dtype), manifest.shape
+    numbers, rest = records.tensor_split([manifest.numbers_bytes], dim=1)
+    x_BL2SD = numbers.view(torch.int8 if manifest.bits else dtype).unflatten(1, manifest.shape)[:, :, :, :tokens]
+    found = list(x_BL2SD.unbind(1))
+    if manifest.bits:
+        scale = rest.contiguous().view(torch.float32).view(-1, layers, 2, 1, head_dim)
+        found = [(x * scale[:, i]).to(dtype) for i, x in enumerate(found)]
+    if tokens > stored:  # a compiled network sees prompts of few lengths
+        found = [F.pad(x, (0, 0, 0, tokens - stored)) for x in found]
+    return [KVCache(*x_B2SD.unbind(1)) for x_B2SD in found]
+
+
+class ContextWriter:
+    """Writes the records of a folder, in any order. A record counts once its digest is there, which is written last."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        """Begin a folder, or go on with one that was begun for the same.
+
+        Raises:
+            ContextCacheError: the folder holds other contexts; says what differs.
+            OSError: the folder cannot be written.
+        """
+        self.manifest = manifest
+        folder.mkdir(parents=True, exist_ok=True)
+        sizes = {RECORDS: manifest.record_bytes, TOKENS: 4 * manifest.prompt_tokens, DIGESTS: 8}
+        if (folder / MANIFEST).exists():
+            self.manifest = read_manifest(folder)  # whose note of the checkpoint may be another place of the same one
+            wanted = {key: x for key, x in asdict(manifest).items() if key != "checkpoint"}
+            compare(folder, asdict(self.manifest), wanted)
+        else:
+            for name, size in sizes.items():
+                with (folder / name).open("wb") as file:
+                    file.truncate(size * manifest.frames)
+            part = folder / f"{MANIFEST}.part"
+            part.write_text(json.dumps(asdict(manifest), indent=4) + "\n")
+            part.replace(folder / MANIFEST)
+        self._files = {name: os.open(folder / name, os.O_RDWR) for name in sizes}
+
+    def is_whole(self, slot: int) -> bool:
+        """Whether a record is there, and is what was written: a machine that stops may lose what it had not stored."""
+        known = int.from_bytes(os.pread(self._files[DIGESTS], 8, 8 * slot), "little")
+        size = self.manifest.record_bytes
+        return known != 0 and known == _digest(os.pread(self._files[RECORDS], size, size * slot))
+
+    def write(self, slot: int, records: np.ndarray, tokens: np.ndarray) -> None:
+        """Write consecutive records.
+
+        Args:
+            slot: the number of the first.
+            records: as `pack` makes them.
+            tokens: of their prompts, int32 (B, at most `prompt_tokens`), -1 on padding.
+        """
+        width = self.manifest.prompt_tokens
+        wide = np.full((len(tokens), width), -1, np.int32)
+        wide[:, : tokens.shape[1]] = tokens[:, :width]
+        digests = np.array([_digest(record) for record in records], np.uint64)
+        sizes = (self.manifest.record_bytes, 4 * width, 8)
+        for name, content, size in zip((RECORDS, TOKENS, DIGESTS), (records, wide, digests), sizes, strict=True):
+            left, offset = memoryview(np.ascontiguousarray(content)).cast("B"), size * slot
+            while left:
+                written = os.pwrite(self._files[name], left, offset)
+                left, offset = left[written:], offset + written
+
+    def close(self) -> None:
+        """Force everything to the disk."""
+        for file in self._files.values():
+            os.fsync(file)
+            os.close(file)
+
+
+def _digest(record: Any) -> int:
+    return xxhash.xxh3_64_intdigest(record) or 1  # 0 stands for none
+
+
+def compare(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises ContextCacheError where contexts were made from something else than is wanted."""
+    differing = [f"{key} {found[key]!r}, wanted {x!r}" for key, x in wanted.items() if found[key] != x]
+    if differing:
+        raise ContextCacheError(
+            f"the contexts in {folder} are others: they have {'; '.join(differing)}. Give the options, the checkpoint "
+            "and the dataset that they were made with, or cache anew, into another folder (lerobot-pi0 cache)"
+        )
+
+
+class ContextCache:
+    """The contexts of a folder, to be read. Copies of it, and other processes, open the folder again."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Open a folder.
+
+        Raises:
+            ContextCacheError: there is no cache, or frames are missing.
+        """
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        frames, size = self.manifest.frames, self.manifest.record_bytes
+        self._digests = self._numbers(DIGESTS, np.uint64, 1)[:, 0]
+        self._tokens = self._numbers(TOKENS, np.int32, self.manifest.prompt_tokens)
+        if missing := int((self._digests == 0).sum()):
+            raise ContextCacheError(
+                f"{missing} of the {frames} contexts in {folder} are missing: caching was interrupted. The same "
+                "`lerobot-pi0 cache` goes on where it stopped"
+            )
+        self._verified = np.zeros(frames, bool)
+        with (self.folder / RECORDS).open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), frames * size, access=mmap.ACCESS_READ)
+        self._records = np.frombuffer(self._map, np.uint8).reshape(frames, size)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ContextCache, (self.folder,)
+
+    def _numbers(self, name: str, dtype: Any, width: int) -> np.ndarray:
+        try:
+            return np.fromfile(self.folder / name, dtype).reshape(self.manifest.frames, width)
+        except (OSError, ValueError) as error:
+            raise ContextCacheError(f"{self.folder / name} is missing or cut: cache the contexts again") from error
+
+    def read(self, slots: Sequence[int], prompt: int, device: torch.device) -> list[KVCache]:
+        """Keys and values of some frames, per layer, each (B, S, D), with this many tokens of the prompt.
+
+        Raises:
+            ContextCacheError: a frame is not here, or not what was written.
+        """
+        size = self.manifest.record_bytes
+        records = torch.empty(len(slots), size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        for slot in slots:
+            if not 0 <= slot < self.manifest.frames:
+                raise ContextCacheError(
+                    f"sample {slot} is not among the {self.manifest.frames} contexts in {self.folder}: train on "
+                    f"--dataset.root={self.folder / DATASET}"
+                )
+            start = slot * size // mmap.PAGESIZE * mmap.PAGESIZE
+            if hasattr(mmap, "MADV_WILLNEED"):  # the disk reads all of them while the first are being copied
+                self._map.madvise(mmap.MADV_WILLNEED, start, (slot + 1) * size - start)
+        for row, slot in zip(records.numpy(), slots, strict=True):
+            np.copyto(row, self._records[slot])
+            if not self._verified[slot] and _digest(row) != int(self._digests[slot]):
+                raise ContextCacheError(
+                    f"context {slot} in {self.folder} is not what was written: the same `lerobot-pi0 cache` finds such "
+                    "frames and computes them again"
+                )
+            self._verified[slot] = True
+        return unpack(records.to(device, non_blocking=True), self.manifest, self.manifest.image_tokens + prompt)
+
+    def check_prompts(self, slots: Sequence[int], tokens_BL: Tensor, mask_BL: Tensor) -> None:
+        """Refuse prompts that are not those of the contexts.
+
+        Raises:
+            ContextCacheError: names the first.
+        """
+        given = torch.where(mask_BL, tokens_BL, -1).cpu().numpy()
+        stored = self._tokens[np.asarray(slots)]
+        wide = max(given.shape[1], stored.shape[1])
+        given, stored = (np.pad(x, ((0, 0), (0, wide - x.shape[1])), constant_values=-1) for x in (given, stored))
+        wrong = np.flatnonzero((given != stored).any(axis=1))
+        if len(wrong):
+            first = wrong[0]
+            raise ContextCacheError(
+                f"the prompt of sample {slots[first]} has the tokens {given[first][given[first] >= 0].tolist()}, its "
+                f"context in {self.folder} was made from {stored[first][stored[first] >= 0].tolist()}: the tokenizer, "
+                "clean_prompts or the task is another one than when it was cached"
+            )
+
+    def check(self, config: PI0Config, digests: Mapping[str, str]) -> None:
+        """Refuse contexts that were made from another VLM, or for other options.
+
+        Args:
+            config: the options of the run, all of them settled.
+            digests: of the weights that the run leaves to its base, by name.
+
+        Raises:
+            ContextCacheError: says what differs.
+        """
+        compare(self.folder, asdict(self.manifest), made_from(config) | {"vlm_digest": digest_of_vlm(digests)})
+
+
+def made_from(config: PI0Config) -> dict[str, Any]:
+    """The fields of a manifest that a config's options decide."""
+    gemma = config.architecture().vlm.gemma
+    return {
+        "dtype": config.dtype,
+        "image_size": config.image_size,
+        "image_resize": config.image_resize or OPTIONS["image_resize"].default,
+        "layers": gemma.depth,
+        "head_dim": gemma.head_dim,
+        "chunk_size": config.chunk_size,
+    }
