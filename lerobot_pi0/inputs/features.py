@@ -18,6 +18,7 @@ from ..configuration_pi0 import PI0Config
 logger = logging.getLogger(__name__)
 
 Statistics = Mapping[str, Mapping[str, Any]]
+"""Of a dataset or of processors: by feature and kind, as `meta.stats` has them."""
 
 NOT_READ = ("observation.environment_state", "observation.effort", "observation.velocity")
 """Observations that datasets hold and π₀ has no input for."""

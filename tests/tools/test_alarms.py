@@ -30,7 +30,12 @@ def joints(episode: int, i: int, length: int) -> np.ndarray:
     return values
 
 
-def build(root, change=lambda values, episode, i: values, picture=None, episodes: int = 6, length=lambda e: 40) -> None:
+def same(values, episode, i):
+    return values
+
+
+def build(root, change=same, act=same, picture=None, episodes: int = 6, length=lambda e: 40) -> None:
+    """Six episodes; `change` alters states and actions, `act` actions alone, and `picture` pictures."""
     names = [f"joint_{i}.pos" for i in range(DIMS - 1)] + ["gripper.pos"]
     vector = {"dtype": "float32", "shape": (DIMS,), "names": names}
     image = {"dtype": "image", "shape": (64, 64, 3), "names": ["height", "width", "channels"]}
@@ -39,6 +44,7 @@ def build(root, change=lambda values, episode, i: values, picture=None, episodes
     for episode in range(episodes):
         for i in range(length(episode)):
             state, action = (change(joints(episode, j, length(episode)), episode, j) for j in (i, i + 1))
+            action = act(action, episode, i)
             shown = np.full((64, 64, 3), (180, 110, 60), np.uint8)
             shown[:, (3 * i + 7 * episode) % 56 :][:, :8] = 255
             if picture is not None:
@@ -73,6 +79,11 @@ def held(values, episode, i):
     return values if i < 14 else joints(episode, 14, 40) + 0.02 * (np.arange(DIMS) == i % DIMS)
 
 
+def hung(values, episode, i):
+    """A leader that hangs in the middle of an episode, while the follower goes on."""
+    return joints(3, 13, 40) if episode == 3 and i >= 12 else values
+
+
 def elsewhere(values, episode, i):
     values[:3] += 60.0 * (episode >= 15)
     return values
@@ -85,6 +96,9 @@ def noisy(values, episode, i):
 
 ALARMS = {
     "it stands still": ({"change": held}, "warning idle", "stands still in"),
+    "the leader hangs": (
+        {"act": hung}, "warning idle", "action is repeated while the arm moves: episode 3 from frame 13 (2.7 s)",
+    ),
     "a jump and back": (
         {"change": put(1, 170.0, lambda e, i: (e, i) == (2, 20))}, "warning jumps", "joint_1.pos in episode 2",
     ),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
+from .bookkeeping import episodes_statistics, places
 from .cameras import cameras, pictures_of_training
 from .demonstrations import drift, idle, jumps, lengths, limits
 from .episodes import episodes, prompts
@@ -14,8 +15,8 @@ from .training import memory, one_batch, weights
 from .units import motion, units
 
 CHECKS: tuple[Callable[[Subject], Iterable[Finding]], ...] = (
-    files, cameras, pictures_of_training, images, joints, units, motion, statistics, outliers, prompts, episodes,
-    lengths, idle, jumps, limits, drift, one_batch, weights, memory,
+    files, places, cameras, pictures_of_training, images, joints, units, motion, statistics, episodes_statistics,
+    outliers, prompts, episodes, lengths, idle, jumps, limits, drift, one_batch, weights, memory,
 )  # fmt: skip
 """In the order of the report."""
 

@@ -65,6 +65,13 @@ def images(subject: Subject) -> Iterable[Finding]:
     for key in subject.dataset.cameras:
         look = look_at_camera(subject, key)
         yield from undecodable(subject, key, look)
+        if late := sorted(subject.dataset.untimely[key]):
+            message = (
+                f"{key} has no frames at the times of episodes {some(late)}: LeRobot looks frame_index / fps after "
+            )
+            message += "from_timestamp (meta/episodes)"
+            remedy = "write the videos anew at the fps of the dataset, or copy the dataset again; training would stop"
+            yield Finding(ERROR, "images", message, remedy)
         if look.size is None or not look.glances():
             continue
         yield from resolution(subject, key, look.size, side)
