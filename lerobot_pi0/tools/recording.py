@@ -106,7 +106,7 @@ class Recording:
                     pictures = self._decode(path, times.tolist(), key, int(self.columns.episode[rows[0]]))
                 except Exception as error:  # decoders raise errors of many types
                     name = path.relative_to(self.meta.root)
-                    raise PictureError(f"{name} is damaged, or ends too early ({type(error).__name__})") from error
+                    raise PictureError(f"{name} is damaged, or ends too early") from error
                 yield from (picture.float() / 255 for picture in pictures)
 
     def _decode(self, path: Path, times: list[float], key: str, episode: int) -> Tensor:

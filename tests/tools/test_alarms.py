@@ -34,13 +34,15 @@ def same(values, episode, i):
     return values
 
 
-def build(root, change=same, act=same, picture=None, episodes: int = 6, length=lambda e: 40) -> None:
+def build(
+    root, change=same, act=same, picture=None, episodes: int = 6, length=lambda e: 40, video: bool = False
+) -> None:
     """Six episodes; `change` alters states and actions, `act` actions alone, and `picture` pictures."""
     names = [f"joint_{i}.pos" for i in range(DIMS - 1)] + ["gripper.pos"]
     vector = {"dtype": "float32", "shape": (DIMS,), "names": names}
-    image = {"dtype": "image", "shape": (64, 64, 3), "names": ["height", "width", "channels"]}
+    image = {"dtype": "video" if video else "image", "shape": (64, 64, 3), "names": ["height", "width", "channels"]}
     columns = {OBS_STATE: vector, ACTION: vector, CAMERA: image}
-    dataset = LeRobotDataset.create("test/alarms", fps=FPS, features=columns, root=root, use_videos=False)
+    dataset = LeRobotDataset.create("test/alarms", fps=FPS, features=columns, root=root, use_videos=video)
     for episode in range(episodes):
         for i in range(length(episode)):
             state, action = (change(joints(episode, j, length(episode)), episode, j) for j in (i, i + 1))
@@ -121,10 +123,24 @@ def test_alarm(tmp_path, capsys, how, about, expected):
     assert not [x for x in found if x.startswith("error")], found
 
 
+def test_small_motions_in_a_video(tmp_path, capsys):
+    """Catches changes that a video codec leaves out, and that are taken for a camera that is slower than the fps."""
+    build(tmp_path / "data", picture=small_steps, video=True)
+    assert "warning images" not in said(capsys, tmp_path / "data")
+
+
 def test_a_still_joint_has_the_statistics_that_lerobot_gives_it(tmp_path, capsys):
     """Catches an error about float32's rounding, which recomputing the statistics cannot cure."""
     build(tmp_path / "data", change=noisy)
     assert "error statistics" not in said(capsys, tmp_path / "data")
+
+
+def small_steps(shown, episode, i):
+    """A bar that follows the first joint, which is slow at the beginning and at the end of its motion."""
+    shown[:] = (180, 110, 60)
+    at = int(joints(episode, i, 40)[0] / 2) % 48
+    shown[20:44, at : at + 8] = 220
+    return shown
 
 
 def black(shown, episode, i):

@@ -190,6 +190,14 @@ def late(table) -> None:
     table.loc[40:, "timestamp"] += np.float32(0.02)
 
 
+def test_a_finding_is_no_warning_in_the_log_too(clean, tmp_path, capsys, caplog):
+    """Catches a joint that never moves and is told of four times, under another name than the dataset's."""
+    build(tmp_path / "data", change=hold(4))
+    _, found = findings(capsys, tmp_path / "data", clean / "policy")
+    assert "joint_4.pos" in serious(found)["warning constant"]
+    assert "near-constant" not in caplog.text
+
+
 DAMAGED = {
     "time stamps": (lambda root: edit_frames(root, late), "error time stamps", "episode 1, frame 8 (20.0 ms)"),
     "frames are missing": (

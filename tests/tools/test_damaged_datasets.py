@@ -115,24 +115,24 @@ def clean(whole, tmp_path, capsys, caplog) -> dict[str, str]:
 CLEAN: dict = {}
 
 
-def ends_well(clean, root, policy, output, capsys, caplog) -> None:
+def ends_well(clean, done: str, root, policy, output, capsys, caplog) -> None:
     """Run the three commands. What changes for training has to be named; what changes nothing need not be."""
     changed = difference(clean["seen"], root)
     status, printed, errors = answer("check", root, policy, output, capsys, caplog)
     named = errors or alarms(printed) - alarms(clean["check"])
-    assert status == 0 or named, "an error that names nothing"
-    assert named or not changed, changed
+    assert status == 0 or named, f"{done}: an error that names nothing"
+    assert named or not changed, f"{done}: {changed}"
     for verb in ("plan", "open-loop"):
         status, printed, errors = answer(verb, root, policy, output, capsys, caplog)
-        assert errors if status else (named or printed == clean[verb]), f"{verb}: {printed}"
+        assert errors if status else (named or printed == clean[verb]), f"{done}: {verb}: {printed}"
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_some_damage(whole, clean, tmp_path, capsys, caplog, seed):
     """Catches a traceback on a damaged dataset, and damage that training sees and `check` does not."""
     shutil.copytree(whole / "data", tmp_path / "data")
-    print(damage(tmp_path / "data", seed))
-    ends_well(clean, tmp_path / "data", whole / "policy", tmp_path / "report", capsys, caplog)
+    done = damage(tmp_path / "data", seed)
+    ends_well(clean, done, tmp_path / "data", whole / "policy", tmp_path / "report", capsys, caplog)
 
 
 @pytest.mark.slow
