@@ -68,6 +68,16 @@ def set_cameras(config: PI0Config, cameras: Mapping[str, PolicyFeature], slots: 
     config.input_features = {key: cameras[key] for key in order} | rest
 
 
+def colour_cameras(meta: Any) -> list[str]:
+    """Cameras of a dataset without its depth maps, which π₀ does not see.
+
+    Args:
+        meta: its LeRobotDatasetMetadata.
+    """
+    depth = getattr(meta, "depth_keys", ())
+    return [key for key in getattr(meta, "camera_keys", ()) if key not in depth]
+
+
 def log_cameras(
     config: PI0Config, dataset: Iterable[str], rename_map: Mapping[str, str], slots: Sequence[str] = ()
 ) -> None:

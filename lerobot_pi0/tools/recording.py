@@ -17,6 +17,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from PIL import Image
 from torch import Tensor
 
+from ..inputs.features import colour_cameras
 from .folder import Columns, Damage, FolderMetadata, file_problem, read_columns, short, video_backend
 
 TOLERANCE_S = 1e-4
@@ -54,7 +55,7 @@ class Recording:
     @cached_property
     def cameras(self) -> list[str]:
         """Cameras whose pictures have colours: depth maps are no input of π₀."""
-        return [key for key in self.meta.camera_keys if key not in self.meta.depth_keys]
+        return colour_cameras(self.meta)
 
     def look_at_videos(self) -> None:
         """Put videos that are missing, damaged, or end before their episodes into `damage`."""

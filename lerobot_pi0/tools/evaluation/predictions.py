@@ -15,6 +15,7 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from ...configuration_pi0 import PI0Config
+from ...inputs.features import colour_cameras
 from .. import ToolError
 from ..folder import Columns, short
 
@@ -52,7 +53,7 @@ class Runner:
         self.columns = columns
         self.rows = spread_over(self.columns.episode, observations)
         self.items = [self._item(int(i)) for i in tqdm(self.rows, desc="frames", leave=False)]
-        keys = [key for key in dataset.meta.camera_keys if rename_map.get(key, key) in config.image_features]
+        keys = [key for key in colour_cameras(dataset.meta) if rename_map.get(key, key) in config.image_features]
         self.cameras = {key: rename_map.get(key, key) for key in keys}
 
     def chunks(self, change: Change | None = None, others: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
