@@ -137,15 +137,19 @@ class Recording:
 
     @lru_cache(maxsize=64)  # noqa: B019  of one command's only dataset
     def _group_ends(self, file: int) -> np.ndarray:
-        metadata = pq.read_metadata(self._files[file])
+        metadata = self._parquet(file).metadata
         return np.cumsum([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
+
+    @lru_cache(maxsize=8)  # noqa: B019  of one command's only dataset
+    def _parquet(self, file: int) -> pq.ParquetFile:
+        return pq.ParquetFile(self._files[file])
 
     def _read_row_group(self, file: int, group: int, key: str) -> tuple[int, list[Any]]:
         ends = self._group_ends(file)
-        parquet = pq.ParquetFile(self._files[file])
+        parquet = self._parquet(file)
         if key not in parquet.schema_arrow.names:
             raise PictureError(f"{self._files[file].relative_to(self.meta.root)} has no column {key}")
-        cells = parquet.read_row_group(group, columns=[key])[key].to_pylist()
+        cells = parquet.read_row_group(group, columns=[key], use_threads=False)[key].to_pylist()
         return int(ends[group - 1]) if group else 0, cells
 
     def first_item(self) -> dict[str, Any]:

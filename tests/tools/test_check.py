@@ -169,6 +169,7 @@ def test_planted_at_recording(clean, tmp_path, capsys, how, about, said):
     build(tmp_path / "data", **how)
     status, found = findings(capsys, tmp_path / "data", clean / "policy")
     assert said in serious(found).get(about, ""), serious(found)
+    assert "of these episodes" not in str(found), "the dataset has the statistics that LeRobot gave it"
     assert status == int(any(x["grade"] == "error" for x in found))
     assert all(x["remedy"] for x in found if x["grade"] != "fine")
 

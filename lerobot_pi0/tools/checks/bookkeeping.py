@@ -68,6 +68,13 @@ def _ranges(subject: Subject) -> Iterator[Finding]:
         yield Finding(ERROR, "episodes", message, AGAIN)
 
 
+def _are_close(known: np.ndarray, found: np.ndarray, least_D: np.ndarray) -> bool:
+    if known.shape != found.shape:
+        return False
+    equal = (known == found) | (np.isnan(known) & np.isnan(found))  # NaN that was recorded, which `outliers` reports
+    return bool((equal | (np.abs(known - found) <= least_D)).all())
+
+
 def _tasks(subject: Subject) -> dict[int, set[str]]:
     """Instructions of the frames of each episode."""
     columns, tasks = subject.columns, subject.dataset.meta.tasks
@@ -84,13 +91,14 @@ def episodes_statistics(subject: Subject) -> Iterable[Finding]:
     for key, values in ((OBS_STATE, columns.state_ND), (ACTION, columns.action_ND)):
         if (stored := meta.episode_statistics(key, tuple(STATISTIC))) is None or not len(values):
             continue
-        least = CLOSE * np.ptp(values, axis=0) + FLOAT32 * np.abs(values).max(axis=0) + 1e-6
+        finite = np.where(np.isfinite(values), values, 0)
+        least = CLOSE * np.ptp(finite, axis=0) + FLOAT32 * np.abs(finite).max(axis=0) + 1e-6
         other = []
         for number in np.unique(columns.episode).tolist():
             mine = values[columns.episode == number]
             known = stored.get(number)
             found = np.stack([make(mine, axis=0) for make in STATISTIC.values()])
-            if known is not None and not (known.shape == found.shape and (np.abs(known - found) <= least).all()):
+            if known is not None and not _are_close(known, found, least):
                 other.append(number)
         if other:
             message = f"{key} of episodes {some(other)} is not what the statistics of these episodes were made of"
