@@ -23,8 +23,9 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
 from ..configuration_pi0 import PI0Config
+from ..inputs.features import Statistics
 from ..inputs.joints import names_in_config, relative_mask
-from ..inputs.normalisation import Normalisation, Statistics, name_of_bad, problem_of
+from ..inputs.normalisation import Normalisation, name_of_bad, problem_of
 
 logger = logging.getLogger(__name__)
 

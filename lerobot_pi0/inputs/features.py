@@ -18,6 +18,7 @@ from ..configuration_pi0 import PI0Config
 logger = logging.getLogger(__name__)
 
 Statistics = Mapping[str, Mapping[str, Any]]
+"""Of a dataset or of processors: by feature and kind, as `meta.stats` has them."""
 
 NOT_READ = ("observation.environment_state", "observation.effort", "observation.velocity")
 """Observations that datasets hold and π₀ has no input for."""
@@ -65,6 +66,16 @@ def set_cameras(config: PI0Config, cameras: Mapping[str, PolicyFeature], slots: 
     order = sorted(cameras, key=lambda key: slots.index(key) if key in slots else len(slots))
     rest = {key: x for key, x in (config.input_features or {}).items() if x.type is not FeatureType.VISUAL}
     config.input_features = {key: cameras[key] for key in order} | rest
+
+
+def colour_cameras(meta: Any) -> list[str]:
+    """Cameras of a dataset without its depth maps, which π₀ does not see.
+
+    Args:
+        meta: its LeRobotDatasetMetadata.
+    """
+    depth = getattr(meta, "depth_keys", ())
+    return [key for key in getattr(meta, "camera_keys", ()) if key not in depth]
 
 
 def log_cameras(

@@ -104,59 +104,56 @@ def check_relative_names(config: PI0Config, meta: Any = None) -> None:
         logger.warning("the dataset names no joints: relative_exclude_joints is without effect, all are relative")
 
 
-def check_pairing(config: PI0Config, meta: Any) -> None:
-    """Refuse relative actions whose joints are not those of the state: LeRobot subtracts dim i of the state from dim i.
+def pairing_problem(config: PI0Config, meta: Any) -> tuple[str, bool] | None:
+    """What is wrong with relative actions and the state that they are relative to; None if nothing is known to be.
+
+    LeRobot subtracts dim i of the state from dim i of the actions, whatever their names are.
 
     Args:
         meta: the dataset's LeRobotDatasetMetadata, or None.
 
-    Raises:
-        ValueError: a relative dim has no state, or that of another joint; says which.
+    Returns:
+        What is wrong and what to do; and whether it is certain: a joint has no state, or that of another joint. It is
+        not where the two name their joints otherwise, which may be the same.
     """
     features = getattr(meta, "features", None) or {}
     if not config.use_relative_actions or not {ACTION, OBS_STATE} <= features.keys():
-        return
+        return None
     actions, states = (names_in_dataset(features, key) for key in (ACTION, OBS_STATE))
     otherwise = "or train with --policy.use_relative_actions=false"
     if beyond := actions[len(states) :]:
-        raise ValueError(
+        return (
             f"these actions cannot be relative to the state: it has {len(states)} dims and no {', '.join(beyond)}. "
             f"Leave these dims out of the actions, record them in the state too, {otherwise}"
-        )
+        ), True
     mask = relative_mask(config, len(actions))
     pairs = [(a, states[i]) for i, a in enumerate(actions) if mask[i] and a != states[i]]
+    said = ", ".join(f"{a} from {s}" for a, s in pairs)
     if any(a in states or s in actions for a, s in pairs):
-        wrong = ", ".join(f"{a} from {s}" for a, s in pairs)
-        raise ValueError(
+        return (
             "state and actions do not have the same joints in the same order, and LeRobot pairs them by place: it "
-            f"would count {wrong}. Record both in one order, leave these joints absolute "
+            f"would count {said}. Record both in one order, leave these joints absolute "
             f"(--policy.relative_exclude_joints), {otherwise}"
-        )
-    if pairs and not all(a.startswith(f"{ACTION}[") or s.startswith(f"{OBS_STATE}[") for a, s in pairs):
-        logger.warning(
-            "state and actions name their joints otherwise; relative actions pair them by place: %s",
-            ", ".join(f"{a} from {s}" for a, s in pairs),
-        )
+        ), True
+    if pairs and not (is_numbered(actions, ACTION) or is_numbered(states, OBS_STATE)):
+        return (
+            f"state and actions name their joints otherwise, and relative actions pair them by place: {said}. If they "
+            f"are the same joints, give both the same names in meta/info.json, {otherwise}"
+        ), False
+    return None
 
 
-def misplaced_joints(config: PI0Config, meta: Any) -> tuple[list[str], list[str]]:
-    """Relative actions of which the state has another joint in the same place: known elsewhere, and unknown to it.
+def check_pairing(config: PI0Config, meta: Any) -> None:
+    """Refuse relative actions that `pairing_problem` knows to be wrong, and warn of those that it doubts.
 
-    LeRobot subtracts the state from the actions by position, whatever the names are. Nothing is misplaced where one of
-    both has no names.
-
-    Args:
-        meta: the dataset's LeRobotDatasetMetadata.
+    Raises:
+        ValueError: a relative dim has no state, or that of another joint; says which.
     """
-    features = getattr(meta, "features", None) or {}
-    if not config.use_relative_actions or OBS_STATE not in features or ACTION not in features:
-        return [], []
-    state, action = (names_in_dataset(features, key) for key in (OBS_STATE, ACTION))
-    if is_numbered(state, OBS_STATE) or is_numbered(action, ACTION):
-        return [], []
-    mask = _lerobots_mask(action, config.relative_exclude_joints, len(action))
-    other = [name for i, name in enumerate(action) if mask[i] and state[i : i + 1] != [name]]
-    return [name for name in other if name in state], [name for name in other if name not in state]
+    problem, is_certain = pairing_problem(config, meta) or ("", False)
+    if is_certain:
+        raise ValueError(problem)
+    if problem:
+        logger.warning(problem)
 
 
 def _lerobots_mask(names: Any, excluded: list[str], dims: int) -> np.ndarray:

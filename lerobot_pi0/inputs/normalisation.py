@@ -11,6 +11,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
 from ..configuration_pi0 import PI0Config
+from .features import Statistics
 from .joints import names_in_config
 from .statistics import STATISTICS
 
@@ -22,8 +23,6 @@ CLOSE_EPSILON = 1e-5
 
 RANGE = ("min", "max")
 """Statistics that `action_range_margin` reads, whatever the mode."""
-
-Statistics = Mapping[str, Mapping[str, Any]]
 
 
 class Normalisation(NamedTuple):

@@ -1,7 +1,6 @@
 """Checks of a dataset's statistics: are they there, do they vary, are they those of relative actions?"""
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from lerobot.configs import FeatureType, NormalizationMode
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from ..configuration_pi0 import PI0Config
-from .features import log_cameras, name_unread
+from .features import Statistics, colour_cameras, log_cameras, name_unread
 from .joints import check_pairing, check_relative_names, names_in_config, relative_mask, take_names
 from .samples import has_state
 
@@ -28,7 +27,7 @@ STATISTICS = {
 """Which statistics each mode of normalisation needs."""
 
 
-def check_dataset(config: PI0Config, stats: Mapping[str, Mapping[str, Any]] | None, meta: Any) -> None:
+def check_dataset(config: PI0Config, stats: Statistics | None, meta: Any) -> None:
     """Take the names of a dataset's joints over into the config, and refuse statistics that do not suit it.
 
     Args:
@@ -41,7 +40,7 @@ def check_dataset(config: PI0Config, stats: Mapping[str, Mapping[str, Any]] | No
     take_names(config, meta)
     name_unread(config, getattr(meta, "features", None) or {})
     if meta is not None and not config.pretrained_path:
-        log_cameras(config, getattr(meta, "camera_keys", []), {})
+        log_cameras(config, colour_cameras(meta), {})
     recorded = getattr(meta, "features", None) or stats or {}
     if config.use_relative_actions and OBS_STATE not in recorded:
         raise ValueError(
@@ -56,7 +55,7 @@ def check_dataset(config: PI0Config, stats: Mapping[str, Mapping[str, Any]] | No
     check_relative_statistics(config, stats or {}, meta)
 
 
-def check_statistics(config: PI0Config, stats: Mapping[str, Mapping[str, Any]] | None) -> None:
+def check_statistics(config: PI0Config, stats: Statistics | None) -> None:
     """Refuse to normalise with statistics that are not there; name dimensions that hardly vary.
 
     Args:
@@ -113,7 +112,7 @@ def _name_near_constant(config: PI0Config, key: str, spread: np.ndarray, middle:
         )
 
 
-def check_relative_statistics(config: PI0Config, stats: Mapping[str, Mapping[str, Any]], meta: Any) -> None:
+def check_relative_statistics(config: PI0Config, stats: Statistics, meta: Any) -> None:
     """Refuse to train relative actions with statistics of absolute ones, and the reverse.
 
     An action a is learnt as a - s, with s the state in which its chunk begins; joints that `relative_exclude_joints`
@@ -147,7 +146,7 @@ def check_relative_statistics(config: PI0Config, stats: Mapping[str, Mapping[str
     )
 
 
-def _problem(config: PI0Config, stats: Mapping[str, Mapping[str, Any]], meta: Any) -> str | None:
+def _problem(config: PI0Config, stats: Statistics, meta: Any) -> str | None:
     """What is wrong with the statistics, None if nothing is."""
     frames, counted = (int(np.ravel(stats.get(key, {}).get("count", 0))[0]) for key in (OBS_STATE, ACTION))
     if not config.use_relative_actions:

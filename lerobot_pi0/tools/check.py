@@ -8,9 +8,10 @@ Every finding is an error (training would fail, or learn something wrong), a war
 what to do. The robot is not connected. The exit status is 1 if there are errors.
 """
 
+import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ from lerobot.utils.feature_utils import dataset_to_policy_features
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.quoting import plain
 from ..configuration_pi0 import PI0Config
+from ..inputs import statistics
 from ..inputs.features import narrow_padded
 from ..inputs.joints import take_names
 from ..inputs.pipelines import rename_cameras, run_of
@@ -65,13 +67,24 @@ def run(options: Options) -> int:
     Raises:
         CheckpointError, ToolError: policy, dataset or robot cannot be read at all.
     """
-    findings = list(check(options))
+    with _said_by_findings(statistics.logger):
+        findings = list(check(options))
     counts = {grade: sum(finding.grade == grade for finding in findings) for grade in (ERROR, WARNING, FINE)}
     if options.json:
         print(json.dumps({"counts": counts, "findings": [finding._asdict() for finding in findings]}, indent=2))
     else:
         print(plain(as_text(findings), keep="\n"))
     return 1 if counts[ERROR] else 0
+
+
+@contextlib.contextmanager
+def _said_by_findings(logger: logging.Logger) -> Iterator[None]:
+    """Keep what one module warns of out of the log: the findings say it, once and with the dataset's names."""
+    logger.addFilter(below := lambda record: record.levelno > logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.removeFilter(below)
 
 
 def check(options: Options) -> Iterable[Finding]:

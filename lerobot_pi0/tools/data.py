@@ -17,7 +17,7 @@ from ..checkpoints.errors import CheckpointNotFoundError
 from ..configuration_pi0 import PI0Config
 from ..inputs.joints import names_in_dataset
 from . import ToolError
-from .folder import Columns, FolderMetadata, is_folder, short, video_backend
+from .folder import FolderMetadata, is_folder, short, video_backend
 from .recording import Recording
 
 
@@ -79,8 +79,8 @@ def _download(options: DatasetOptions, whole: bool) -> Path:
         ) from error
 
 
-def open_dataset(options: DatasetOptions, meta: FolderMetadata, **kwargs: Any) -> tuple[LeRobotDataset, Columns]:
-    """Open a dataset with LeRobot, which needs every file of the episodes that are read; and its columns.
+def open_dataset(options: DatasetOptions, meta: FolderMetadata, **kwargs: Any) -> tuple[LeRobotDataset, Recording]:
+    """Open a dataset with LeRobot, which needs every file of the episodes that are read; and as it was recorded.
 
     Raises:
         ToolError: a file is missing or damaged, which is named.
@@ -95,7 +95,7 @@ def open_dataset(options: DatasetOptions, meta: FolderMetadata, **kwargs: Any) -
         )
     except Exception as error:  # what is raised depends on which of many things is damaged
         raise ToolError(f"LeRobot cannot open the dataset in {meta.root} ({short(error)}). {_checked(meta)}") from error
-    return dataset, recording.columns
+    return dataset, recording
 
 
 def need_whole(meta: FolderMetadata, missing: Sequence[int] = ()) -> None:

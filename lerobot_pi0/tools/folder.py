@@ -5,18 +5,28 @@ Axes: N frames, D dims of state or action.
 
 import importlib
 import json
-from collections.abc import Callable, Iterable
-from functools import cache
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from datasets.table import table_cast
 from lerobot.datasets import LeRobotDatasetMetadata
+from lerobot.datasets.dataset_metadata import CODEBASE_VERSION
+from lerobot.datasets.feature_utils import get_hf_features_from_features
 from lerobot.datasets.io_utils import load_info, load_stats, load_tasks
-from lerobot.datasets.utils import DEFAULT_TASKS_PATH, EPISODES_DIR, INFO_PATH, STATS_PATH
+from lerobot.datasets.utils import (
+    DEFAULT_TASKS_PATH,
+    EPISODES_DIR,
+    INFO_PATH,
+    STATS_PATH,
+    check_version_compatibility,
+)
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from . import ToolError
@@ -46,11 +56,22 @@ class Columns(NamedTuple):
     episode: np.ndarray
     frame: np.ndarray
     task: np.ndarray
+    index: np.ndarray
     file: np.ndarray
     row: np.ndarray
 
+    def of(self, episodes: Iterable[int] | None) -> "Columns":
+        """The frames of these episodes; None: of all."""
+        if episodes is None:
+            return self
+        kept = np.isin(self.episode, list(episodes))
+        return Columns(*(values[kept] for values in self))
 
-NUMBERS = {"timestamp": "timestamp", "episode": "episode_index", "frame": "frame_index", "task": "task_index"}
+
+NUMBERS = {
+    "timestamp": "timestamp", "episode": "episode_index", "frame": "frame_index", "task": "task_index",
+    "index": "index",
+}  # fmt: skip
 """Columns of one number per frame: our name, and the dataset's."""
 
 
@@ -86,6 +107,7 @@ class FolderMetadata(LeRobotDatasetMetadata):
 
     def _load_metadata(self) -> None:
         self.info = read_info(self.repo_id, self.root)
+        self._name_axes()
         self.stats = self.attempt(STATS_PATH, lambda: load_stats(self.root)) or {}
         no_tasks = pd.DataFrame({"task_index": pd.Series(dtype=int)})
         tasks = self.attempt(DEFAULT_TASKS_PATH, lambda: _with_tasks(load_tasks(self.root)))
@@ -97,6 +119,17 @@ class FolderMetadata(LeRobotDatasetMetadata):
         read = [table for table in tables if table is not None]
         empty = pd.DataFrame({"episode_index": pd.Series(dtype=int), "length": pd.Series(dtype=int)})
         self.episodes = pd.concat(read, ignore_index=True) if read else empty
+
+    def _name_axes(self) -> None:
+        """Give the axes of cameras the names by which LeRobot finds the channels, where `info.json` has other ones."""
+        for key, feature in self.info.features.items():
+            if feature["dtype"] in ("image", "video"):
+                last, named = feature["shape"][2] in (1, 3), feature.get("names")
+                axes = ["height", "width", "channels"] if last else ["channels", "height", "width"]
+                known = isinstance(named, list | tuple) and len(named) == 3
+                if not known or (named[2] in ("channel", "channels")) != last:
+                    feature["names"] = axes
+                    self.note(INFO_PATH, f"calls the axes of the camera {key!r} {named}: set its names to {axes}")
 
     def note(self, file: str, problem: str) -> None:
         """Add to `damage`, with the remedy that suits the problem."""
@@ -121,14 +154,28 @@ class FolderMetadata(LeRobotDatasetMetadata):
             self.note(file, f"cannot be read: {short(error)}")
             return None
 
-    def rows_of(self, episode: int) -> pd.Series | None:
-        """The metadata of an episode; None where there is none."""
-        found = self.episodes[self.episodes["episode_index"] == episode]
-        return found.iloc[0] if len(found) else None
+    def row_of(self, episode: int) -> dict[str, Any] | None:
+        """The metadata of an episode, by column; None where there is none."""
+        return self._rows.get(episode)
+
+    @cached_property
+    def _rows(self) -> dict[int, dict[str, Any]]:
+        rows = self.episodes.to_dict("records")
+        return {int(row["episode_index"]): row for row in reversed(rows)}  # of two for one episode, the first
+
+    def episode_statistics(self, key: str, names: Sequence[str]) -> dict[int, np.ndarray] | None:
+        """Statistics of state or actions by episode (names, D), NaN for what is no number; None without any."""
+        columns = [f"stats/{key}/{name}" for name in names]
+        found: dict[int, np.ndarray] = {}
+        for file in sorted(self.root.glob(f"{EPISODES_DIR}/*/*.parquet")):
+            table = self.attempt(str(file.relative_to(self.root)), lambda: _statistics_table(file, columns))  # noqa: B023
+            for number, *cells in [] if table is None else table.itertuples(index=False):
+                found[int(number)] = _as_rows(cells)
+        return found or None
 
     def video(self, episode: int, key: str) -> tuple[Path, float] | None:
         """The video of an episode, and the second in it where the episode begins; None where that is not known."""
-        row, parts = self.rows_of(episode), [f"videos/{key}/{x}" for x in ("chunk_index", "file_index")]
+        row, parts = self.row_of(episode), [f"videos/{key}/{x}" for x in ("chunk_index", "file_index")]
         begin = f"videos/{key}/from_timestamp"
         if row is None or any(name not in row or not _is_number(row[name]) for name in (*parts, begin)):
             return None
@@ -167,6 +214,8 @@ def read_info(repo_id: str, root: Path) -> Any:
                 f"place (a copy stays in {root}_old): {CONVERTER} --repo-id={repo_id} --root={root} --push-to-hub=false"
             )
         info = load_info(root)
+        check_version_compatibility(repo_id, version, CODEBASE_VERSION)
+        get_hf_features_from_features(info.features)  # which raises where a dtype is none
         problem = _info_problem(info)
     except ToolError:
         raise
@@ -211,6 +260,18 @@ def _episode_table(file: Path) -> pd.DataFrame:
     return table.astype({"episode_index": int, "length": int})
 
 
+def _statistics_table(file: Path, columns: list[str]) -> pd.DataFrame | None:
+    known = pq.read_schema(file).names
+    return pd.read_parquet(file, columns=["episode_index", *columns]) if {*columns} <= {*known} else None
+
+
+def _as_rows(cells: list[Any]) -> np.ndarray:
+    try:
+        return np.stack([np.ravel(np.asarray(cell, dtype=np.float64)) for cell in cells])
+    except (TypeError, ValueError):  # text, nothing, or lists of other lengths
+        return np.full((len(cells), 1), np.nan)
+
+
 def _is_number(x: Any) -> bool:
     return isinstance(x, int | float | np.integer | np.floating) and bool(np.isfinite(x))
 
@@ -221,7 +282,7 @@ def short(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:160]}"
 
 
-def read_columns(meta: FolderMetadata, episodes: Iterable[int] | None = None) -> Columns:
+def read_columns(meta: FolderMetadata) -> Columns:
     """State, actions and bookkeeping of the frames that can be read, float64 and int64; others go to `meta.damage`."""
     parts = []
     for number, file in enumerate(meta.data_files()):
@@ -233,21 +294,20 @@ def read_columns(meta: FolderMetadata, episodes: Iterable[int] | None = None) ->
     if not parts:
         dims = {x: int(np.prod(meta.features[k]["shape"])) for x, k in (("state_ND", OBS_STATE), ("action_ND", ACTION))}
         parts = [{x: np.zeros((0, dims[x])) if x in dims else np.zeros(0, int) for x in Columns._fields}]
-    whole = {field: np.concatenate([part[field] for part in parts]) for field in Columns._fields}
-    keep = np.ones(len(whole["episode"]), bool) if episodes is None else np.isin(whole["episode"], list(episodes))
-    return Columns(**{field: x[keep] for field, x in whole.items()})
+    return Columns(*(np.concatenate([part[field] for part in parts]) for field in Columns._fields))
 
 
 def _read_file(meta: FolderMetadata, file: Path) -> dict[str, np.ndarray]:
     """The columns of one file.
 
     Raises:
-        ValueError: one is missing, or not of the shape in info.json.
+        ValueError: one is missing, or not of the type or shape in info.json, so that LeRobot would not read it.
     """
     wanted = {"state_ND": OBS_STATE, "action_ND": ACTION, **NUMBERS}
     names = pq.read_schema(file).names
     if missing := [column for column in wanted.values() if column not in names]:
         raise ValueError(f"it has no column {', '.join(missing)}")
+    table_cast(pq.read_schema(file).empty_table(), get_hf_features_from_features(meta.features).arrow_schema)
     table = pq.read_table(file, columns=list(wanted.values()))
     arrays = {}
     for field, column in wanted.items():
@@ -262,10 +322,20 @@ def _read_file(meta: FolderMetadata, file: Path) -> dict[str, np.ndarray]:
 
 
 def _vectors(column: pa.ChunkedArray, dims: int, name: str) -> np.ndarray:
+    """A column of lists as (N, dims), float64; the lists may be nested."""
+    cells = column.combine_chunks()
+    if _is_list(cells.type) and not _is_list(cells.type.value_type) and not cells.null_count:
+        sizes = pc.list_value_length(cells).to_numpy(zero_copy_only=False)
+        if (sizes == dims).all():
+            return cells.flatten().to_numpy(zero_copy_only=False).astype(np.float64).reshape(-1, dims)
     rows = [np.ravel(np.asarray(row, dtype=np.float64)) for row in column.to_pylist()]
     if found := sorted({row.size for row in rows} - {dims}):
         raise ValueError(f"{name} has {found[0]} dims in some rows, info.json says {dims}")
     return np.stack(rows) if rows else np.zeros((0, dims))
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 @cache

@@ -31,7 +31,6 @@ from .evaluation.held_out import held_out
 from .evaluation.intervals import training_spread
 from .evaluation.measure import by_resizing, measure, rattle
 from .evaluation.predictions import Runner
-from .folder import read_columns
 
 logger = logging.getLogger(__name__)
 
@@ -79,15 +78,15 @@ def run(options: Options) -> None:
     episodes, origin = held_out(config, options.dataset, meta)
     options.dataset.episodes = episodes
     chunks = resolve_delta_timestamps(config, meta)
-    dataset, columns = open_dataset(options.dataset, meta, delta_timestamps=chunks, return_uint8=True)
+    dataset, recording = open_dataset(options.dataset, meta, delta_timestamps=chunks, return_uint8=True)
     runner = Runner(
-        config, dataset, columns, options.rename_map, options.observations, options.batch_size, options.seed
+        config, dataset, recording.columns, options.rename_map, options.observations, options.batch_size, options.seed
     )
-    spread, still = training_spread(runner.postprocessor, read_columns(meta), bool(config.use_relative_actions))
+    spread, still = training_spread(runner.postprocessor, recording.everything, bool(config.use_relative_actions))
     content, drawn = measure(runner, options.threshold, spread, still)
     content |= {
-        "error by resizing": by_resizing(runner, spread, still),
-        **rattle(runner, drawn, spread),
+        "error by resizing": by_resizing(runner, drawn, spread, still),
+        **rattle(drawn, spread),
         "policy": str(config.pretrained_path),
         "dataset": options.dataset.repo_id,
         "episodes": episodes,

@@ -23,6 +23,7 @@ from lerobot.optim import OptimizerConfig
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
 from ..configuration_pi0 import PI0Config
+from ..inputs.features import colour_cameras
 from ..inputs.steps import TokenizerError, load_tokenizer
 from . import ToolError, cached_plan
 from .data import DatasetOptions, need_pi0, open_meta
@@ -147,7 +148,7 @@ def recorded_load(config: PI0Config, dataset: DatasetOptions) -> Load:
         tokenizer = None
     if not len(meta.tasks):
         logger.warning("the dataset's prompts cannot be read, the policy's tokenizer_max_length is taken")
-    cameras = [key for key in meta.camera_keys if key not in meta.depth_keys]
+    cameras = colour_cameras(meta)
     if not cameras:
         raise ToolError(f"the dataset {dataset.repo_id} has no camera, and π₀ needs at least one")
     return dataset_load(config, [meta.features[key]["shape"] for key in cameras], list(meta.tasks.index), tokenizer)

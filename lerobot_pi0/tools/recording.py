@@ -1,6 +1,7 @@
 """A dataset as `lerobot-pi0 check` sees it: metadata, columns and pictures, as far as they can be read."""
 
 import io
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -11,12 +12,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from lerobot.datasets.io_utils import pil_to_chw_tensor
-from lerobot.datasets.video_utils import decode_video_frames
+from lerobot.datasets.video_utils import FrameTimestampError, decode_video_frames
 from lerobot.utils.constants import ACTION, OBS_STATE
 from PIL import Image
 from torch import Tensor
 
+from ..inputs.features import colour_cameras
 from .folder import Columns, Damage, FolderMetadata, file_problem, read_columns, short, video_backend
+
+TOLERANCE_S = 1e-4
+"""How far LeRobot lets a time stamp be from its frame, in seconds."""
 
 
 class PictureError(RuntimeError):
@@ -27,12 +32,18 @@ class Recording:
     """A dataset in a folder, of which everything that can be read is read.
 
     Args:
-        episodes: numbers of the episodes to read; None: all.
+        episodes: numbers of the episodes to look at; None: all.
+
+    Attributes:
+        columns, everything: the frames of these episodes, and of all.
+        untimely: by camera, episodes in whose video LeRobot would not find a frame at the time where it looks for it.
     """
 
     def __init__(self, meta: FolderMetadata, episodes: list[int] | None) -> None:
         self.meta = meta
-        self.columns: Columns = read_columns(meta, episodes)
+        self.everything = read_columns(meta)
+        self.columns: Columns = self.everything.of(episodes)
+        self.untimely: dict[str, set[int]] = defaultdict(set)
         self._files = meta.data_files()
         self._row_group = lru_cache(maxsize=4)(self._read_row_group)
 
@@ -44,18 +55,18 @@ class Recording:
     @cached_property
     def cameras(self) -> list[str]:
         """Cameras whose pictures have colours: depth maps are no input of π₀."""
-        return [key for key in self.meta.camera_keys if key not in self.meta.depth_keys]
+        return colour_cameras(self.meta)
 
     def look_at_videos(self) -> None:
         """Put videos that are missing, damaged, or end before their episodes into `damage`."""
         ends: dict[tuple[Path, str], float] = {}
+        numbers, lengths = np.unique(self.columns.episode, return_counts=True)
         for key in self.meta.video_keys:
-            for episode in np.unique(self.columns.episode).tolist():
+            for episode, frames in zip(numbers.tolist(), lengths.tolist(), strict=True):
                 if (found := self.meta.video(episode, key)) is None:
                     self.meta.note("meta/episodes", f"does not say where the pictures of {key!r} are")
                     continue
                 path, begin = found
-                frames = int((self.columns.episode == episode).sum())
                 ends[path, key] = max(ends.get((path, key), 0.0), begin + frames / self.meta.fps)
         for (path, _), end in ends.items():
             name = str(path.relative_to(self.meta.root))
@@ -93,13 +104,21 @@ class Recording:
                 # By number and not by time stamp: those may be off, which `episodes` reports.
                 times = begin + self.columns.frame[part] / self.meta.fps
                 try:
-                    pictures = decode_video_frames(
-                        path, times.tolist(), 1 / self.meta.fps, video_backend(), return_uint8=True
-                    )
+                    pictures = self._decode(path, times.tolist(), key, int(self.columns.episode[rows[0]]))
                 except Exception as error:  # decoders raise errors of many types
                     name = path.relative_to(self.meta.root)
-                    raise PictureError(f"{name} is damaged, or ends too early ({type(error).__name__})") from error
+                    raise PictureError(f"{name} is damaged, or ends too early") from error
                 yield from (picture.float() / 255 for picture in pictures)
+
+    def _decode(self, path: Path, times: list[float], key: str, episode: int) -> Tensor:
+        """Frames as LeRobot finds them; where it would find none so close, the nearest, and the episode is noted."""
+        options = {"backend": video_backend(), "return_uint8": True}
+        try:
+            return decode_video_frames(path, times, TOLERANCE_S, **options)
+        except FrameTimestampError:
+            frames = decode_video_frames(path, times, 1 / self.meta.fps, **options)
+            self.untimely[key].add(episode)
+            return frames
 
     def _from_column(self, key: str, row: int) -> Tensor:
         file, at = int(self.columns.file[row]), int(self.columns.row[row])
@@ -118,15 +137,19 @@ class Recording:
 
     @lru_cache(maxsize=64)  # noqa: B019  of one command's only dataset
     def _group_ends(self, file: int) -> np.ndarray:
-        metadata = pq.read_metadata(self._files[file])
+        metadata = self._parquet(file).metadata
         return np.cumsum([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
+
+    @lru_cache(maxsize=8)  # noqa: B019  of one command's only dataset
+    def _parquet(self, file: int) -> pq.ParquetFile:
+        return pq.ParquetFile(self._files[file])
 
     def _read_row_group(self, file: int, group: int, key: str) -> tuple[int, list[Any]]:
         ends = self._group_ends(file)
-        parquet = pq.ParquetFile(self._files[file])
+        parquet = self._parquet(file)
         if key not in parquet.schema_arrow.names:
             raise PictureError(f"{self._files[file].relative_to(self.meta.root)} has no column {key}")
-        cells = parquet.read_row_group(group, columns=[key])[key].to_pylist()
+        cells = parquet.read_row_group(group, columns=[key], use_threads=False)[key].to_pylist()
         return int(ends[group - 1]) if group else 0, cells
 
     def first_item(self) -> dict[str, Any]:

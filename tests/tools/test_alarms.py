@@ -30,15 +30,23 @@ def joints(episode: int, i: int, length: int) -> np.ndarray:
     return values
 
 
-def build(root, change=lambda values, episode, i: values, picture=None, episodes: int = 6, length=lambda e: 40) -> None:
+def same(values, episode, i):
+    return values
+
+
+def build(
+    root, change=same, act=same, picture=None, episodes: int = 6, length=lambda e: 40, video: bool = False
+) -> None:
+    """Six episodes; `change` alters states and actions, `act` actions alone, and `picture` pictures."""
     names = [f"joint_{i}.pos" for i in range(DIMS - 1)] + ["gripper.pos"]
     vector = {"dtype": "float32", "shape": (DIMS,), "names": names}
-    image = {"dtype": "image", "shape": (64, 64, 3), "names": ["height", "width", "channels"]}
+    image = {"dtype": "video" if video else "image", "shape": (64, 64, 3), "names": ["height", "width", "channels"]}
     columns = {OBS_STATE: vector, ACTION: vector, CAMERA: image}
-    dataset = LeRobotDataset.create("test/alarms", fps=FPS, features=columns, root=root, use_videos=False)
+    dataset = LeRobotDataset.create("test/alarms", fps=FPS, features=columns, root=root, use_videos=video)
     for episode in range(episodes):
         for i in range(length(episode)):
             state, action = (change(joints(episode, j, length(episode)), episode, j) for j in (i, i + 1))
+            action = act(action, episode, i)
             shown = np.full((64, 64, 3), (180, 110, 60), np.uint8)
             shown[:, (3 * i + 7 * episode) % 56 :][:, :8] = 255
             if picture is not None:
@@ -73,6 +81,11 @@ def held(values, episode, i):
     return values if i < 14 else joints(episode, 14, 40) + 0.02 * (np.arange(DIMS) == i % DIMS)
 
 
+def hung(values, episode, i):
+    """A leader that hangs in the middle of an episode, while the follower goes on."""
+    return joints(3, 13, 40) if episode == 3 and i >= 12 else values
+
+
 def elsewhere(values, episode, i):
     values[:3] += 60.0 * (episode >= 15)
     return values
@@ -85,6 +98,9 @@ def noisy(values, episode, i):
 
 ALARMS = {
     "it stands still": ({"change": held}, "warning idle", "stands still in"),
+    "the leader hangs": (
+        {"act": hung}, "warning idle", "action is repeated while the arm moves: episode 3 from frame 13 (2.7 s)",
+    ),
     "a jump and back": (
         {"change": put(1, 170.0, lambda e, i: (e, i) == (2, 20))}, "warning jumps", "joint_1.pos in episode 2",
     ),
@@ -107,10 +123,24 @@ def test_alarm(tmp_path, capsys, how, about, expected):
     assert not [x for x in found if x.startswith("error")], found
 
 
+def test_small_motions_in_a_video(tmp_path, capsys):
+    """Catches changes that a video codec leaves out, and that are taken for a camera that is slower than the fps."""
+    build(tmp_path / "data", picture=small_steps, video=True)
+    assert "warning images" not in said(capsys, tmp_path / "data")
+
+
 def test_a_still_joint_has_the_statistics_that_lerobot_gives_it(tmp_path, capsys):
     """Catches an error about float32's rounding, which recomputing the statistics cannot cure."""
     build(tmp_path / "data", change=noisy)
     assert "error statistics" not in said(capsys, tmp_path / "data")
+
+
+def small_steps(shown, episode, i):
+    """A bar that follows the first joint, which is slow at the beginning and at the end of its motion."""
+    shown[:] = (180, 110, 60)
+    at = int(joints(episode, i, 40)[0] / 2) % 48
+    shown[20:44, at : at + 8] = 220
+    return shown
 
 
 def black(shown, episode, i):

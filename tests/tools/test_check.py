@@ -169,6 +169,7 @@ def test_planted_at_recording(clean, tmp_path, capsys, how, about, said):
     build(tmp_path / "data", **how)
     status, found = findings(capsys, tmp_path / "data", clean / "policy")
     assert said in serious(found).get(about, ""), serious(found)
+    assert "of these episodes" not in str(found), "the dataset has the statistics that LeRobot gave it"
     assert status == int(any(x["grade"] == "error" for x in found))
     assert all(x["remedy"] for x in found if x["grade"] != "fine")
 
@@ -188,6 +189,14 @@ def edit_stats(root, change) -> None:
 
 def late(table) -> None:
     table.loc[40:, "timestamp"] += np.float32(0.02)
+
+
+def test_a_finding_is_no_warning_in_the_log_too(clean, tmp_path, capsys, caplog):
+    """Catches a joint that never moves and is told of four times, under another name than the dataset's."""
+    build(tmp_path / "data", change=hold(4))
+    _, found = findings(capsys, tmp_path / "data", clean / "policy")
+    assert "joint_4.pos" in serious(found)["warning constant"]
+    assert "near-constant" not in caplog.text
 
 
 DAMAGED = {

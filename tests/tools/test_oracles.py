@@ -39,7 +39,7 @@ class Oracle:
         episode, frame = (x.ravel() for x in np.mgrid[:episodes, :FRAMES])
         self.columns = Columns(
             state.reshape(-1, JOINTS), action.reshape(-1, JOINTS), frame / 10, episode, frame, word[episode],
-            0 * episode, 0 * episode,
+            np.arange(episode.size), 0 * episode, 0 * episode,
         )  # fmt: skip
         self.path = np.concatenate([path, np.full(CHUNK, path[-1])])
         self.rows = spread_over(episode, observations)

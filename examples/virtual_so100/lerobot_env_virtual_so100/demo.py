@@ -26,6 +26,8 @@ from .score import ScoreConfig, score, summary
 logger = logging.getLogger(__name__)
 
 LOG_EVERY = 50  # training steps
+HELD_OUT = 30  # demonstrations that training does not see
+HELD_OUT_NAME = "local/virtual_so100_held_out"
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,11 @@ class DemoConfig:
     def dataset(self) -> Path:
         """Where the demonstrations are."""
         return self.output / f"{self.task}_{self.episodes}"
+
+    @property
+    def held_out(self) -> Path:
+        """Where a few demonstrations are that training does not see."""
+        return self.output / f"{self.task}_held_out"
 
     @property
     def run(self) -> Path:
@@ -150,14 +157,22 @@ def _show_progress(chunk: bytes) -> None:
 
 def record(config: DemoConfig) -> float:
     """Write the demonstrations, unless they are there."""
-    if (config.dataset / "meta" / "info.json").exists():
-        print(f"\n== demonstrations: {config.dataset} is there already")
+    return _record(config, config.dataset, f"--episodes={config.episodes}")
+
+
+def record_held_out(config: DemoConfig) -> float:
+    """Write a few more, of scenes that training does not see: `open-loop` asks about those."""
+    options = [f"--episodes={min(HELD_OUT, config.episodes)}", "--split=validation", f"--repo_id={HELD_OUT_NAME}"]
+    return _record(config, config.held_out, *options)
+
+
+def _record(config: DemoConfig, root: Path, *options: str) -> float:
+    if (root / "meta" / "info.json").exists():
+        print(f"\n== demonstrations: {root} is there already")
         return 0.0
-    shutil.rmtree(config.dataset, ignore_errors=True)
-    command = [sys.executable, "-m", f"{__package__}.record", f"--root={config.dataset}", f"--task={config.task}"]
-    return _run(
-        f"{config.episodes} demonstrations", [*command, f"--episodes={config.episodes}"], _log(config, "record")
-    )
+    shutil.rmtree(root, ignore_errors=True)
+    command = [sys.executable, "-m", f"{__package__}.record", f"--root={root}", f"--task={config.task}", *options]
+    return _run(f"demonstrations: {root.name}", command, _log(config, f"record_{root.name}"))
 
 
 def _log(config: DemoConfig, name: str) -> Path:
@@ -274,15 +289,15 @@ def open_loop_command(config: DemoConfig) -> str:
     """The command that reports what the trained policy reacts to."""
     tool, report = Path(sys.executable).with_name("lerobot-pi0"), config.output / "open_loop"
     return (
-        f"{tool} open-loop --policy.path={config.policy} --dataset.repo_id=local/virtual_so100 "
-        f"--dataset.root={config.dataset} --output_dir={report}"
+        f"{tool} open-loop --policy.path={config.policy} --dataset.repo_id={HELD_OUT_NAME} "
+        f"--dataset.root={config.held_out} --output_dir={report}"
     )
 
 
 def demo(config: DemoConfig) -> dict[str, dict]:
     """Everything; returns the scores by policy."""
     _check_rendering()
-    seconds = {"demonstrations": record(config), "training": train(config)}
+    seconds = {"demonstrations": record(config) + record_held_out(config), "training": train(config)}
     plot_losses(config)
     trained, seconds["evaluation"] = evaluate(config, "named")
     rows = {"π₀, trained": trained}

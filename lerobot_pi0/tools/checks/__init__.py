@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
+from .bookkeeping import episodes_statistics, places
 from .cameras import cameras, pictures_of_training
 from .contexts import contexts
 from .demonstrations import drift, idle, jumps, lengths, limits
@@ -15,8 +16,8 @@ from .training import memory, one_batch, weights
 from .units import motion, units
 
 CHECKS: tuple[Callable[[Subject], Iterable[Finding]], ...] = (
-    files, cameras, pictures_of_training, images, joints, units, motion, statistics, outliers, prompts, episodes,
-    lengths, idle, jumps, limits, drift, one_batch, weights, contexts, memory,
+    files, places, cameras, pictures_of_training, images, joints, units, motion, statistics, episodes_statistics,
+    outliers, prompts, episodes, lengths, idle, jumps, limits, drift, one_batch, weights, contexts, memory,
 )  # fmt: skip
 """In the order of the report."""
 

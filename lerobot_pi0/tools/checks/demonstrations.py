@@ -13,8 +13,8 @@ from .noise import noise_of, tick_of
 from .pictures import longest_run
 from .subject import WARNING, Finding, Subject
 
-IDLE_S = 0.5
-"""An arm that keeps within its noise for so long, in seconds, stands still."""
+IDLE_S = 1.0
+"""An arm that keeps within its noise for so long, in seconds, stands still: less is a pause, or the end of a reach."""
 
 IDLE_PART = 0.35
 """A dataset is called idle if the arm stands still in more than this part of its frames."""
@@ -41,7 +41,7 @@ def idle(subject: Subject) -> Iterable[Finding]:
         still.append((number, float(stands.mean()), len(mine)))
         same = np.append(False, (np.diff(columns.action_ND[mine], axis=0) == 0).all(axis=1))
         start, length = longest_run(same & ~stands)
-        if length >= max(2 * window, 5) and columns.state_ND.shape == columns.action_ND.shape:
+        if length >= max(window, 5) and columns.state_ND.shape == columns.action_ND.shape:
             repeats.append(f"episode {number} from frame {columns.frame[mine[start]]} ({length / fps:.1f} s)")
     part = sum(share * n for _, share, n in still) / sum(n for *_, n in still)
     whole = [number for number, share, _ in still if share > 0.9]

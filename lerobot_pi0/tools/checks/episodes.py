@@ -6,10 +6,8 @@ import numpy as np
 from lerobot.datasets.utils import DEFAULT_TASKS_PATH as TASKS
 
 from ..data import some
+from ..recording import TOLERANCE_S
 from .subject import ERROR, FINE, WARNING, Finding, Subject
-
-TOLERANCE_S = 1e-4
-"""How far LeRobot lets a time stamp be from its frame, in seconds."""
 
 
 def prompts(subject: Subject) -> Iterable[Finding]:

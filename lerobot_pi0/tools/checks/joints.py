@@ -10,7 +10,7 @@ from lerobot.robots import Robot
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
 from ...configuration_pi0 import PI0Config
-from ...inputs.joints import is_numbered, joint_names, misplaced_joints
+from ...inputs.joints import is_numbered, joint_names, pairing_problem
 from ..data import dim_names, some
 from .subject import ERROR, FINE, WARNING, Finding, Subject
 
@@ -31,7 +31,7 @@ def joints(subject: Subject) -> Iterable[Finding]:
     if sorted(names[OBS_STATE]) == sorted(names[ACTION]) and names[OBS_STATE] != names[ACTION]:
         message = "state and actions have the same joints in another order"
         yield Finding(WARNING, "joints", message, "record both in one order; relative actions need it")
-    yield from relative_joints(subject, names)
+    yield from relative_joints(subject)
     before = subject.trained.config
     if before is not None and before.output_features:
         grade = ERROR if subject.keeps_features else WARNING
@@ -40,19 +40,12 @@ def joints(subject: Subject) -> Iterable[Finding]:
         yield from compare_with_robot(subject, subject.robot, names)
 
 
-def relative_joints(subject: Subject, names: dict[str, list[str]]) -> Iterable[Finding]:
+def relative_joints(subject: Subject) -> Iterable[Finding]:
     """Relative actions from which the state of another joint would be subtracted."""
-    elsewhere, unknown = misplaced_joints(subject.config, subject.dataset.meta)
-    by = "relative actions subtract the state by position"
-    if elsewhere:
-        message = f"{by}, and {some(elsewhere)} are in other places of the state"
-        yield Finding(ERROR, "joints", message, "record both in one order, or --policy.use_relative_actions=false")
-    elif unknown:
-        message = f"{by}, and the state does not name {some(unknown)}: it has {some(names[OBS_STATE])}"
-        yield Finding(
-            WARNING, "joints", message, "if they are the same joints in the same order, give both the same names in "
-            "meta/info.json; otherwise --policy.use_relative_actions=false",
-        )  # fmt: skip
+    if (found := pairing_problem(subject.config, subject.dataset.meta)) is not None:
+        problem, is_certain = found
+        message, _, remedy = problem.partition(". ")
+        yield Finding(ERROR if is_certain else WARNING, "joints", message, remedy)
 
 
 def compare_joints(names: dict[str, list[str]], before: PI0Config, source: str | None, grade: str) -> Iterable[Finding]:
@@ -66,6 +59,11 @@ def compare_joints(names: dict[str, list[str]], before: PI0Config, source: str |
             yield Finding(grade, "joints", f"{key} has {len(found)} dims, {source} has {dims}", other)
     stored, found = before.action_feature_names, names[ACTION]
     expected = joint_names(stored, len(found), ACTION) if stored else found
+    if stored and is_numbered(found, ACTION) and not is_numbered(expected, ACTION):
+        message = f"the dataset does not name the joints of the actions, so their order is not compared with {source}"
+        yield Finding(
+            WARNING, "joints", message, f"see that it is {', '.join(expected)}, and name them in meta/info.json"
+        )
     known = not (is_numbered(expected, ACTION) or is_numbered(found, ACTION))
     if known and expected != found and len(expected) == len(found):
         what = "in another order" if sorted(expected) == sorted(found) else "other joints"

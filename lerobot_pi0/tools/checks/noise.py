@@ -75,7 +75,10 @@ def tick_of(values_ND: np.ndarray) -> np.ndarray:
     return ticks
 
 
-def moving_between(columns: Columns, rows: np.ndarray, least_D: np.ndarray) -> np.ndarray:
-    """For each row, whether some joint of the state moved since the row before; False for the first."""
+def speed_between(columns: Columns, rows: np.ndarray, least_D: np.ndarray) -> np.ndarray:
+    """For each row, how far the joint that moved most did since the row before, in parts of what counts as a motion.
+
+    0 for the first row; more than 1 is a motion.
+    """
     step = np.abs(np.diff(columns.state_ND[rows], axis=0))
-    return np.concatenate([[False], (step > least_D).any(axis=1)])
+    return np.concatenate([[0.0], (step / np.maximum(least_D, 1e-12)).max(axis=1, initial=0)])

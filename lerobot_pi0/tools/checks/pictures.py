@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..data import some
 from ..recording import PictureError
-from .noise import moving_between
+from .noise import speed_between
 from .subject import ERROR, WARNING, Finding, Subject
 
 GRID = 32
@@ -25,6 +25,9 @@ STANDING = 0.02
 
 BLACK = 0.1
 """A picture is black if nothing in it is brighter than this, where white is 1."""
+
+SLOW = 0.15
+"""A camera is slower than the fps from this part of repeated pictures on, of those of fast motions: 25 of 30 Hz is."""
 
 SAMPLES = 8
 """At least so many frames of every episode are looked at."""
@@ -36,14 +39,19 @@ DECODED_IN_FULL = 20
 class Glance(NamedTuple):
     """A picture and what changed since the one that was looked at before it, in the same episode.
 
-    `change` is by how much some cell differs; NaN for the first. `moved`: whether joints moved meanwhile.
+    `change` is by how much some cell differs; NaN for the first. `speed`: how fast joints moved meanwhile, as
+    `speed_between` has it.
     """
 
     row: int
     low: float
     high: float
     change: float
-    moved: bool
+    speed: float
+
+    @property
+    def moved(self) -> bool:
+        return self.speed > 1
 
 
 @dataclass
@@ -65,6 +73,13 @@ def images(subject: Subject) -> Iterable[Finding]:
     for key in subject.dataset.cameras:
         look = look_at_camera(subject, key)
         yield from undecodable(subject, key, look)
+        if late := sorted(subject.dataset.untimely[key]):
+            message = (
+                f"{key} has no frames at the times of episodes {some(late)}: LeRobot looks frame_index / fps after "
+            )
+            message += "from_timestamp (meta/episodes)"
+            remedy = "write the videos anew at the fps of the dataset, or copy the dataset again; training would stop"
+            yield Finding(ERROR, "images", message, remedy)
         if look.size is None or not look.glances():
             continue
         yield from resolution(subject, key, look.size, side)
@@ -79,7 +94,8 @@ def images(subject: Subject) -> Iterable[Finding]:
             yield Finding(ERROR, "images", f"{key} shows one grey everywhere", "check the camera and record anew")
         else:
             yield from black_pictures(subject, key, look)
-            yield from standing_pictures(subject, key, look)
+            if not late:  # of two frames the nearest may be the same
+                yield from standing_pictures(subject, key, look)
 
 
 def undecodable(subject: Subject, key: str, look: Look) -> Iterable[Finding]:
@@ -128,18 +144,20 @@ def black_pictures(subject: Subject, key: str, look: Look) -> Iterable[Finding]:
 
 def standing_pictures(subject: Subject, key: str, look: Look) -> Iterable[Finding]:
     """Frames that equal the one before although joints moved: a camera that hangs, or is slower than the fps."""
-    lively = lively_change(look)
+    lively, fast = lively_change(look), fast_motion(look)
     hangs, repeated, moving, where = [], 0, 0, set()
     for episode, glances in look.runs.items():
         same = np.array([unchanged(x, lively) for x in glances])
         change = np.array([x.change for x in glances])
-        moved = np.array([x.moved for x in glances])
+        moved = np.array([x.speed >= fast for x in glances])
         start, length = longest_hang(glances, lively)
         if length >= min(10, max(3, len(same) // 2)):
             hangs.append(f"episode {episode} from frame {subject.columns.frame[glances[start].row]}")
         else:
             around = np.fmax(np.append(change[1:], 0), np.append(0, change[:-1]))
-            same &= around > 0.5 * lively  # a slow motion changes little in all frames, a slow camera in some
+            # A slow motion changes little in all frames, and a video codec leaves such changes out of every second one;
+            # a slow camera repeats pictures of fast motions too.
+            same &= moved & (around > 0.7 * lively)
             repeated, moving = repeated + int(same.sum()), moving + int(moved.sum())
             where |= {episode} if same.any() else set()
     for episode in suspicious(look, lively):
@@ -148,9 +166,9 @@ def standing_pictures(subject: Subject, key: str, look: Look) -> Iterable[Findin
     if hangs:
         message = f"{key} is frozen while the joints move: {some(hangs)}"
         yield Finding(ERROR, "images", message, "delete these episodes (lerobot-edit-dataset) and check the camera")
-    if moving and repeated > 0.1 * moving:
+    if moving and repeated > SLOW * moving:
         message = (
-            f"{key}: {repeated / moving:.0%} of the frames repeat the one before while the joints move "
+            f"{key}: {repeated / moving:.0%} of the frames repeat the one before while the joints move fast "
             f"(episodes {some(sorted(where))})"
         )
         remedy = f"the camera is slower than {subject.dataset.meta.fps} fps: lower one, or light the scene"
@@ -161,6 +179,12 @@ def lively_change(look: Look) -> float:
     """By how much a picture of this camera changes from frame to frame when the joints move, or more."""
     changes = [x.change for glances in look.runs.values() for x in glances if x.moved and np.isfinite(x.change)]
     return float(np.quantile(changes, 0.9)) if changes else 0.0
+
+
+def fast_motion(look: Look) -> float:
+    """How fast the joints are in the faster half of the frames in which they move."""
+    speeds = [x.speed for glances in look.runs.values() for x in glances if x.moved]
+    return float(np.median(speeds)) if speeds else 0.0
 
 
 def unchanged(glance: Glance, lively: float) -> bool:
@@ -220,21 +244,21 @@ def look_at_camera(subject: Subject, key: str) -> Look:
 def look_at(subject: Subject, key: str, look: Look, part: dict[int, list[Glance]], rows: np.ndarray) -> None:
     """Decode some rows of one episode into one part of a Look."""
     episode = int(subject.columns.episode[rows[0]])
-    moved = moving_between(subject.columns, rows, subject.noise)
+    speed = speed_between(subject.columns, rows, subject.noise)
     try:
-        part[episode] = list(_glances(subject.dataset.pictures(key, rows), rows, moved, look))
+        part[episode] = list(_glances(subject.dataset.pictures(key, rows), rows, speed, look))
     except PictureError as error:
         if episode not in look.failed[str(error)]:
             look.failed[str(error)].append(episode)
 
 
-def _glances(pictures: Iterator[torch.Tensor], rows: np.ndarray, moved: np.ndarray, look: Look) -> Iterator[Glance]:
+def _glances(pictures: Iterator[torch.Tensor], rows: np.ndarray, speed: np.ndarray, look: Look) -> Iterator[Glance]:
     before = None
-    for row, has_moved, picture in zip(rows.tolist(), moved.tolist(), pictures, strict=True):
+    for row, moved, picture in zip(rows.tolist(), speed.tolist(), pictures, strict=True):
         look.size = (picture.shape[-2], picture.shape[-1])
         small = F.adaptive_avg_pool2d(picture[None], GRID)[0]  # which evens out what a video codec adds
         change = float("nan") if before is None else float((small - before).abs().max())
-        yield Glance(row, float(picture.min()), float(picture.max()), change, has_moved)
+        yield Glance(row, float(picture.min()), float(picture.max()), change, moved)
         before = small
 
 

@@ -11,6 +11,7 @@ from lerobot.configs import NormalizationMode
 from lerobot.datasets.compute_stats import compute_relative_action_stats
 from lerobot.utils.constants import ACTION, OBS_STATE
 
+from ...inputs.joints import pairing_problem
 from ...inputs.statistics import STATISTICS, check_relative_statistics, check_statistics
 from ..data import dim_names, some
 from .subject import ERROR, FINE, WARNING, Finding, Subject, array
@@ -31,6 +32,8 @@ def statistics(subject: Subject) -> Iterable[Finding]:
     except ValueError as error:
         yield Finding(ERROR, "statistics", str(error), RECOMPUTE)
         return
+    if (pairing_problem(subject.config, subject.dataset.meta) or ("", False))[1]:
+        return  # which `joints` reports
     try:
         check_relative_statistics(subject.config, subject.stats, subject.dataset.meta)
     except ValueError as error:
@@ -39,6 +42,12 @@ def statistics(subject: Subject) -> Iterable[Finding]:
         return
     foreign = list(foreign_statistics(subject)) if subject.all_episodes else []
     yield from foreign
+    if (lost := [key for key in subject.dataset.cameras if key not in subject.stats]) and subject.stats:
+        message = f"there are none of {some(lost)}, where lerobot-train writes ImageNet's: it would stop"
+        remedy = (
+            "train with --dataset.use_imagenet_stats=false (pictures are not normalised by them), or add empty ones"
+        )
+        yield Finding(ERROR, "statistics", message, f'{remedy} to meta/stats.json: "KEY": {{}}')
     if not foreign:
         yield Finding(
             FINE,
@@ -63,11 +72,23 @@ def foreign_statistics(subject: Subject) -> Iterable[Finding]:
         else:
             bad = (low > mean + 0.2 * std + lost) | (high < mean - 0.2 * std - lost)
             bad |= high - low > 4 * (np.ptp(values, axis=0) + 1e-6 + lost)
+        if space == "absolute":
+            bad |= foreign_range(subject.stats[key], values, lost)
         if bad.any():
             names = [dim_names(subject.dataset, key)[i] for i in np.flatnonzero(bad)]
             hint = " --operation.relative_action=true" if space == "relative" else ""
             message = f"the statistics of {key} are not those of its {space} values: {some(names)}"
             yield Finding(ERROR, "statistics", message, f"lerobot-edit-dataset --operation.type=recompute_stats{hint}")
+
+
+def foreign_range(stats: dict[str, Any], values_ND: np.ndarray, lost_D: np.ndarray) -> np.ndarray:
+    """Dims whose stored min or max, which bounds read, is not that of the values (D). `lost_D`: what float32 rounds."""
+    bad, least = np.zeros(values_ND.shape[1], bool), 1e-3 * np.ptp(values_ND, axis=0) + lost_D + 1e-6
+    for name, found in (("min", values_ND.min(axis=0)), ("max", values_ND.max(axis=0))):
+        if name in stats:
+            stored = array(stats[name])
+            bad |= ~(np.abs(stored - found) <= least) if stored.size == bad.size else True
+    return bad
 
 
 def relative_statistics(subject: Subject) -> tuple[np.ndarray, np.ndarray, str]:

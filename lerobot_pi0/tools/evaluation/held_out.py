@@ -8,11 +8,16 @@ from lerobot.datasets import LeRobotDatasetMetadata
 
 from ...checkpoints.source import Source
 from ...configuration_pi0 import PI0Config
+from .. import ToolError
 from ..data import DatasetOptions
 
 
 def held_out(config: PI0Config, options: DatasetOptions, meta: LeRobotDatasetMetadata) -> tuple[list[int], str]:
-    """Episodes that training did not see, and how that is known."""
+    """Episodes that training did not see, and how that is known.
+
+    Raises:
+        ToolError: it is not known.
+    """
     everything = list(range(meta.total_episodes))
     if options.episodes is not None:
         return sorted(options.episodes), "those that were named"
@@ -35,9 +40,19 @@ def _list(x: Any) -> list[Any]:
 
 
 def _split(meta: LeRobotDatasetMetadata, seen: list[int], split: float) -> list[int]:
-    """The last episodes of each task, as LeRobot's `make_train_eval_datasets` holds them out."""
+    """The last episodes of each task, as LeRobot's `make_train_eval_datasets` holds them out.
+
+    Raises:
+        ToolError: the dataset does not say which task each episode shows.
+    """
     by_task: dict[str, list[int]] = {}
-    for episode in seen:
-        tasks = list(meta.episodes["tasks"][episode])
-        by_task.setdefault(tasks[0] if tasks else "", []).append(episode)
+    try:
+        tasks = [list(x) for x in meta.episodes["tasks"]]
+        for episode in seen:
+            by_task.setdefault(tasks[episode][0] if tasks[episode] else "", []).append(episode)
+    except (KeyError, TypeError, IndexError) as error:
+        raise ToolError(
+            f"which episodes eval_split={split} held out is not known, since meta/episodes does not name the tasks of "
+            "all episodes: name episodes with --dataset.episodes"
+        ) from error
     return sorted(e for group in by_task.values() for e in group[len(group) - math.ceil(len(group) * split) :])

@@ -55,7 +55,8 @@ def measure(
     }
     content["ignored"] = ignored(content)
     content["verdicts"] = verdicts(content)
-    return content, {"predicted": predicted, "valid": valid, "rows": rows, "columns": runner.columns, "joints": names}
+    chunks = {"predicted": predicted, "recorded": recorded, "valid": valid}
+    return content, chunks | {"rows": rows, "columns": runner.columns, "joints": names}
 
 
 def recorded_chunks(items: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
@@ -64,22 +65,21 @@ def recorded_chunks(items: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray
     return chunks, np.stack([~item[f"{ACTION}_is_pad"].numpy() for item in items])
 
 
-def by_resizing(runner: Runner, spread_A: np.ndarray, still_A: np.ndarray) -> dict[str, float]:
+def by_resizing(runner: Runner, drawn: dict[str, Any], spread_A: np.ndarray, still_A: np.ndarray) -> dict[str, float]:
     """The policy's error for each way in which pictures can shrink (`image_resize`), in the units of `measure`."""
-    recorded, valid = recorded_chunks(runner.items)
     used, errors = runner.config.image_resize, {}
     for how in choices("image_resize"):
         runner.config.image_resize = how
-        squares = ((runner.chunks()[1] - recorded) / spread_A) ** 2
-        errors[how] = rms(squares[..., ~still_A], valid)
+        predicted = drawn["predicted"] if how == used else runner.chunks()[1]
+        squares = ((predicted - drawn["recorded"]) / spread_A) ** 2
+        errors[how] = rms(squares[..., ~still_A], drawn["valid"])
     runner.config.image_resize = used
     return errors
 
 
-def rattle(runner: Runner, drawn: dict[str, Any], spread_A: np.ndarray) -> dict[str, Any]:
+def rattle(drawn: dict[str, Any], spread_A: np.ndarray) -> dict[str, Any]:
     """Roughness of the sampled chunks beside the recorded ones, by joint, and the joints that rattle."""
-    recorded, valid = recorded_chunks(runner.items)
-    found = roughness(*(torch.from_numpy(np.asarray(x)) for x in (drawn["predicted"], recorded, valid)))
+    found = roughness(*(torch.from_numpy(drawn[name]) for name in ("predicted", "recorded", "valid")))
     each = zip(drawn["joints"], found.sampled, found.recorded, strict=True)
     return {
         "roughness": {joint: {"sampled": sampled, "recorded": own} for joint, sampled, own in each},

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ...checkpoints.errors import CorruptCheckpointError
 from ...configuration_pi0 import PI0Config
+from ...inputs.features import colour_cameras
 from .. import ToolError
 from ..data import build_pipelines
 from ..folder import Columns, short
@@ -51,7 +52,7 @@ class Runner:
         self.columns = columns
         self.rows = spread_over(self.columns.episode, observations)
         self.items = [self._item(int(i)) for i in tqdm(self.rows, desc="frames", leave=False)]
-        keys = [key for key in dataset.meta.camera_keys if rename_map.get(key, key) in config.image_features]
+        keys = [key for key in colour_cameras(dataset.meta) if rename_map.get(key, key) in config.image_features]
         self.cameras = {key: rename_map.get(key, key) for key in keys}
 
     def chunks(self, change: Change | None = None, others: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -14,11 +14,13 @@ COLOURS = {"policy": "#0072b2", "hold still": "#999999", "mean action": "#d55e00
 """Of Okabe and Ito's palette, which colour-blind people can tell apart."""
 
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>open-loop: {title}</title>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>open-loop: {title}</title>
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222 }}
-img {{ max-width: 100% }} h1 {{ overflow-wrap: anywhere }} 
-table {{ border-collapse: collapse }} td, th {{ padding: .2em .8em; text-align: right }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222;
+  overflow-wrap: anywhere }}
+img {{ max-width: 100% }} .wide {{ overflow-x: auto }} table {{ border-collapse: collapse }}
+td, th {{ padding: .2em .8em; text-align: right; white-space: nowrap; overflow-wrap: normal }}
 td:first-child, th:first-child {{ text-align: left }} tr {{ border-bottom: 1px solid #ddd }}
 .verdict {{ border-left: .4em solid {colour}; background: #f6f6f6; padding: .6em 1em; margin: 1em 0 }}
 </style></head><body>
@@ -166,7 +168,7 @@ def _joints(content: dict[str, Any]) -> str:
         f"<tr><td>{html.escape(joint)}</td>" + "".join(f"<td>{errors[name]:.3f}</td>" for name in COLOURS) + "</tr>"
         for joint, errors in {**content["error by joint"], "all": content["error"]}.items()
     ]
-    return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+    return f'<div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
 
 
 def _numbers(drawn: dict[str, Any]) -> list[int]:
