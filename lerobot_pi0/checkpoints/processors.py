@@ -101,6 +101,8 @@ def settle_processors(
             run.changes[other] = shared
     if config.clean_prompts is not None and PROMPT in steps:
         run.changes[PROMPT] = {"cleans": config.clean_prompts}
+    if config.save_tokenizer is not None and TOKENIZER in steps:
+        run.changes.setdefault(TOKENIZER, {})["carry"] = config.save_tokenizer
     features = getattr(meta, "features", None)
     if features is not None:
         _take_cameras(run, config, dataset_to_policy_features(features))
@@ -157,3 +159,5 @@ def _take_cameras(run: Run, config: PI0Config, dataset: Mapping[str, Any]) -> No
     elif mine == set(run.dataset):
         run.of_dataset = mine != slots
         set_cameras(config, run.dataset, run.slots)
+    else:  # the checkpoint's, or the dataset's which LeRobot after 0.6.1 has renamed by now
+        set_cameras(config, dict(config.image_features), run.slots)

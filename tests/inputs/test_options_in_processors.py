@@ -275,6 +275,17 @@ def test_cameras_keep_their_slots_in_another_order(tmp_path):
     assert tuple(policy.config.image_features) == CAMERAS
 
 
+@pytest.mark.parametrize("renamed", [False, True], ids=["LeRobot 0.6.1", "later"])
+def test_renamed_cameras_keep_their_slots(tmp_path, renamed):
+    """Catches a run in which `--rename_map` names the slots, and the order of the dataset exchanges them. LeRobot after
+    0.6.1 has renamed the policy's cameras before it loads the checkpoint."""
+    place, names = saved_base(tmp_path), {CAMERAS[0]: SLOTS[0], CAMERAS[2]: SLOTS[1]}
+    meta = dataset((CAMERAS[2], CAMERAS[0]))  # the wrist first
+    config = options([names[key] for key in meta.camera_keys] if renamed else meta.camera_keys)
+    policy, *_ = begin(place, config, meta, names)
+    assert tuple(policy.config.image_features) == SLOTS[:2]
+
+
 def test_a_mistyped_rename_target(tmp_path, caplog):
     """Catches a camera that is lost in silence, since no camera of the policy has that name."""
     place = saved_base(tmp_path)
