@@ -202,7 +202,12 @@ class Cells:
             with contextlib.redirect_stdout(said):
                 return main()
         finally:
-            lost = ("Could not load state dict", "without loading pretrained weights", "Missing keys", "Unexpected keys")
+            lost = (
+                "Could not load state dict",
+                "without loading pretrained weights",
+                "Missing keys",
+                "Unexpected keys",
+            )
             self.random = any(words in said.getvalue() for words in lost)
 
     def train(self, *arguments: str, column: str, out: Path, save: bool = False, steps: int = 1) -> None:
@@ -315,8 +320,7 @@ def write_base(folder: Path) -> None:
     for pipeline in make_pi0_pre_post_processors(policy.config, dict.fromkeys(("observation.state", "action"), known)):
         for step in pipeline.steps:
             if hasattr(step, "stats"):
-                step.stats = {}
-                step._tensor_stats = {}
+                step.stats, step.features, step._tensor_stats = {}, {}, {}
         pipeline.save_pretrained(folder)
     for file in folder.glob("lerobot_pi0*.json"):
         file.unlink()
@@ -330,7 +334,11 @@ def make_starts(cells: Cells) -> None:
         write_datasets(cells.folder / "data")
         write_base(base)
     names = (OURS, ADAPTER) if ours else (THEIRS, THEIR_ADAPTER, TUNED)
-    options = [*cells.NEW], [f"--policy.path={base}", "--peft.method_type=LORA", "--peft.r=4"], [f"--policy.path={base}"]
+    options = (
+        [*cells.NEW],
+        [f"--policy.path={base}", "--peft.method_type=LORA", "--peft.r=4"],
+        [f"--policy.path={base}"],
+    )
     for name, given in zip(names, options, strict=False):
         cells.train(*given, column=column, out=cells.folder / "starts" / name, save=True)
         assert not cells.random, f"{name}: random weights"
@@ -459,12 +467,17 @@ def made_table(page: str) -> str:
     return page.partition(BEGIN)[2].partition(END)[0].strip()
 
 
+def put_table(page: str, made: str) -> str:
+    """The page with this table."""
+    before, _, rest = page.partition(BEGIN)
+    return f"{before}{BEGIN}\n\n{made}\n\n{END}{rest.partition(END)[2]}"
+
+
 def main(folder: Path, write: bool) -> None:
     made = table(*answers(folder))
     print(made)
     if write:
-        text = PAGE.read_text()
-        PAGE.write_text(text.replace(made_table(text), made))
+        PAGE.write_text(put_table(PAGE.read_text(), made))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ class Pictures(Robot):
 
     @property
     def observation_features(self) -> dict:
-        return dict.fromkeys(JOINTS, float) | {name: (SIDE, SIDE, 3) for name in self.config.names}
+        return dict.fromkeys(JOINTS, float) | dict.fromkeys(self.config.names, (SIDE, SIDE, 3))
 
     @property
     def action_features(self) -> dict:

@@ -11,11 +11,13 @@ def cells_of_page() -> dict[str, str]:
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in drop_in.made_table(drop_in.PAGE.read_text()).splitlines()
     ]
-    return {key_of(row[0], row[1], column): cell for row in rows for column, cell in zip(head[2:], row[2:], strict=True)}
+    return {
+        key_of(row[0], row[1], column): cell for row in rows for column, cell in zip(head[2:], row[2:], strict=True)
+    }
 
 
 def test_the_page_has_all_cells():
-    """Catches a page whose table is of other commands, starts or cameras than are tried, or shows a cell that is wrong."""
+    """Catches a page whose table is of other commands, starts or cameras than are tried, or that shows a wrong cell."""
     wanted = {
         key_of(command, start, column): cell_text(meant(command, start, cameras))
         for command, start in ROWS

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 from lerobot.configs import FeatureType
 from lerobot.utils.constants import POLICY_POSTPROCESSOR_DEFAULT_NAME, POLICY_PREPROCESSOR_DEFAULT_NAME
-from lerobot.utils.feature_utils import dataset_to_policy_features
 
 from ..configuration_pi0 import PI0Config
 from ..inputs.features import padded, set_cameras
 from ..inputs.pipelines import PROMPT, RENAME, Run, Steps, follow
+from ..inputs.samples import cameras_of, leave_out_depth
 from ..inputs.steps import TOKENIZER
 from .errors import CheckpointConfigError
 from .source import Source
@@ -105,7 +105,7 @@ def settle_processors(
         run.changes.setdefault(TOKENIZER, {})["carry"] = config.save_tokenizer
     features = getattr(meta, "features", None)
     if features is not None:
-        _take_cameras(run, config, dataset_to_policy_features(features))
+        _take_cameras(run, config, features, for_any_robot=not steps.get(NORMALIZER, {}).get("features"))
     follow(source.place, run)
 
 
@@ -147,12 +147,13 @@ def _cameras(config: Mapping[str, Any]) -> list[str]:
     return [key for key, x in features.items() if x.get("type") == FeatureType.VISUAL.value]
 
 
-def _take_cameras(run: Run, config: PI0Config, dataset: Mapping[str, Any]) -> None:
+def _take_cameras(run: Run, config: PI0Config, dataset: dict[str, dict[str, Any]], for_any_robot: bool) -> None:
     """Note the dataset's cameras; where the policy has them for its own, put them into the checkpoint's order."""
-    run.dataset = {key: x for key, x in dataset.items() if x.type is FeatureType.VISUAL}
+    leave_out_depth(config)
+    run.dataset = cameras_of(dataset)
     mine, slots = set(config.image_features), set(run.slots)
-    if mine == slots and not slots & set(run.dataset) and run.dataset and padded(config):
-        # A base for any robot, whose cameras nobody has. LeRobot refuses other names unless there is a --rename_map,
+    if mine == slots and not slots & set(run.dataset) and run.dataset and for_any_robot and padded(config):
+        # A base, whose cameras nobody has. LeRobot refuses other names unless there is a --rename_map,
         # which is known when the processors are rebuilt.
         run.instead_of = dict(config.image_features)
         set_cameras(config, run.dataset, run.slots)

@@ -12,7 +12,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from ..configuration_pi0 import PI0Config
 from .features import log_cameras, name_unread
 from .joints import check_pairing, check_relative_names, names_in_config, relative_mask, take_names
-from .samples import has_state
+from .samples import cameras_of, has_state
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def check_dataset(config: PI0Config, stats: Mapping[str, Mapping[str, Any]] | No
     take_names(config, meta)
     name_unread(config, getattr(meta, "features", None) or {})
     if meta is not None and not config.pretrained_path:
-        log_cameras(config, getattr(meta, "camera_keys", []), {})
+        log_cameras(config, cameras_of(getattr(meta, "features", None) or {}), {})
     recorded = getattr(meta, "features", None) or stats or {}
     if config.use_relative_actions and OBS_STATE not in recorded:
         raise ValueError(

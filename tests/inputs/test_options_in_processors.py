@@ -286,6 +286,21 @@ def test_renamed_cameras_keep_their_slots(tmp_path, renamed):
     assert tuple(policy.config.image_features) == SLOTS[:2]
 
 
+@pytest.mark.parametrize("names", [{}, {CAMERAS[0]: SLOTS[0]}], ids=["own names", "renamed"])
+def test_a_depth_camera_takes_no_slot(tmp_path, caplog, names):
+    """Catches a depth map among the cameras of a run that begins from a checkpoint: in a slot, as a camera that is
+    lost, or in the way of `--rename_map`."""
+    depth = f"{CAMERAS[0]}_depth"
+    meta = dataset((depth, CAMERAS[0]))
+    meta.features[depth] = meta.features[depth] | {"shape": (16, 16, 1)}
+    config = options(meta.camera_keys)
+    config.input_features[depth] = PolicyFeature(FeatureType.VISUAL, (1, 16, 16))
+    policy, *_ = begin(saved_base(tmp_path), config, meta, names)
+    assert list(policy.config.image_features) == [names.get(CAMERAS[0], CAMERAS[0])]
+    assert caplog.text.count("depth cameras are left out") == 1
+    assert "is not seen" not in caplog.text
+
+
 def test_a_mistyped_rename_target(tmp_path, caplog):
     """Catches a camera that is lost in silence, since no camera of the policy has that name."""
     place = saved_base(tmp_path)
@@ -326,6 +341,16 @@ def test_a_base_without_statistics_stays_padded(tmp_path):
     """Catches a guess at the dims of a robot that nobody has named."""
     policy = PI0Policy.from_pretrained(saved_base(tmp_path))
     assert policy.config.output_features[ACTION].shape == policy.config.input_features[OBS_STATE].shape == (8,)
+
+
+def test_a_checkpoint_for_a_robot_is_no_base(tmp_path):
+    """Catches cameras that are put into slots by their order, since LeRobot's π₀ left the features of a checkpoint
+    that it trained as wide as the base's: LeRobot refuses other names, and so a forgotten `--rename_map` is noticed."""
+    config = PI0Policy.from_pretrained(place := padded_checkpoint(tmp_path)).config
+    config.use_relative_actions = False
+    config.output_features = features()["output_features"]
+    policy, *_ = begin(place, config, dataset(CAMERAS[1:2]))
+    assert tuple(policy.config.image_features) == CAMERAS[:1]
 
 
 # --- joints by name, and what is not read -------------------------------------------------------------------
