@@ -56,7 +56,8 @@ def saved_steps(source: Source) -> Steps:
     steps: Steps = {}
     for name in (POLICY_POSTPROCESSOR_DEFAULT_NAME, POLICY_PREPROCESSOR_DEFAULT_NAME):
         for step in (source.read_json(f"{name}.json") or {}).get("steps", []):
-            steps[str(step.get("registry_name"))] = step.get("config") or {}
+            folders = step.get("artifacts") or {}  # of LeRobot after 0.6.1: names of folders, and no options
+            steps[str(step.get("registry_name"))] = (step.get("config") or {}) | dict.fromkeys(folders)
     return steps
 
 

@@ -94,6 +94,8 @@ class PI0TokenizerStep(TokenizerProcessorStep):
     """Whether they travel; None leaves it to the state, and without a state they do."""
     takes_files: bool = True
     """Whether the checkpoint's files are those of the tokenizer that is meant; not where another one is given."""
+    folder: str | None = None
+    """Where the tokenizer is loaded from in place of its name: LeRobot after 0.6.1 saves it in a folder."""
 
     def __post_init__(self) -> None:
         if self.tokenizer is None and self.tokenizer_name is None and not self.takes_files:
@@ -106,7 +108,7 @@ class PI0TokenizerStep(TokenizerProcessorStep):
     def input_tokenizer(self) -> Any:  # type: ignore[override]
         """The tokenizer itself; the name is LeRobot's."""
         if self._loaded is None:
-            self._loaded = load_tokenizer(str(self.tokenizer_name))
+            self._loaded = load_tokenizer(self.folder or str(self.tokenizer_name))
         return self._loaded
 
     def _tokenize_text(self, text: str | list[str]) -> dict[str, Tensor]:
@@ -122,7 +124,7 @@ class PI0TokenizerStep(TokenizerProcessorStep):
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tokenizer's files, as bytes; nothing for the byte tokenizer, which has none."""
-        if self.tokenizer_name == BYTE_TOKENIZER:
+        if self.tokenizer_name == BYTE_TOKENIZER and self.folder is None and not self._files:
             return {}
         if self.carry is False:
             return {NOT_CARRIED: torch.zeros(1, dtype=torch.uint8)}

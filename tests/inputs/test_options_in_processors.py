@@ -3,6 +3,7 @@
 import gc
 import json
 import logging
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +24,7 @@ from transformers import AutoTokenizer
 from lerobot_pi0 import PI0Config, PI0Policy, make_pi0_pre_post_processors, take_over
 from lerobot_pi0.checkpoints.errors import CheckpointConfigError
 from lerobot_pi0.inputs.joints import check_pairing
+from lerobot_pi0.inputs.pipelines import artifact
 from lerobot_pi0.inputs.steps import PI0TokenizerStep
 
 pytestmark = pytest.mark.usefixtures("micro")
@@ -158,6 +160,50 @@ def test_another_tokenizer(tmp_path, how, start):
         return
     again = DataProcessorPipeline.from_pretrained(tmp_path / "next", config_filename="policy_preprocessor.json")
     assert step_of(again, PI0TokenizerStep)._tokenize_text([TASK + "\n"])["input_ids"].tolist() == [expected]
+
+
+def saved_later(folder) -> str:
+    """A checkpoint of LeRobot's π₀ after 0.6.1, whose tokenizer is in a folder that the step names."""
+    place = saved(folder, text_tokenizer_name=word_tokenizer(folder / "tokenizer"), tokenizer_max_length=7)
+    for file in folder.glob("lerobot_pi0*"):
+        file.unlink()
+    file = folder / "policy_preprocessor.json"
+    content = json.loads(file.read_text())
+    step = next(x for x in content["steps"] if x["registry_name"] == "tokenizer_processor")
+    (folder / step.pop("state_file")).unlink()
+    step["config"]["tokenizer_name"] = "tokenizer"
+    step["artifacts"] = {"tokenizer_name": "tokenizer"}
+    file.write_text(json.dumps(content))
+    return place
+
+
+@pytest.mark.parametrize("asked", [None, "another"])
+def test_a_tokenizer_in_a_folder_of_the_checkpoint(tmp_path, asked):
+    """Catches a checkpoint of LeRobot after 0.6.1 whose tokenizer is looked for on the Hub under the name of a folder,
+    there, once it is moved, or in what is trained from it; and a tokenizer that is asked for and not taken."""
+    saved_later(tmp_path / "first")
+    place, other = str((tmp_path / "first").rename(tmp_path / "moved")), str(tmp_path / "another")
+    words = AutoTokenizer.from_pretrained(word_tokenizer(tmp_path / "old"))
+    words.train_new_from_iterator([TASK[::-1]], 12).save_pretrained(other)
+    expected = AutoTokenizer.from_pretrained(other if asked else str(tmp_path / "old"))(
+        TASK + "\n", max_length=7, truncation=True, padding="max_length", padding_side="right"
+    )["input_ids"]
+    policy, pre, post = begin(place, options(text_tokenizer_name=other if asked else None), dataset())
+    assert pre(sample())["observation.language.tokens"].tolist() == [expected]
+    for saves in (policy, pre, post):
+        saves.save_pretrained(tmp_path / "next")
+    name = policy.config.text_tokenizer_name
+    assert name != "tokenizer"
+    shutil.rmtree(place)
+    _, pre, _ = begin(str(tmp_path / "next"), options(text_tokenizer_name=name), dataset())  # as a resumed run
+    assert pre(sample())["observation.language.tokens"].tolist() == [expected]
+
+
+@pytest.mark.parametrize("name", ["../tokenizer", "/tmp/tokenizer", "a/../../b", "..\\b"])
+def test_folders_of_a_checkpoint_are_in_it(name):
+    """Catches a checkpoint that has files read which are not its own."""
+    with pytest.raises(ValueError, match="no folder of the checkpoint"):
+        artifact("place", None, {}, name)
 
 
 def test_normalisation_is_the_runs(tmp_path):
