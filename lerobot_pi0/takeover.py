@@ -3,9 +3,10 @@
 It runs at the start of every LeRobot command, so nothing heavy is imported before it is needed.
 """
 
-import functools
+import inspect
 import logging
 import sys
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def _record_saved_pipelines() -> None:
     if hasattr(original, "records"):
         return
 
-    @functools.wraps(original)
+    @wraps(original)
     def save_and_record(self: Any, save_directory: Path, **kwargs: Any) -> None:
         file = kwargs.get("config_filename") or f"{self._get_sanitized_name()}.json"
         original(self, save_directory, **kwargs)
@@ -81,10 +82,18 @@ def _rebuild_saved_pipelines() -> None:
     if getattr(build, "of_pi0", False):
         return
 
-    def rebuild(cls: Any, loaded_config: dict, overrides: dict | None, model_id: Any, *args: Any, **kwargs: Any) -> Any:
-        from .inputs.pipelines import rewritten
+    signature = inspect.signature(build)
 
-        return build(cls, *rewritten(loaded_config, overrides or {}, str(model_id)), model_id, *args, **kwargs)
+    def rebuild(*args: Any, **kwargs: Any) -> Any:
+        from .inputs.pipelines import artifact, rewritten
+
+        bound = signature.bind(*args, **kwargs)
+        given, place = bound.arguments, str(bound.arguments["model_id"])
+        fetch = partial(artifact, place, given["base_path"], given["hub_download_kwargs"])
+        given["loaded_config"], given["overrides"] = rewritten(
+            given["loaded_config"], given["overrides"] or {}, place, fetch
+        )
+        return build(*bound.args, **bound.kwargs)
 
     rebuild.of_pi0 = True  # type: ignore[attr-defined]
     DataProcessorPipeline._build_steps_with_overrides = classmethod(rebuild)  # type: ignore[assignment, method-assign]

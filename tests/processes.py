@@ -22,6 +22,6 @@ def start(code: str, *arguments: str, **environment: str) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen) -> tuple[dict, str]:
     """What it answered and what it logged."""
-    out, log = process.communicate(timeout=300)
+    out, log = process.communicate(timeout=550)
     assert process.returncode == 0, log[-4000:]
     return json.loads(out.splitlines()[-1]), log

@@ -119,12 +119,3 @@ def overrule(config: PI0Config, saved: Mapping[str, Any], place: str) -> None:
     if config.vlm_path not in (None, vlm):
         logger.warning("vlm_path=%s is not read: the VLM's weights are in %s", config.vlm_path, place)
         config.vlm_path = vlm
-    carried = saved.get("save_tokenizer") is not False
-    if config.save_tokenizer not in (None, carried):
-        logger.warning(
-            "save_tokenizer=%s is not read: LeRobot takes the processors as they are in %s, whose tokenizer %s",
-            config.save_tokenizer,
-            place,
-            "travels with them" if carried else "does not travel",
-        )
-        config.save_tokenizer = carried

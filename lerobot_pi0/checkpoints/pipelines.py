@@ -226,7 +226,13 @@ def _step(file: str, entry: dict[str, Any]) -> Step:
             "(ProcessorStepRegistry) in a plugin, and saved again"
         )
     name, config, state = entry.get("registry_name"), entry.get("config", {}), entry.get("state_file")
-    if not isinstance(name, str) or not isinstance(config, dict) or not isinstance(state, str | None):
+    folders = entry.get("artifacts") or {}  # of LeRobot after 0.6.1: names of folders, in place of options
+    if (
+        not isinstance(name, str)
+        or not isinstance(config, dict)
+        or not isinstance(state, str | None)
+        or not isinstance(folders, dict)
+    ):
         raise CorruptCheckpointError(f"a step of {file} is unreadable ({entry}): download or copy it again")
     if state is not None and (
         PurePosixPath(state).name != state or "\\" in state or not state.endswith(".safetensors")
@@ -237,7 +243,7 @@ def _step(file: str, entry: dict[str, Any]) -> Step:
             f"the step {name} in {file} would load code or models that the file names: do not load this checkpoint. π₀ "
             "needs no such step"
         )
-    return Step(name, config, state)
+    return Step(name, config | dict.fromkeys(folders), state)
 
 
 def _trusts_code(config: Any) -> bool:

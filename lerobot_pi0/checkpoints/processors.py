@@ -11,12 +11,10 @@ import weakref
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from lerobot.configs import FeatureType
-from lerobot.utils.feature_utils import dataset_to_policy_features
-
 from ..configuration_pi0 import PI0Config
 from ..inputs.features import padded, set_cameras
 from ..inputs.pipelines import PROMPT, Run, Steps, follow
+from ..inputs.samples import cameras_of, leave_out_depth
 from ..inputs.steps import TOKENIZER
 from .configs import decode_options
 from .errors import CheckpointConfigError, CorruptCheckpointError
@@ -71,9 +69,11 @@ def settle_processors(
             run.changes[other] = shared
     if config.clean_prompts is not None and PROMPT in steps:
         run.changes[PROMPT] = {"cleans": config.clean_prompts}
+    if config.save_tokenizer is not None and TOKENIZER in steps:
+        run.changes.setdefault(TOKENIZER, {})["carry"] = config.save_tokenizer
     features = getattr(meta, "features", None)
     if features is not None:
-        _take_cameras(run, config, dataset_to_policy_features(features))
+        _take_cameras(run, config, features, for_any_robot=not steps.get(NORMALISE, {}).get("features"))
     follow(source.place, run)
 
 
@@ -120,15 +120,18 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else getattr(value, "value", value)
 
 
-def _take_cameras(run: Run, config: PI0Config, dataset: Mapping[str, Any]) -> None:
+def _take_cameras(run: Run, config: PI0Config, dataset: dict[str, dict[str, Any]], for_any_robot: bool) -> None:
     """Note the dataset's cameras; where the policy has them for its own, put them into the checkpoint's order."""
-    run.dataset = {key: x for key, x in dataset.items() if x.type is FeatureType.VISUAL}
+    leave_out_depth(config)
+    run.dataset = cameras_of(dataset)
     mine, slots = set(config.image_features), set(run.slots)
-    if mine == slots and not slots & set(run.dataset) and run.dataset and padded(config):
-        # A base for any robot, whose cameras nobody has. LeRobot refuses other names unless there is a --rename_map,
+    if mine == slots and not slots & set(run.dataset) and run.dataset and for_any_robot and padded(config):
+        # A base, whose cameras nobody has. LeRobot refuses other names unless there is a --rename_map,
         # which is known when the processors are rebuilt.
         run.instead_of = dict(config.image_features)
         set_cameras(config, run.dataset, run.slots)
     elif mine == set(run.dataset):
         run.of_dataset = mine != slots
         set_cameras(config, run.dataset, run.slots)
+    else:  # the checkpoint's, or the dataset's which LeRobot after 0.6.1 has renamed by now
+        set_cameras(config, dict(config.image_features), run.slots)

@@ -8,14 +8,15 @@ Only pipelines of π₀ are touched. Those of other policies, and LeRobot's regi
 """
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from lerobot.configs import PolicyFeature
 
-from ..configuration_pi0 import PI0Config
+from ..configuration_pi0 import PALIGEMMA_TOKENIZER, PI0Config
 from .features import log_cameras, set_cameras
 from .steps import STEPS, TOKENIZER
 
@@ -63,7 +64,29 @@ def _key(place: str) -> str:
     return str(Path(place).resolve()) if Path(place).is_dir() else place
 
 
-def rewritten(pipeline: dict[str, Any], overrides: Steps, place: str) -> tuple[dict[str, Any], Steps]:
+def artifact(place: str, folder: Path | None, hub: Mapping[str, Any], name: str) -> str:
+    """The path of a folder that LeRobot after 0.6.1 has saved beside a pipeline, such as a tokenizer's.
+
+    Args:
+        place, folder: of the checkpoint; `folder` is where its files are on this machine, as far as they are.
+        hub: LeRobot's options for downloads.
+        name: of the folder, as the pipeline's file has it.
+
+    Raises:
+        ValueError: the name leads out of the checkpoint.
+    """
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
+        raise ValueError(
+            f"the processors of {place} name {name!r}, which is no folder of the checkpoint: do not load it"
+        )
+    if folder is None or not (folder / name).is_dir():
+        folder = Path(snapshot_download(place, allow_patterns=f"{name}/*", **hub))
+    return str(folder / name)
+
+
+def rewritten(
+    pipeline: dict[str, Any], overrides: Steps, place: str, fetch: Callable[[str], str]
+) -> tuple[dict[str, Any], Steps]:
     """A saved pipeline and the overrides of its steps, as they have to be rebuilt.
 
     What a caller overrides wins over what the run asks for, and that over what was saved.
@@ -72,6 +95,7 @@ def rewritten(pipeline: dict[str, Any], overrides: Steps, place: str) -> tuple[d
         pipeline: the content of the pipeline's file.
         overrides: arguments that the caller gives, by step.
         place: folder or Hub id of the checkpoint.
+        fetch: the path of a folder of the checkpoint, by its name.
     """
     run = run_of(place)
     steps = pipeline.get("steps", [])
@@ -83,13 +107,17 @@ def rewritten(pipeline: dict[str, Any], overrides: Steps, place: str) -> tuple[d
         return pipeline, overrides
     if run is not None and any(step.get("registry_name") == RENAME for step in steps):
         overrides = _with_cameras(run, overrides)
-    made = [_step(step, overrides, run.changes if run else {}) for step in steps]
+    config = run.config() if run else None
+    tokenizer = config.tokenizer if config is not None else PALIGEMMA_TOKENIZER
+    made = [_step(step, overrides, run.changes if run else {}, fetch, tokenizer) for step in steps]
     taken = {name for step in steps if (name := step.get("registry_name")) in STEPS}
     return pipeline | {"steps": made}, {key: x for key, x in overrides.items() if key not in taken}
 
 
-def _step(step: dict[str, Any], overrides: Steps, changes: Steps) -> dict[str, Any]:
-    """The entry of one step, with the class of this plugin where it has one."""
+def _step(
+    step: dict[str, Any], overrides: Steps, changes: Steps, fetch: Callable[[str], str], tokenizer: str
+) -> dict[str, Any]:
+    """The entry of one step, with the class of this plugin where it has one; `tokenizer` names the policy's own."""
     name = step.get("registry_name", "")
     saved = step.get("config", {})
     if name not in STEPS:
@@ -98,8 +126,10 @@ def _step(step: dict[str, Any], overrides: Steps, changes: Steps) -> dict[str, A
     if name == TOKENIZER:
         same = config.get("tokenizer") is None and config.get("tokenizer_name") == saved.get("tokenizer_name")
         config["takes_files"] = same and "state_file" in step
+        if same and (folder := step.get("artifacts", {}).get("tokenizer_name")):
+            config |= {"folder": fetch(folder), "tokenizer_name": tokenizer}
     cls = STEPS[name]
-    rest = {key: x for key, x in step.items() if key != "registry_name"}
+    rest = {key: x for key, x in step.items() if key not in ("registry_name", "artifacts")}
     return rest | {"class": f"{cls.__module__}.{cls.__qualname__}", "config": config}
 
 

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from lerobot.configs import FeatureType
+from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.lerobot_types import EnvTransition, TransitionKey
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
+from lerobot.utils.feature_utils import dataset_to_policy_features
 from torch import Tensor
 
 from ..configuration_pi0 import PI0Config
@@ -25,10 +26,21 @@ class ObservationError(ValueError):
     """A batch that the policy cannot take; the message names the key, what was found and the way out."""
 
 
+def is_depth(feature: PolicyFeature) -> bool:
+    """Whether this is a camera with one channel: a depth map."""
+    return feature.type is FeatureType.VISUAL and 1 in (feature.shape[0], feature.shape[-1])
+
+
+def cameras_of(dataset: dict[str, dict[str, Any]]) -> dict[str, PolicyFeature]:
+    """The cameras of a dataset, depth maps apart; `dataset` holds its features as LeRobotDatasetMetadata has them."""
+    features = dataset_to_policy_features(dataset)
+    return {key: x for key, x in features.items() if x.type is FeatureType.VISUAL and not is_depth(x)}
+
+
 def leave_out_depth(config: PI0Config) -> None:
-    """Take cameras with one channel, depth maps, out of the config's input features: π₀ was trained on colours."""
+    """Take depth maps out of the config's input features: π₀ was trained on colours."""
     features = config.input_features or {}
-    depth = [key for key, x in features.items() if x.type is FeatureType.VISUAL and 1 in (x.shape[0], x.shape[-1])]
+    depth = [key for key, x in features.items() if is_depth(x)]
     if depth:
         logger.warning("depth cameras are left out, as π₀ takes colours: %s", ", ".join(depth))
         config.input_features = {key: x for key, x in features.items() if key not in depth}

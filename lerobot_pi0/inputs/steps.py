@@ -90,9 +90,12 @@ class PI0TokenizerStep(TokenizerProcessorStep):
     since its files may be about to come from the checkpoint.
     """
 
-    carry: bool = True
+    carry: bool | None = None
+    """Whether they travel; None leaves it to the state, and without a state they do."""
     takes_files: bool = True
     """Whether the checkpoint's files are those of the tokenizer that is meant; not where another one is given."""
+    folder: str | None = None
+    """Where the tokenizer is loaded from in place of its name: LeRobot after 0.6.1 saves it in a folder."""
 
     def __post_init__(self) -> None:
         if self.tokenizer is None and self.tokenizer_name is None and not self.takes_files:
@@ -105,7 +108,7 @@ class PI0TokenizerStep(TokenizerProcessorStep):
     def input_tokenizer(self) -> Any:  # type: ignore[override]
         """The tokenizer itself; the name is LeRobot's."""
         if self._loaded is None:
-            self._loaded = load_tokenizer(str(self.tokenizer_name))
+            self._loaded = load_tokenizer(self.folder or str(self.tokenizer_name))
         return self._loaded
 
     def _tokenize_text(self, text: str | list[str]) -> dict[str, Tensor]:
@@ -121,9 +124,9 @@ class PI0TokenizerStep(TokenizerProcessorStep):
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tokenizer's files, as bytes; nothing for the byte tokenizer, which has none."""
-        if self.tokenizer_name == BYTE_TOKENIZER:
+        if self.tokenizer_name == BYTE_TOKENIZER and self.folder is None and not self._files:
             return {}
-        if not self.carry:
+        if self.carry is False:
             return {NOT_CARRIED: torch.zeros(1, dtype=torch.uint8)}
         if not self._files:
             with TemporaryDirectory() as folder:
@@ -144,10 +147,11 @@ class PI0TokenizerStep(TokenizerProcessorStep):
         """
         from transformers import AutoTokenizer
 
-        self.carry = NOT_CARRIED not in state
-        if not self.carry and self.tokenizer is None and self.tokenizer_name is None:
+        carried = NOT_CARRIED not in state
+        self.carry = carried if self.carry is None else self.carry
+        if not carried and self.tokenizer is None and self.tokenizer_name is None:
             raise ValueError(NO_TOKENIZER)
-        if not self.carry or not self.takes_files or self.tokenizer is not None:
+        if not carried or not self.takes_files or self.tokenizer is not None:
             return
         self._known.clear()
         self._files = dict(state)

@@ -219,6 +219,7 @@ def test_a_missing_feature_is_not_a_padded_one():
     """Catches statistics that are lost, of a dataset with a state, taken for a dataset without."""
     config = tiny_config(CAMERAS[:1])
     config.input_features[OBS_STATE] = PolicyFeature(FeatureType.STATE, (config.max_state_dim,))
-    meta = type("Meta", (), {"features": {OBS_STATE: {}, ACTION: {"shape": (6,), "names": None}}, "stats": {}})()
+    vector = {"dtype": "float32", "shape": (6,), "names": None}
+    meta = type("Meta", (), {"features": {OBS_STATE: vector, ACTION: vector}, "stats": {}})()
     with pytest.raises(ValueError, match=r"no statistics of 'observation.state', which the dataset has"):
         PI0Policy(config, dataset_stats={ACTION: stats()[ACTION]}, dataset_meta=meta)

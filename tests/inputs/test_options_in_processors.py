@@ -3,6 +3,7 @@
 import gc
 import json
 import logging
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +24,7 @@ from transformers import AutoTokenizer
 from lerobot_pi0 import PI0Config, PI0Policy, make_pi0_pre_post_processors, take_over
 from lerobot_pi0.checkpoints.errors import CheckpointConfigError
 from lerobot_pi0.inputs.joints import check_pairing
+from lerobot_pi0.inputs.pipelines import artifact
 from lerobot_pi0.inputs.steps import PI0TokenizerStep
 
 pytestmark = pytest.mark.usefixtures("micro")
@@ -160,6 +162,50 @@ def test_another_tokenizer(tmp_path, how, start):
     assert step_of(again, PI0TokenizerStep)._tokenize_text([TASK + "\n"])["input_ids"].tolist() == [expected]
 
 
+def saved_later(folder) -> str:
+    """A checkpoint of LeRobot's π₀ after 0.6.1, whose tokenizer is in a folder that the step names."""
+    place = saved(folder, text_tokenizer_name=word_tokenizer(folder / "tokenizer"), tokenizer_max_length=7)
+    for file in folder.glob("lerobot_pi0*"):
+        file.unlink()
+    file = folder / "policy_preprocessor.json"
+    content = json.loads(file.read_text())
+    step = next(x for x in content["steps"] if x["registry_name"] == "tokenizer_processor")
+    (folder / step.pop("state_file")).unlink()
+    step["config"]["tokenizer_name"] = "tokenizer"
+    step["artifacts"] = {"tokenizer_name": "tokenizer"}
+    file.write_text(json.dumps(content))
+    return place
+
+
+@pytest.mark.parametrize("asked", [None, "another"])
+def test_a_tokenizer_in_a_folder_of_the_checkpoint(tmp_path, asked):
+    """Catches a checkpoint of LeRobot after 0.6.1 whose tokenizer is looked for on the Hub under the name of a folder,
+    there, once it is moved, or in what is trained from it; and a tokenizer that is asked for and not taken."""
+    saved_later(tmp_path / "first")
+    place, other = str((tmp_path / "first").rename(tmp_path / "moved")), str(tmp_path / "another")
+    words = AutoTokenizer.from_pretrained(word_tokenizer(tmp_path / "old"))
+    words.train_new_from_iterator([TASK[::-1]], 12).save_pretrained(other)
+    expected = AutoTokenizer.from_pretrained(other if asked else str(tmp_path / "old"))(
+        TASK + "\n", max_length=7, truncation=True, padding="max_length", padding_side="right"
+    )["input_ids"]
+    policy, pre, post = begin(place, options(text_tokenizer_name=other if asked else None), dataset())
+    assert pre(sample())["observation.language.tokens"].tolist() == [expected]
+    for saves in (policy, pre, post):
+        saves.save_pretrained(tmp_path / "next")
+    name = policy.config.text_tokenizer_name
+    assert name != "tokenizer"
+    shutil.rmtree(place)
+    _, pre, _ = begin(str(tmp_path / "next"), options(text_tokenizer_name=name), dataset())  # as a resumed run
+    assert pre(sample())["observation.language.tokens"].tolist() == [expected]
+
+
+@pytest.mark.parametrize("name", ["../tokenizer", "/tmp/tokenizer", "a/../../b", "..\\b"])
+def test_folders_of_a_checkpoint_are_in_it(name):
+    """Catches a checkpoint that has files read which are not its own."""
+    with pytest.raises(ValueError, match="no folder of the checkpoint"):
+        artifact("place", None, {}, name)
+
+
 def test_normalisation_is_the_runs(tmp_path):
     """Catches a mode of normalisation that config.json names and the processors do not have."""
     place = saved(tmp_path)
@@ -275,6 +321,32 @@ def test_cameras_keep_their_slots_in_another_order(tmp_path):
     assert tuple(policy.config.image_features) == CAMERAS
 
 
+@pytest.mark.parametrize("renamed", [False, True], ids=["LeRobot 0.6.1", "later"])
+def test_renamed_cameras_keep_their_slots(tmp_path, renamed):
+    """Catches a run in which `--rename_map` names the slots, and the order of the dataset exchanges them. LeRobot after
+    0.6.1 has renamed the policy's cameras before it loads the checkpoint."""
+    place, names = saved_base(tmp_path), {CAMERAS[0]: SLOTS[0], CAMERAS[2]: SLOTS[1]}
+    meta = dataset((CAMERAS[2], CAMERAS[0]))  # the wrist first
+    config = options([names[key] for key in meta.camera_keys] if renamed else meta.camera_keys)
+    policy, *_ = begin(place, config, meta, names)
+    assert tuple(policy.config.image_features) == SLOTS[:2]
+
+
+@pytest.mark.parametrize("names", [{}, {CAMERAS[0]: SLOTS[0]}], ids=["own names", "renamed"])
+def test_a_depth_camera_takes_no_slot(tmp_path, caplog, names):
+    """Catches a depth map among the cameras of a run that begins from a checkpoint: in a slot, as a camera that is
+    lost, or in the way of `--rename_map`."""
+    depth = f"{CAMERAS[0]}_depth"
+    meta = dataset((depth, CAMERAS[0]))
+    meta.features[depth] = meta.features[depth] | {"shape": (16, 16, 1)}
+    config = options(meta.camera_keys)
+    config.input_features[depth] = PolicyFeature(FeatureType.VISUAL, (1, 16, 16))
+    policy, *_ = begin(saved_base(tmp_path), config, meta, names)
+    assert list(policy.config.image_features) == [names.get(CAMERAS[0], CAMERAS[0])]
+    assert caplog.text.count("depth cameras are left out") == 1
+    assert "is not seen" not in caplog.text
+
+
 def test_a_mistyped_rename_target(tmp_path, caplog):
     """Catches a camera that is lost in silence, since no camera of the policy has that name."""
     place = saved_base(tmp_path)
@@ -315,6 +387,16 @@ def test_a_base_without_statistics_stays_padded(tmp_path):
     """Catches a guess at the dims of a robot that nobody has named."""
     policy = PI0Policy.from_pretrained(saved_base(tmp_path))
     assert policy.config.output_features[ACTION].shape == policy.config.input_features[OBS_STATE].shape == (8,)
+
+
+def test_a_checkpoint_for_a_robot_is_no_base(tmp_path):
+    """Catches cameras that are put into slots by their order, since LeRobot's π₀ left the features of a checkpoint
+    that it trained as wide as the base's: LeRobot refuses other names, and so a forgotten `--rename_map` is noticed."""
+    config = PI0Policy.from_pretrained(place := padded_checkpoint(tmp_path)).config
+    config.use_relative_actions = False
+    config.output_features = features()["output_features"]
+    policy, *_ = begin(place, config, dataset(CAMERAS[1:2]))
+    assert tuple(policy.config.image_features) == CAMERAS[:1]
 
 
 # --- joints by name, and what is not read -------------------------------------------------------------------

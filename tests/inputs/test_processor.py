@@ -199,16 +199,26 @@ def test_a_checkpoint_without_its_tokenizer(tmp_path):
 
 
 @pytest.mark.parametrize("carried", [True, False])
-def test_a_saved_tokenizer_is_a_matter_of_the_checkpoint(tmp_path, caplog, carried):
-    """Catches a wish that is dropped in silence: once there is a checkpoint, LeRobot rebuilds its processors."""
-    PI0Policy(tiny_config(save_tokenizer=carried)).save_pretrained(tmp_path)
-    policy = PI0Policy.from_pretrained(tmp_path, config=tiny_config(save_tokenizer=not carried))
-    assert f"save_tokenizer={not carried} is not read" in caplog.text
-    assert policy.config.save_tokenizer is carried
-    caplog.clear()
-    PI0Policy.from_pretrained(tmp_path, config=tiny_config(save_tokenizer=carried))
-    PI0Policy.from_pretrained(tmp_path)
-    assert "is not read" not in caplog.text
+def test_whether_a_tokenizer_travels_is_the_runs(tmp_path, carried):
+    """Catches a wish that is dropped: files of a gated tokenizer in a checkpoint whose owner said no, or a checkpoint
+    for a robot without a network that lacks them, since the one that the run began with was of the other kind."""
+    name = word_tokenizer(tmp_path / "tokenizer")
+    config = tiny_config(text_tokenizer_name=name, save_tokenizer=carried)
+    for saved in (PI0Policy(config), *make_pi0_pre_post_processors(config, stats())):
+        saved.save_pretrained(tmp_path / "first")
+    for asked in (None, not carried):
+        policy = PI0Policy.from_pretrained(tmp_path / "first", config=tiny_config(save_tokenizer=asked))
+        pipelines = make_pre_post_processors(policy.config, pretrained_path=str(tmp_path / "first"))
+        tokens = pipelines[0](sample())[OBS_LANGUAGE_TOKENS]
+        for saved in (policy, *pipelines):
+            saved.save_pretrained(tmp_path / "next")
+        (file,) = (tmp_path / "next").glob("*tokenizer*.safetensors")
+        expected = carried if asked is None else asked
+        assert (load_file(file).keys() != {NOT_CARRIED}) is expected
+        assert json.loads((tmp_path / "next" / "lerobot_pi0.json").read_text())["save_tokenizer"] is expected
+        again = make_pre_post_processors(PI0Policy.from_pretrained(tmp_path / "next").config, str(tmp_path / "next"))
+        assert torch.equal(again[0](sample())[OBS_LANGUAGE_TOKENS], tokens)
+        shutil.rmtree(tmp_path / "next")
 
 
 def test_a_tokenizer_that_is_not_there():
