@@ -106,6 +106,9 @@ class PI0Config(BuiltinPI0Config):
     cuda_graphs: bool | None = option(True)
     # Real-time chunking: vjp, identity or trained. None takes trained after rtc_training_max_delay, or else identity.
     rtc_guidance: str | None = option(None, one_of("vjp", "identity", "trained"))
+    # For training from scratch: until the weights have had this many updates, times are near the noise, where only
+    # images and words tell the action; then LeRobot's, for smooth chunks. None means 0.
+    time_sampling_warmup_steps: int | None = option(0, at_least(0), of_the_run=True)
     # Train chunks that begin with up to so many known actions, for real-time chunking. None means 0.
     rtc_training_max_delay: int | None = option(0)
 

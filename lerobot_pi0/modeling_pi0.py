@@ -69,10 +69,8 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         """
         vlm = getattr(config, "vlm_path", None)  # a config of another class is refused below, by name
         if option := next((x for x in ("vlm_quantization", "context_cache") if getattr(config, x, None)), None):
-            raise ValueError(
-                f"{option} goes with the VLM of a checkpoint, and there is none: give "
-                "--policy.path or --policy.pretrained_path, or leave it out"
-            )
+            way_out = "give --policy.path or --policy.pretrained_path, or leave it out"
+            raise ValueError(f"{option} goes with the VLM of a checkpoint, and there is none: {way_out}")
         self._build(config, dataset_stats, dataset_meta, {"start": vlm}, vlm is not None)
         self._initialise(name for name, _ in self.named_parameters() if vlm is None or not name.startswith(VLM))
         if vlm is not None:
@@ -133,8 +131,7 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         kernels.install(self.model)
         self._run = Run(config)
         self._run.prepare(self.model, trains)
-        if names := absent.names_for_ddp(self):  # DDP cannot send what has no numbers
-            self._ddp_params_and_buffers_to_ignore = names
+        absent.hide_from_ddp(self)
         sampler = Sampler(config.compile_mode if config.compile_model else None, config.cuda_graphs)
         self.objective = Objective(config, self.observe, sampler, self._run.autocast)
         self._player = Player(config, self.observe, sampler, self._run.autocast, limits)
@@ -185,9 +182,8 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         saved = checkpoint.settle(config, dataset_meta, dataset_stats is not None or dataset_meta is not None)
         statistics = partial(checkpoint.normalisation, config)  # read only if a bound needs them
         policy = cls.empty(config, dataset_stats, dataset_meta, saved, True, statistics)  # type: ignore[arg-type]
-        missing = checkpoint.check(
-            dict(policy.named_parameters()), strict, policy.config, absent.without_numbers(policy)
-        )
+        absents = absent.without_numbers(policy)
+        missing = checkpoint.check(dict(policy.named_parameters()), strict, policy.config, absents)
         policy._initialise(missing)
         digests = checkpoint.read(policy, torch.device(policy.config.device), policy.config.save_expert_only)
         context_cache.check(policy.observe, digests)

@@ -45,6 +45,7 @@ def without_numbers(module: nn.Module) -> set[str]:
     return names(module) | rounding.layers(module).keys()
 
 
-def names_for_ddp(module: nn.Module) -> list[str]:
-    """Those names as DDP meets them: peft puts a prefix before them."""
-    return [prefix + name for name in sorted(without_numbers(module)) for prefix in ("", "base_model.model.")]
+def hide_from_ddp(module: nn.Module) -> None:
+    """Let DDP pass these parameters over, as it cannot send what has no numbers; peft puts a prefix before names."""
+    if found := [prefix + name for name in sorted(without_numbers(module)) for prefix in ("", "base_model.model.")]:
+        module._ddp_params_and_buffers_to_ignore = found  # type: ignore[assignment]

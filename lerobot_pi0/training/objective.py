@@ -27,6 +27,10 @@ HELD_OUT_SAMPLES = 4
 """Flow samples K of a held-out loss, whatever K is in training, so that the losses of all runs can be compared."""
 
 
+NEAR_NOISE = 0.2
+"""Beta of the times during `time_sampling_warmup_steps`: with alpha 1.5, three of five times are above 0.95."""
+
+
 class NetworkCalls(Protocol):
     """The calls of the network that a loss needs, as functions of the network."""
 
@@ -162,6 +166,13 @@ class Objective:
             uniform = torch.rand(6, *images_BNCHW.shape[:2], device=images_BNCHW.device)
         return augment.apply(images_BNCHW, augment.change_of(uniform, ["wrist" in key for key in cameras]))
 
+    def _times(self) -> flow.BetaTime:
+        """The distribution of times of this update: with `time_sampling_warmup_steps`, near the noise at first."""
+        cfg = self.config
+        is_early = cfg.updates < (cfg.time_sampling_warmup_steps or 0)
+        beta = NEAR_NOISE if is_early else cfg.time_sampling_beta_beta
+        return flow.BetaTime(cfg.time_sampling_beta_alpha, beta, cfg.time_sampling_scale, cfg.time_sampling_offset)
+
     def _draw(
         self, index: list[int] | None, shape_BTA: Sequence[int], device: torch.device, training: bool
     ) -> list[Tensor]:
@@ -175,12 +186,7 @@ class Objective:
         samples, most, distribution = HELD_OUT_SAMPLES, 0, flow.BetaTime()
         if training:
             samples, most = cfg.flow_samples or 1, cfg.rtc_training_max_delay or 0
-            distribution = flow.BetaTime(
-                cfg.time_sampling_beta_alpha,
-                cfg.time_sampling_beta_beta,
-                cfg.time_sampling_scale,
-                cfg.time_sampling_offset,
-            )
+            distribution = self._times()
         batch, *shape_TA = shape_BTA
         shape_KTA = (samples, *shape_TA)
         if index is None:

@@ -37,11 +37,13 @@ class Recipe:
     episodes: int
     steps: int
     n_action_steps: int
+    near_noise: float
+    """Part of the steps with times near the noise (`time_sampling_warmup_steps`)."""
 
 
 RECIPES = {
-    "reach": Recipe(episodes=2500, steps=5000, n_action_steps=10),
-    "pick_place": Recipe(episodes=800, steps=16_000, n_action_steps=10),
+    "reach": Recipe(episodes=2500, steps=5000, n_action_steps=10, near_noise=0.35),
+    "pick_place": Recipe(episodes=800, steps=16_000, n_action_steps=10, near_noise=1.0),
 }
 
 
@@ -74,7 +76,7 @@ class DemoConfig:
         if self.task not in RECIPES:
             raise ValueError(f"--task must be one of {', '.join(RECIPES)}, not {self.task!r}")
         for name, default in vars(RECIPES[self.task]).items():
-            if getattr(self, name) is None:
+            if getattr(self, name, default) is None:
                 setattr(self, name, default)
         for name in ("episodes", "steps", "batch_size", "flow_samples", "n_action_steps", "scenes"):
             if getattr(self, name) < 1:
@@ -190,9 +192,10 @@ def training_options(config: DemoConfig) -> dict[str, object]:
         "policy.n_action_steps": config.n_action_steps,
         "policy.optimizer_lr": config.learning_rate,
         "policy.optimizer_betas": "[0.9, 0.999]",
-        # Three of five times beyond 0.95. An arm's chunk ends in many equal actions, whose mean shows through any
-        # but the strongest noise: at LeRobot's times (beta 1.0) the network reads it there and learns not to look.
-        "policy.time_sampling_beta_beta": 0.2,
+        # Three of five times beyond 0.95 at first. An arm's chunk ends in many equal actions, whose mean shows through
+        # any but the strongest noise: at LeRobot's times the network reads it there and learns not to look. Once it
+        # looks, LeRobot's times make its chunks smooth.
+        "policy.time_sampling_warmup_steps": round(RECIPES[config.task].near_noise * config.steps),
         # The arm's own six dimensions: noise in padded ones would be most of what the small expert sees.
         "policy.max_state_dim": len(JOINTS),
         "policy.max_action_dim": len(JOINTS),

@@ -13,9 +13,6 @@ from .tasks import Layout, make_task, scene_rng
 # The disturbance is executed and not recorded: the data shows the way back from where a policy may stray.
 _NOISE_DEGREES, _NOISE_MEMORY = 2.0, 0.7
 _NOISE_SECONDS = {"reach": 0.3, "pick_place": 1.2}
-# The arm rests before it moves. What it sees then, and nothing but that, tells where it will be told to go: its
-# posture does not, and does soon when it moves. Where such frames are few, a small policy never learns to look.
-_REST_SECONDS = {"reach": 0.6, "pick_place": 0.0}
 # Of scenes of reach, how many show one, two and three cubes: where they are is learned from the first, words from the
 # last.
 _CUBES_SHOWN = (0.15, 0.35, 0.5)
@@ -58,7 +55,6 @@ class Demonstrator:
         self._sim = Simulation(self._task.spec, fps)
         self._expert = make_expert(task, self._sim, fps)
         self._max_steps, self._noise_steps = episode_steps(task, fps), round(_NOISE_SECONDS[task] * fps)
-        self._rest_steps = round(_REST_SECONDS[task] * fps)
         self._image_size, self._split = image_size, split
 
     def scene(self, seed: int) -> Iterator[Episode]:
@@ -93,15 +89,15 @@ class Demonstrator:
         expert.reset(layout.target)
         states, actions, images = [], [], []
         noise = np.zeros(6)
-        rest = sim.arm.hold(sim.arm.state)
+        moved = 0
         while len(actions) < self._max_steps and not expert.settled:
             states.append(sim.arm.state)
             images.append(sim.images(self._image_size, self._image_size))
-            moved = len(actions) - self._rest_steps
-            actions.append(rest if moved < 0 else expert.act())
+            disturbed = expert.travelling and moved < self._noise_steps
+            moved += expert.travelling
+            actions.append(expert.act())
             fresh = rng.normal(0.0, _NOISE_DEGREES, size=6)
             noise = _NOISE_MEMORY * noise + np.sqrt(1 - _NOISE_MEMORY**2) * fresh
-            disturbed = expert.travelling and 0 <= moved < self._noise_steps
             sim.advance(actions[-1] + noise * disturbed)
             self._task.observe(sim)
         return Episode(

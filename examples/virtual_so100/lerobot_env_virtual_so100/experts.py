@@ -18,7 +18,8 @@ _REACH_SPEED = 180.0  # degrees/s
 _TRAVEL_RANGE = 0.03  # m aside of the cube
 _ARRIVED = 0.006  # m between the grasp point and where it should be
 _HOLD_SECONDS = 0.2
-_OPEN_FAR, _OPEN_NEAR, _OPEN_RANGE = 15.0, 55.0, 0.12  # gripper, and m aside over which it opens
+_OPEN_FAR, _OPEN_NEAR, _OPEN_RANGE = 24.0, 55.0, 0.12  # gripper, and m aside over which it opens
+_OPEN_ENOUGH, _OPENING_SPEED = 20.0, 30.0  # gripper from which the arm moves, and gripper / s until then
 
 
 def _towards(arm, goal: np.ndarray, max_step: float) -> np.ndarray:
@@ -32,11 +33,17 @@ def _towards(arm, goal: np.ndarray, max_step: float) -> np.ndarray:
 
 
 class ReachExpert:
-    """To a posture above the named cube, coming down on it from above and opening the jaws on the way."""
+    """To a posture above the named cube, coming down on it from above and opening the jaws on the way.
+
+    Before it moves, it rests and opens its jaws a little. What is seen then, and nothing but that, tells where the arm
+    will go: its posture does not, and does soon when it moves. Where such frames are few, a small policy never learns
+    to look. The jaws show how long it will still rest: a rest that nothing shows ends at a moment that a policy without
+    memory can only guess, and the steps of its chunks then guess different moments.
+    """
 
     def __init__(self, sim, fps: int):
         self._sim = sim
-        self._max_step = _REACH_SPEED / fps
+        self._max_step, self._opening_step = _REACH_SPEED / fps, _OPENING_SPEED / fps
         self._hold_steps = round(_HOLD_SECONDS * fps)
         self._held = 0
         self._point = np.zeros(3)
@@ -58,8 +65,12 @@ class ReachExpert:
 
     @property
     def travelling(self) -> bool:
-        """Whether there is room for a disturbance: not near the end, which has to be shown clean."""
-        return self._aside() > _TRAVEL_RANGE
+        """Whether there is room for a disturbance: not at rest, nor near the end, which has to be shown clean."""
+        return not self._resting and self._aside() > _TRAVEL_RANGE
+
+    @property
+    def _resting(self) -> bool:
+        return bool(self._sim.arm.state[-1] < _OPEN_ENOUGH)
 
     def _aside(self) -> float:
         """Horizontal distance to go in m."""
@@ -67,6 +78,10 @@ class ReachExpert:
 
     def act(self) -> np.ndarray:
         """Joint targets (6,) for the present state."""
+        if self._resting:
+            posture = self._sim.arm.state
+            posture[-1] = min(posture[-1] + self._opening_step, _OPEN_FAR)
+            return self._sim.arm.hold(posture)
         aside = self._aside()
         self._held += bool(np.linalg.norm(self._point - self._sim.arm.grasp_point) < _ARRIVED)
         height = np.clip((aside - _DESCEND_INNER) / (_DESCEND_OUTER - _DESCEND_INNER), 0.0, 1.0)

@@ -93,7 +93,8 @@ class Reach:
         }
         target, other = rng.choice(self.spec.cubes, size=2, replace=False)
         phrase = int(rng.integers(len(self.phrases)))
-        return Layout(split, seed, cubes, str(target), str(other), phrase, **_start(rng, wide_start))
+        start = _start(rng, wide_start) | {"start_gripper": 0.0}  # nearly closed: the expert begins by opening it
+        return Layout(split, seed, cubes, str(target), str(other), phrase, **start)
 
     def instruction(self, colour: str, phrase: int) -> str:
         """The words, e.g. "reach the red cube"."""
