@@ -1,9 +1,9 @@
-"""Bounds on actions, for hardware: how far from the measured joints, and how far outside the data.
+"""Bounds on actions, for real robots: how far they may be from the measured joints, and how far outside the data.
 
-The policy applies them and not a processor. A checkpoint's processors are rebuilt from their files, where no option of
-a command arrives, but `--policy.max_action_step=5` has to work on every checkpoint; and a checkpoint with bounds has to
-load in a LeRobot without this plugin. The policy sees normalised numbers. LeRobot's own processor steps turn them into
-the robot's units, with the statistics of the checkpoint's processors.
+The policy applies the bounds, not a processor, for two reasons. A checkpoint's processors are rebuilt from their files
+and see no option of a command, but `--policy.max_action_step=5` has to work on every checkpoint. And a checkpoint with
+bounds has to load in a LeRobot without this plugin. The policy's numbers are normalised; LeRobot's own processor steps
+convert them into the robot's units, with the statistics of the checkpoint's processors.
 
 Axes: B batch, T steps of a chunk, A action dims.
 """
@@ -30,11 +30,11 @@ from ..inputs.normalisation import Normalisation, name_of_bad, problem_of
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_WARNINGS = 1.0
-"""Bounds may act at every tick of a control loop; warnings are logged at most once a second."""
+"""Bounds may change actions at every tick of a control loop, but a warning is logged at most once a second."""
 
 
 class BoundsError(ValueError):
-    """Bounds that the features or the statistics do not allow."""
+    """Bounds that are impossible with these features or statistics."""
 
 
 def make_bounds(
@@ -43,8 +43,8 @@ def make_bounds(
     """The bounds that the options ask for; None if they ask for none.
 
     Args:
-        statistics: reads the statistics, or all that the checkpoint's processors do with them; not called if no bound
-            is asked for.
+        statistics: reads the statistics, or the whole normalisation of the checkpoint's processors; called only if a
+            bound is asked for.
 
     Raises:
         BoundsError: statistics are missing, or the bounds make no sense with these features.
@@ -104,7 +104,7 @@ class ActionBounds:
             )
 
     def _check_round_trip(self, dims: int, most: float) -> None:
-        """Refuse joints with a standard deviation near zero: the postprocessor would change their bounded action."""
+        """Refuse joints with a standard deviation near zero: the processors would change their bounded actions."""
         probe = self._units(self._to_units, torch.zeros(1, dims)) + most
         lost = (self._units(self._to_units, self._units(self._normalise, probe)) - probe).abs()[0] > 1e-3 * most
         if lost.any():
@@ -116,27 +116,27 @@ class ActionBounds:
             )
 
     def step(self, action_BA: Tensor, state_BA: Tensor, origin_BA: Tensor | None = None) -> Tensor:
-        """One action that is about to be executed, bounded by where the joints are now; all are normalised.
+        """Bound one action, which is executed next, by the measured joints. Arguments and result are normalised.
 
         Args:
-            origin_BA: the state that a relative action is added to, which is its chunk's; by default `state_BA`.
+            origin_BA: the state to which a relative action is added, its chunk's; by default `state_BA`.
         """
         return self.chunk(action_BA[:, None], state_BA, origin_BA)[:, 0]
 
     def chunk(self, actions_BTA: Tensor, state_BA: Tensor, origin_BA: Tensor | None = None) -> Tensor:
-        """A chunk, bounded by where the joints are now and then each action by the one before; all are normalised.
+        """Bound the first action by the measured joints, and each later one by the action before it.
 
-        The range of the data is applied first, then the distance to the measured joints: an arm that stands outside of
-        the data's range moves into it slowly.
+        Arguments and result are normalised. The range of the data is applied first, then the distance to the measured
+        joints: an arm that stands outside of the data's range moves into it slowly.
 
         Raises:
-            FloatingPointError: a joint of the actions or of the state is not finite: what is nowhere has no bound.
+            FloatingPointError: an action or a measured joint is not finite.
         """
         self._refuse_bad("the policy's action for", actions_BTA, self.names)
         if self.config.max_action_step is not None:
             self._refuse_bad("the measured joint", state_BA, self.names)
         device = actions_BTA.device
-        if device.type != "cpu":  # some have no float64, and each of the many small steps would be a kernel's launch
+        if device.type != "cpu":  # some have no float64, and each small operation would launch a kernel
             origin_BA = None if origin_BA is None else origin_BA.cpu()
             return self.chunk(actions_BTA.cpu(), state_BA.cpu(), origin_BA).to(device)
         wanted = self._units(self._to_units, actions_BTA)
@@ -170,7 +170,7 @@ class ActionBounds:
             )
 
     def _units(self, step: Any, x: Tensor, observed: bool = False) -> Tensor:
-        """Apply LeRobot's (un)normalisation in float64, whose rounding is far below what is compared."""
+        """Apply LeRobot's (un)normalisation in float64, whose rounding errors are far too small to matter here."""
         if observed:
             made = step(create_transition(observation={OBS_STATE: x.double()}))
             return made[TransitionKey.OBSERVATION][OBS_STATE].double()

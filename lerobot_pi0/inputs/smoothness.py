@@ -72,7 +72,7 @@ def roughness(sampled_BTA: Tensor, recorded_BTA: Tensor, valid_BT: Tensor) -> Ro
 
     Args:
         valid_BT: False for steps after the end of the episode, where the recorded chunk stands still. Differences that
-            include such a step are not counted, in neither of the two chunks.
+            include such a step are left out of both sums.
     """
     valid_BT = valid_BT.cpu()  # some devices have no float64
     counted_BT = valid_BT.unfold(1, 4, 1).all(dim=-1) if valid_BT.shape[1] > 3 else valid_BT[:, :0]
