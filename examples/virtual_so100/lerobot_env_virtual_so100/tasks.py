@@ -1,7 +1,7 @@
-"""What is asked of the arm: where things stand, what the instruction says, when it is done.
+"""Tasks for the arm: scenes, instructions, and criteria of success.
 
-A scene is drawn from (split, seed) alone. The splits are separate streams of one seed sequence, so no scene of
-an evaluation can be in the data, whatever seeds are given on either side.
+A scene depends on (split, seed) alone. The splits are separate streams of one seed sequence, so no scene of an
+evaluation can be in the data, whatever seeds are used for the two.
 """
 
 from dataclasses import dataclass
@@ -14,21 +14,22 @@ from .constants import SPLITS
 from .scene import CUBE_HALF, SceneSpec
 
 REACH_SUCCESS_DISTANCE = 0.03  # m, grasp point to the centre of the cube's top
-# How lerobot-env-so101's pick-and-place environment judges, its private numbers repeated.
-_MIN_CARRY_RISE = 0.03  # m above the table: pushed there does not count
+# The criterion of lerobot-env-so101's pick-and-place environment. Its numbers are private, so they are repeated here.
+_MIN_CARRY_RISE = 0.03  # m above the table, which the cube has to reach: to push it does not count
 _MAX_REST_SPEED = 0.01  # m/s
 _MIN_OPENING = 50.0  # of 100: the jaws have let go
 
 _HOME_POINT = (0.19, 0.0, 0.13)  # m, grasp point at the start
 _HOME_NOISE = np.array([8.0, 6.0, 6.0, 6.0, 8.0, 8.0])  # half widths, degrees and gripper units
 _HOME_GRIPPER = 15.0
-# Starts anywhere above the table: what a policy sees when it is on its way, or lost.
+# Starts anywhere above the table: a policy gets there when it is on its way, or lost.
 _WIDE_LOW, _WIDE_HIGH = (0.14, -0.15, 0.075), (0.29, 0.15, 0.18)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One scene: poses (x, y, yaw) of the cubes that are there, goal (x, y), start of the arm, and who is meant."""
+    """One scene: poses (x, y, yaw) of its cubes, goal (x, y), start of the arm, the cube that the instruction names
+    (`target`), and another one (`other`)."""
 
     split: str
     seed: int
@@ -48,7 +49,7 @@ class Layout:
 
 
 def scene_rng(split: str, seed: int) -> np.random.Generator:
-    """The generator that a scene is drawn from. Raises ValueError for an unknown split."""
+    """The random generator of a scene. Raises ValueError for an unknown split."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
     return np.random.default_rng([SPLITS.index(split), seed])
@@ -141,7 +142,7 @@ class PickPlace:
         return self.phrases[phrase].format(colour)
 
     def begin(self, sim) -> None:
-        """Forget the last episode."""
+        """Forget the previous episode."""
         self._carried = False
 
     def observe(self, sim) -> None:
