@@ -1,12 +1,12 @@
-"""What `lerobot-pi0 plan` counts, beside the memory that a training step takes on the CPU.
+"""Check of `lerobot-pi0 plan`: the memory that it counts, and the memory that a training step takes on the CPU.
 
     python benchmarks/plan.py                  # eight configurations of a medium network, minutes
     python benchmarks/plan.py --size full      # four at full size: 14 GiB
 
-Measured is the peak of resident memory during the second training step (the first creates the optimizer's states),
-minus the resident memory before the policy was built. A smaller policy takes a step before that, so that libraries are
-loaded already. Each tensor has its own pages (`measure.give_back_at_once`): otherwise the heap keeps freed memory, and
-how much depends on the order of sizes. `--heap` measures without that.
+The measured number is the peak of resident memory during the second training step (the first creates the optimizer's
+states), minus the resident memory before the policy was built. Before that, a smaller policy takes a step, so that all
+libraries are loaded. Each tensor has its own pages (`measure.give_back_at_once`): otherwise the heap keeps freed
+memory, and how much depends on the order of sizes. `--heap` measures without this change.
 """
 
 import argparse
@@ -72,7 +72,7 @@ CONFIGURATIONS = {"small": MEDIUM, "medium": MEDIUM, "full": FULL}
 
 @dataclass
 class Result:
-    """Bytes."""
+    """Counted and measured bytes."""
 
     counted: int
     measured: int
@@ -103,7 +103,7 @@ def counted(line: Configuration, size: str) -> int:
 
 
 def trainer(line: Configuration, size: str) -> Callable[[], None]:
-    """A policy with weights; the function makes a step, as lerobot-train does."""
+    """A function that does one training step of a policy with weights, as lerobot-train does."""
     config = make_config(line, size)
     kind, config.vlm_quantization = config.vlm_quantization, None  # there is no checkpoint to round
     with presets(SIZES[size]), mock.patch.object(init, "initialise"):
@@ -146,7 +146,7 @@ def read_contexts(policy: PI0Policy, line: Configuration, size: str, batch: dict
 
 
 def compare(line: Configuration, size: str, heap: bool) -> Result:
-    """Both peaks; in a process of its own."""
+    """Count and measure the peak; to be called in a process of its own."""
     logging.disable(logging.WARNING)
     expected = counted(line, size)
     trainer(line, "small")()

@@ -1,7 +1,7 @@
-"""Sizes, features and batches for benchmarks and tests, of this π₀ and of LeRobot's.
+"""Sizes, features and batches for benchmarks and tests, for this π₀ and for LeRobot's.
 
-LeRobot's built-in has the sizes of "gemma_2b" and "gemma_300m" written into its code; here they are patched, in our
-presets too.
+LeRobot's built-in has the sizes of "gemma_2b" and "gemma_300m" in its code. They are patched here, and in our presets
+too.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ DIMS = 6
 
 @dataclass(frozen=True)
 class Size:
-    """Shapes of both policies. Eight query heads always: LeRobot's attention has that number written into it."""
+    """Shapes of both policies. There are always eight query heads, because LeRobot's code has this number in it."""
 
     vlm: PaliGemmaSize
     expert: GemmaSize
