@@ -102,7 +102,7 @@ def log_cameras(
         renamed = f", which --rename_map calls {key}," if own != key else ""
         hint = f" Is {near[0]} meant?" if near else ""
         logger.warning(
-            "camera %s of the dataset%s is not seen: the policy has %s.%s", own, renamed, ", ".join(policy), hint
+            "camera %s of the dataset%s is not used: the policy has %s.%s", own, renamed, ", ".join(policy), hint
         )
 
 

@@ -149,7 +149,7 @@ class ObservationMaker:
         """The state; zeros for a policy that was trained without one."""
         if has_state(self.config, batch):
             return self._vector(batch, OBS_STATE, (self.config.max_state_dim, "max_state_dim"), device)
-        self._warn(f"no {OBS_STATE!r} in the batch: the policy acts on pictures and the task alone", "no state")
+        self._warn(f"no {OBS_STATE!r} in the batch: the policy acts on images and the task alone", "no state")
         return torch.zeros(batch_size, self.config.max_state_dim, device=device)
 
     def _vector(

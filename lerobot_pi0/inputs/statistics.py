@@ -70,7 +70,7 @@ def check_statistics(config: PI0Config, stats: Statistics | None) -> None:
         if mode is NormalizationMode.IDENTITY or feature.type is FeatureType.VISUAL:
             continue
         if key == OBS_STATE and not has_state(config, stats or {}):
-            logger.warning("there is no %r: the policy learns from pictures and the task alone", OBS_STATE)
+            logger.warning("there is no %r: the policy learns from images and the task alone", OBS_STATE)
             continue
         names = STATISTICS[mode]
         found = (stats or {}).get(key, {})
@@ -155,7 +155,7 @@ def _problem(config: PI0Config, stats: Statistics, meta: Any) -> str | None:
     wanted = relative_mask(config, config.output_features[ACTION].shape[0])
     if counted == frames and config.chunk_size > 1 and wanted.any():
         return f"use_relative_actions=true, but {ACTION!r} has statistics of absolute actions"
-    lengths, low, high = _recorded(meta)
+    lengths, low, high = _episode_ranges(meta)
     whole = lengths >= config.chunk_size
     if not whole.any():
         return None
@@ -175,7 +175,7 @@ def _problem(config: PI0Config, stats: Statistics, meta: Any) -> str | None:
     return f"the statistics of {', '.join(wrong)} are not what {asked} asks for" if wrong else None
 
 
-def _recorded(meta: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _episode_ranges(meta: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Length (E), lowest and highest action (E, A) of each recorded episode; empty arrays without a dataset."""
     import pandas as pd
 

@@ -68,12 +68,12 @@ def integrate(
     for _ in range(steps):
         slopes: list[Tensor] = []
         for row in method.stages:
-            slopes.append(velocity(x - _mean(row, slopes) / steps, *next(moments)).float())
-        x = x - _mean(method.weights, slopes) / steps
+            slopes.append(velocity(x - _weighted_sum(row, slopes) / steps, *next(moments)).float())
+        x = x - _weighted_sum(method.weights, slopes) / steps
     return x
 
 
-def _mean(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor | float:
+def _weighted_sum(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor | float:
     return sum((w * k for w, k in zip(weights, slopes, strict=True) if w), start=0.0)
 
 

@@ -42,7 +42,7 @@ class Guards:
             DivergedError: the loss is not finite; the message names the samples, and the values of the batch that
                 cause it.
         """
-        _guarded()[network] = self  # here and not in __init__, because a policy may be a copy of another
+        _guards_by_network()[network] = self  # here and not in __init__, because a policy may be a copy of another
         self._expects_gradients = per_sample_B.requires_grad
         self._index, self._keys = batch.get("index"), ", ".join(batch)
         if math.isfinite(loss):
@@ -87,7 +87,7 @@ class Guards:
 
 
 @cache
-def _guarded() -> "WeakKeyDictionary[nn.Module, Guards]":
+def _guards_by_network() -> "WeakKeyDictionary[nn.Module, Guards]":
     """The guards of each network that has computed a loss; the first call registers torch's hook in this process."""
     guarded: WeakKeyDictionary[nn.Module, Guards] = WeakKeyDictionary()
 

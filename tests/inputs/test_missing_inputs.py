@@ -128,7 +128,7 @@ def test_no_state(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         losses, policy, pre, post = trained(data, tmp_path / "policy")
     assert losses.isfinite().all()
-    assert "the policy learns from pictures and the task alone" in caplog.text
+    assert "the policy learns from images and the task alone" in caplog.text
     assert post(policy.select_action(pre(observation(None)))).shape == (1, 6)
     with_state = ObservationMaker(tiny_config(CAMERAS[:1]))
     batch = make_batch(cameras=CAMERAS[:1], size=64)

@@ -157,9 +157,9 @@ class _Port:
         self._servos.shafts.jammed[:] = 0
         for servo in self._servos.all:
             servo.voltage_error = False
-        self._arm_faults()
+        self._start_faults()
 
-    def _arm_faults(self) -> None:
+    def _start_faults(self) -> None:
         """Start the faults if their time has come."""
         faults = self._faults
         if not self._due or (
@@ -183,13 +183,13 @@ class _Port:
     def receive(self) -> None:
         """Read what LeRobot sent, and queue the replies."""
         for raw in self._receiver.feed(os.read(self._master, 4096)):
-            self._arm_faults()
+            self._start_faults()
             raw, fault = self._line.command(raw)
             if not intact(raw):
                 self._write_log(fault=fault or "bad checksum", packet=raw.hex())
                 continue
             number, instruction, parameters = raw[2], raw[4], raw[5:-1]
-            self._note(number, instruction, parameters)
+            self._log_writes(number, instruction, parameters)
             for reply in self._servos.handle(number, instruction, parameters):
                 self._answer(reply)
         self.send()
@@ -220,8 +220,8 @@ class _Port:
         """Seconds of real time until the next reply is due; None if there is none, or if the bus is stepped."""
         return max(0.0, self._out[0][0] - self._clock()) if self._out and not self._clock.stepped else None
 
-    def _note(self, number: int, instruction: int, parameters: bytes) -> None:
-        """Log goals and torque: {"goal": {id: ticks}} as they were sent, before the servos' limits."""
+    def _log_writes(self, number: int, instruction: int, parameters: bytes) -> None:
+        """Log written goals and torque: {"goal": {id: ticks}} as they were sent, before the servos' limits."""
         if self._log is None and self._first_goal is not None:
             return
         writes: dict[int, bytes] = {}

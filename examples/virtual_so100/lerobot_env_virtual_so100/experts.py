@@ -21,7 +21,7 @@ _HOLD_SECONDS = 0.2
 _OPEN_FAR, _OPEN_NEAR, _OPEN_RANGE = 15.0, 55.0, 0.12  # gripper positions; m of horizontal distance in which it opens
 
 
-def _towards(arm, goal: np.ndarray, max_step: float) -> np.ndarray:
+def _step_towards(arm, goal: np.ndarray, max_step: float) -> np.ndarray:
     """Joint targets (6,) one step nearer to a posture: no joint moves more than `max_step` degrees."""
     state = arm.state
     gap = goal - state
@@ -72,7 +72,7 @@ class ReachExpert:
         height = np.clip((distance - _DESCEND_INNER) / (_DESCEND_OUTER - _DESCEND_INNER), 0.0, 1.0)
         goal = self._low + height * (self._high - self._low)
         goal[-1] = _OPEN_NEAR + (_OPEN_FAR - _OPEN_NEAR) * min(1.0, distance / _OPEN_RANGE)
-        return _towards(self._sim.arm, goal, self._max_step)
+        return _step_towards(self._sim.arm, goal, self._max_step)
 
 
 # Offset in m of the cube between the open jaws, away from the fixed jaw, which would otherwise come down on the cube's
@@ -145,7 +145,7 @@ class PickPlaceExpert:
             self._posture = sim.arm.reach(point, gripper, near=sim.arm.state)
         self._posture[-1] = gripper
         speed = _CAREFUL if phase in _CAREFUL_PHASES else _FAST
-        return _towards(sim.arm, self._posture, speed / self._fps)
+        return _step_towards(sim.arm, self._posture, speed / self._fps)
 
 
 def make_expert(task: str, sim, fps: int) -> ReachExpert | PickPlaceExpert:

@@ -64,7 +64,7 @@ def _start(rng: np.random.Generator, wide: bool) -> dict:
     return {"start_point": point, "start_noise": noise, "start_gripper": float(rng.uniform(0.0, 60.0))}
 
 
-def _apart(rng: np.random.Generator, low, high, count: int, distance: float) -> list[np.ndarray]:
+def _points_apart(rng: np.random.Generator, low, high, count: int, distance: float) -> list[np.ndarray]:
     """`count` points in a box, each at least `distance` from the others."""
     while True:  # a few rounds: the box holds far more than `count` such points
         points = rng.uniform(low, high, size=(count, 2))
@@ -86,7 +86,7 @@ class Reach:
     def sample(self, split: str, seed: int, wide_start: bool = False) -> Layout:
         """Draw the scene of (split, seed): all three cubes, as evaluation has them."""
         rng = scene_rng(split, seed)
-        points = _apart(rng, self._LOW, self._HIGH, len(self.spec.cubes), self._SPACING)
+        points = _points_apart(rng, self._LOW, self._HIGH, len(self.spec.cubes), self._SPACING)
         yaws = rng.uniform(-np.pi / 4, np.pi / 4, size=len(points))
         cubes = {
             colour: (float(p[0]), float(p[1]), float(yaw))
@@ -131,7 +131,7 @@ class PickPlace:
     def sample(self, split: str, seed: int, wide_start: bool = False) -> Layout:
         """Draw the scene of (split, seed)."""
         rng = scene_rng(split, seed)
-        cube, goal = _apart(rng, self._LOW, self._HIGH, 2, self._SPACING)
+        cube, goal = _points_apart(rng, self._LOW, self._HIGH, 2, self._SPACING)
         phrase = int(rng.integers(len(self.phrases)))
         cubes = {"red": (float(cube[0]), float(cube[1]), 0.0)}
         goal = (float(goal[0]), float(goal[1]))

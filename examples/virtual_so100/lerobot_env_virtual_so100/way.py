@@ -39,7 +39,7 @@ class Way:
         log = logs / f"{len(list(logs.glob('*.txt'))) + 1:03d}_{arguments[0]}.txt"
         return Command([str(argument) for argument in arguments], log, self.cell.environment)
 
-    def _until_done(self, command: Command) -> None:
+    def _wait_for_person(self, command: Command) -> None:
         """Wait until the person is done. Raises CommandError if the command ends before, or this takes too long."""
         until = time.monotonic() + PATIENCE
         while self.cell.status()["busy"]:
@@ -71,7 +71,7 @@ class Way:
                                 "--display_data=false")  # fmt: skip
         command.wait_for("Teleop loop time")
         self.cell.demonstrate()
-        self._until_done(command)
+        self._wait_for_person(command)
         command.interrupt()
         command.finish()
         return self.cell.status()["judgement"]
@@ -104,7 +104,7 @@ class Way:
         for index in range(len(layouts)):
             command.wait_for("Recording episode")
             self.cell.demonstrate()
-            self._until_done(command)
+            self._wait_for_person(command)
             judgements.append(self.cell.status()["judgement"])
             command.press(NEXT)
             if index + 1 < len(layouts):
@@ -117,7 +117,7 @@ class Way:
     def _reset(self, command: Command, layout: Layout) -> None:
         """Set up the next scene while nothing is recorded. The arm moves first: it might be where a cube will be."""
         self.cell.bring(layout)
-        self._until_done(command)
+        self._wait_for_person(command)
         self.cell.load(layout, place=False)
 
     def _dataset(self, root: Path, repo_id: str, words: str, episodes: int) -> list[str]:
@@ -211,7 +211,7 @@ class Way:
         command.press(CORRECT)
         command.wait_for("Entering correction mode")
         self.cell.demonstrate()
-        self._until_done(command)
+        self._wait_for_person(command)
         judgement = self.cell.status()["judgement"]
         command.press(CORRECT)
         command.wait_for("Correction 1/1 saved")
