@@ -165,7 +165,7 @@ class ActionBounds:
     def _refuse_bad(self, what: str, x: Tensor, names: list[str]) -> None:
         if bad := name_of_bad(x, names):
             raise FloatingPointError(
-                f"{what} {bad}: no bound can be kept, so nothing is sent. Check the robot's readings and its bus, "
+                f"{what} {bad}: no bound can be kept, so nothing is sent; check the robot's readings and its bus, "
                 "and the statistics of the checkpoint's processors"
             )
 
