@@ -51,7 +51,7 @@ SOLVERS += [("adaptive", n) for n in (3, 6, 10)]
 ROUNDED = {"float32": {"dtype": "float32"}, "bfloat16": {"dtype": "bfloat16"}}
 ROUNDED |= {kind: {"dtype": "bfloat16", "vlm_quantization": kind} for kind in rounding.LAYERS}
 ARM = slice(0, len(JOINTS) - 1)  # the gripper has no degrees
-FREE_AFTER = 10  # actions after the delay, after which a chunk is not guided
+FREE_AFTER = 10  # a chunk is guided until this many actions after the delay
 
 Chunk = Callable[..., Tensor]
 

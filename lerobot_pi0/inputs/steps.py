@@ -223,7 +223,7 @@ class AnchoredRelativeStep(RelativeActionsProcessorStep):
 
     def __call__(self, transition: EnvTransition) -> EnvTransition:
         transition = super().__call__(transition)
-        if self.enabled and transition.get(TransitionKey.ACTION) is None:  # in control
+        if self.enabled and transition.get(TransitionKey.ACTION) is None:  # no action: this is control, not training
             data = {**(transition.get(TransitionKey.COMPLEMENTARY_DATA) or {}), STEP: self}
             transition = {**transition, TransitionKey.COMPLEMENTARY_DATA: data}  # type: ignore[assignment]
         return transition

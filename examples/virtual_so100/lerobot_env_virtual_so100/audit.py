@@ -39,7 +39,7 @@ def unmeant(log: Path, actions: np.ndarray, role: str = "follower") -> np.ndarra
     meant, left = to_ticks(np.asarray(actions, np.float64), role), 0
     strangers = []
     for goal in goals(log):
-        # LeRobot rounded a float64 down, and the dataset holds a float32: this may differ by one tick.
+        # LeRobot truncated a float64, and the dataset holds a float32: the two may differ by one tick.
         same = np.flatnonzero((np.abs(np.trunc(meant[left:]) - goal) <= 1).all(axis=1))
         if len(same):
             left += int(same[0]) + 1

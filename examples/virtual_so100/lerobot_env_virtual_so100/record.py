@@ -1,4 +1,4 @@
-"""Write demonstrations of the scripted expert as a LeRobotDataset.
+"""Recording of the scripted expert's demonstrations as a LeRobotDataset.
 
     python -m lerobot_env_virtual_so100.record --root=DIR --episodes=600
 
