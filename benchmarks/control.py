@@ -246,7 +246,7 @@ def measure_solvers(driver: Driver, every: int, batches: int = 4) -> list[dict]:
 
 
 def measure_rounding(folder: Path, scenes: int, every: int) -> list[dict]:
-    """Distance of chunks from those in float32, from equal noise, and success, by what the VLM is rounded to.
+    """By how the VLM is rounded: distance of chunks from those in float32, from equal noise, and success.
 
     FP8 is emulated where no card has its products: the same numbers, but for the order of sums.
     """

@@ -267,7 +267,7 @@ class OurChunk:
         return counter
 
     def compiled(self, steps: int) -> Launches:
-        """The same, with compiled layers."""
+        """`count` with compiled layers."""
         kernels.compile_layers(self.policy.model, "default")
         return self.count(steps)
 

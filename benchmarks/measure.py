@@ -118,7 +118,7 @@ def resident_bytes(most: bool = False) -> int:
 
 
 def file_bytes() -> int:
-    """Those pages of resident memory that are of files, of libraries too; on Linux."""
+    """Resident memory that belongs to files, including libraries; on Linux."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssFile"))
     return int(line.split()[1]) * 1024
 

@@ -76,7 +76,7 @@ class Result:
 
     counted: int
     measured: int
-    pages: int = 0  # of the contexts' file, which the system can take back: not in `measured`
+    pages: int = 0  # resident pages of the contexts' file, which the system can reclaim: not in `measured`
 
     @property
     def deviation(self) -> float:
@@ -113,7 +113,7 @@ def trainer(line: Configuration, size: str) -> Callable[[], None]:
     if line.lora:
         policy.wrap_with_peft(peft_cli_overrides=adapter(line))
     with_weights(policy, RandomWeights(), training=True)
-    policy.config.save_expert_only = False  # there is no checkpoint that could be the base
+    policy.config.save_expert_only = False  # there is no checkpoint as its base
     preset = policy.config.get_optimizer_preset()
     optimizer = preset.build(policy.get_optim_params())
     batch = batch_for(SIZES[size], line.cameras, batch_size=line.batch)
@@ -133,7 +133,7 @@ def trainer(line: Configuration, size: str) -> Callable[[], None]:
 
 
 def read_contexts(policy: PI0Policy, line: Configuration, size: str, batch: dict) -> dict:
-    """The batch as that of a cache with as many frames, which the policy then reads; pages of its file count apart."""
+    """Make a cache of the batch's frames, from which the policy then reads; its file's pages are counted separately."""
     for key in (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK):
         batch[key] = batch[key][:1].expand(line.batch, -1).clone()
     folder = Path(tempfile.mkdtemp())

@@ -60,7 +60,7 @@ SIZES = {
 
 
 class Patches:
-    """pytest's `monkeypatch`, as far as it is needed here: a machine that only measures has no pytest."""
+    """The part of pytest's `monkeypatch` that is needed here: a machine that only measures has no pytest."""
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         self._stack = stack
@@ -73,7 +73,7 @@ class Patches:
 
 
 def set_presets(patch: Any, size: Size) -> None:
-    """Let "gemma_2b" and "gemma_300m" mean this size, until the patch, `Patches` or pytest's, is undone."""
+    """Let "gemma_2b" and "gemma_300m" mean this size, until the patch (`Patches` or pytest's) is undone."""
     patch.setitem(ours.PALIGEMMA_PRESETS, "gemma_2b", size.vlm)
     patch.setitem(ours.EXPERT_PRESETS, "gemma_300m", size.expert)
     stacks = {"gemma_2b": size.vlm.gemma, "gemma_300m": size.expert}

@@ -18,7 +18,7 @@ from ..configuration_pi0 import PI0Config
 logger = logging.getLogger(__name__)
 
 Statistics = Mapping[str, Mapping[str, Any]]
-"""Of a dataset or of processors: by feature and kind, as `meta.stats` has them."""
+"""Statistics of a dataset or of processors, by feature and then by kind, as in `meta.stats`."""
 
 NOT_READ = ("observation.environment_state", "observation.effort", "observation.velocity")
 """Features that datasets may hold, but for which π₀ has no input."""
@@ -69,7 +69,7 @@ def set_cameras(config: PI0Config, cameras: Mapping[str, PolicyFeature], slots: 
 
 
 def colour_cameras(meta: Any) -> list[str]:
-    """Cameras of a dataset without its depth maps, which π₀ does not see.
+    """The colour cameras of a dataset: π₀ does not use depth maps.
 
     Args:
         meta: its LeRobotDatasetMetadata.

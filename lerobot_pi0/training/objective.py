@@ -28,7 +28,7 @@ HELD_OUT_SAMPLES = 4
 
 
 class NetworkCalls(Protocol):
-    """The calls of the network that a loss needs, as functions of the network."""
+    """The network calls that a loss needs, as functions of the network."""
 
     velocity: Callable[..., Tensor]
 
