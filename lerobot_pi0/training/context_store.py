@@ -38,7 +38,7 @@ DATASET = "dataset"
 FORMAT = 1
 LARGEST = 127
 """The largest 8-bit number. Each channel has its own scale, which all tokens share: trained keys have a few channels
-with large numbers, and with a scale for each token the others would lose precision. For values both are equally good."""
+with large numbers, and with a scale for each token the others would lose precision. For values both are as good."""
 
 VLM = ".paligemma."
 """All names of the VLM's parameters contain this."""
