@@ -1,4 +1,4 @@
-"""This policy beside LeRobot's built-in π₀: seconds, arithmetic and memory, measured in the same run.
+"""Benchmark of this policy against LeRobot's built-in π₀: seconds, arithmetic and memory, measured in the same run.
 
     python benchmarks/bench.py                                      # a small network, a minute
     python benchmarks/bench.py --size full --accounting-only --dtype float32   # no weights, no memory
@@ -9,18 +9,18 @@
     python benchmarks/bench.py --size full --what step-cached --batch-size 8 --pairs 5    # see cached_steps.py
 
 The table's lines are: a training step (forward and backward pass, no optimizer) with the VLM frozen or with everything
-trained; a chunk of 50 actions; a tick of the control loop that only takes an action from the queue. Each is measured
-with all three cameras and a full prompt, and with one camera of three and a prompt of 10 tokens.
+trained; a chunk of 50 actions; a tick of the control loop that only takes an action from the queue. Steps and chunks
+are measured with all three cameras and a full prompt, and with one camera of three and a prompt of 10 tokens.
 
 TFLOP and GiB kept by autograd are counted on fake tensors. Seconds are medians over alternating pairs of runs, and the
 ratio is the median of the pairs' ratios. In bfloat16 a step runs under autocast, as lerobot-train runs it, and each
 policy stores its weights in the dtypes that it chooses itself. Peak memory is that of a process that builds one policy
-and runs the line once, with LeRobot's and torch's own memory.
+and runs the line once; it includes the memory of LeRobot and torch.
 
 With `--quantization int8` our VLM is in int8 wherever it is frozen, and the built-in is unchanged (TFLOP then counts
-integer operations too). Each chunk is compared with that of the unrounded VLM, from equal noise. With `--beside
-transformers` chunks are compared with those of transformers' `PI0ForConditionalGeneration`, given cameras that exist
-and no padding. With `--flow-samples K --beside K=1` a step with K draws is compared with one with a single draw.
+integer operations too). Each chunk is compared with the chunk of the unrounded VLM from equal noise. With `--beside
+transformers` ours is compared with transformers' `PI0ForConditionalGeneration`, which gets only cameras that exist and
+no padding. With `--flow-samples K --beside K=1` a step with K draws is compared with a step with a single draw.
 """
 
 import argparse
@@ -48,7 +48,7 @@ OURS, THEIRS, OTHERS, ONE_SAMPLE = SUBJECTS
 
 @dataclass(frozen=True)
 class Line:
-    """One row of the table: what runs, on how much input."""
+    """One row of the table: what runs, and on how much input."""
 
     what: str
     cameras: int = 3
@@ -100,7 +100,7 @@ class Bench:
 
     @property
     def subjects(self) -> tuple[str, str]:
-        """Ours and what it is compared with."""
+        """Our policy, and the one that it is compared with."""
         return OURS, self.beside
 
     def build(self, subject: str, line: Line, make: Callable, rounded: bool = False) -> Policy:
@@ -112,7 +112,7 @@ class Bench:
         return batch_for(SIZES[self.size], line.cameras, line.prompt, self.batch_size)
 
     def autocast(self) -> torch.autocast:
-        """What accelerate puts around a training step."""
+        """The autocast that accelerate uses for a training step."""
         return torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bfloat16")
 
     def account(self, subject: str, line: Line) -> Result:
@@ -131,7 +131,7 @@ class Bench:
 
         if line.training:
             result.flop, result.kept_bytes = measure.account_step(loss, policy.parameters())
-        elif line.what == "chunk" and subject != OTHERS:  # whose shapes depend on values, which are not there
+        elif line.what == "chunk" and subject != OTHERS:  # its shapes depend on values, which fake tensors do not have
             result.flop = measure.account_inference(lambda: run.chunk(policy, batch))
         return result
 
@@ -198,19 +198,19 @@ class Bench:
 
 
 def fits(results: list[Result]) -> bool:
-    """Whether policies with these weights, sharing what they can, and the larger of their steps fit in memory."""
-    measure.give_back()  # policies of the line before
+    """Whether policies with these weights (shared where possible) and the larger of their steps fit into memory."""
+    measure.give_back()  # memory of the policies of the line before
     weights = functools.reduce(dict.__or__, (r.weights for r in results))
     step = max(r.gradient_bytes + (r.kept_bytes or 0) for r in results)
     needed = sum(weights.values()) + step + GIB
     available = psutil.virtual_memory().available
     if needed > available:
-        logging.warning("left out: needs %.1f GiB, %.1f are free", needed / GIB, available / GIB)
+        logging.warning("skipped: needs %.1f GiB of memory, %.1f are free", needed / GIB, available / GIB)
     return needed <= available
 
 
 def short_seconds(x: float) -> str:
-    """Seconds with a unit that suits them."""
+    """Seconds as text, in a suitable unit."""
     unit, scale = next(((u, s) for u, s in (("s", 1), ("ms", 1e-3)) if x >= s), ("µs", 1e-6))
     return f"{x / scale:.3g} {unit}"
 
@@ -239,7 +239,7 @@ def table_row(line: Line, ours: Result, theirs: Result) -> list[str]:
 
 
 def format_table(rows: list[list[str]]) -> str:
-    """Aligned columns: the first to the left, numbers to the right."""
+    """Text with aligned columns: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
@@ -266,18 +266,22 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         default=THEIRS,
         help="what ours is compared with (default: built-in)",
     )
-    parser.add_argument("--flow-samples", type=int, default=1, help="noise and time draws a sample, ours (default: 1)")
+    parser.add_argument(
+        "--flow-samples", type=int, default=1, help="draws of noise and time per sample, ours (default: 1)"
+    )
     parser.add_argument("--pairs", type=int, default=3, help="timed runs of each policy (default: 3)")
     parser.add_argument("--batch-size", type=int, default=1, help="samples per step and chunk (default: 1)")
     parser.add_argument("--threads", type=int, default=None, help="threads of torch (default: torch's own choice)")
     parser.add_argument(
-        "--accounting-only", action="store_true", help="count TFLOP and kept memory, run nothing: no memory needed"
+        "--accounting-only", action="store_true", help="only count TFLOP and kept memory; this needs no memory"
     )
     parser.add_argument("--theirs-batch", type=int, default=1, help="step-cached: the built-in's; 0: none (default: 1)")
     parser.add_argument("--frames", type=int, default=64, help="step-cached: frames of the cache (default: 64)")
     parser.add_argument("--bits", type=int, choices=[8], default=None, help="step-cached: of contexts (default: all)")
     parser.add_argument("--disk", type=Path, default=None, help="step-cached: folder for the cache (default: /tmp's)")
-    parser.add_argument("--no-peak", action="store_true", help="leave out peak memory: a process for each number")
+    parser.add_argument(
+        "--no-peak", action="store_true", help="skip peak memory, which needs a process for each number"
+    )
     parser.add_argument("--json", type=Path, default=None, help="also write every number to this file")
     options = parser.parse_args(arguments)
     options.what = options.what.split(",")
@@ -318,7 +322,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, Result]]:
             if line.what != "tick" and not options.no_peak:
                 bench.measure_peak(line, row)
         rows.append(table_row(line, *row.values()))
-        print(" | ".join(rows[-1]), flush=True)  # at once: the full size takes long
+        print(" | ".join(rows[-1]), flush=True)  # not only at the end: the full size takes long
         if bench.quantization and line.what == "chunk" and not options.accounting_only:
             print(bench.rounding(line), flush=True)
     print(f"\n{format_table(rows)}")

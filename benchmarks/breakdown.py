@@ -1,11 +1,11 @@
-"""Where the time of a chunk goes on a CPU, and how far each part is from what the machine can do.
+"""Profile of a chunk on a CPU: seconds of each part, and how far it is from the best rate of the machine.
 
     python benchmarks/breakdown.py --size full
     python benchmarks/breakdown.py --size full --quantization int8
 
 Each part of a chunk is timed while the chunk runs (median over `--repeats`); the whole chunk is also timed without
-these clocks. A part's rate of operations is compared with the machine's rate for products of the VLM's MLP (the shape
-of most of the work). Its rate of reading weights is compared with the rate at which the machine reads memory. Both
+these clocks. A part's rate of operations is compared with the machine's rate for products of the VLM's MLP (most of the
+work has this shape). Its rate of reading weights is compared with the rate at which the machine reads memory. Both
 limits are measured in the same run.
 """
 
@@ -35,7 +35,7 @@ GIGA, TERA = 1e9, 1e12
 STACKS = {"vision tower": "vision", "VLM": "vlm", "expert": "expert"}
 PARTS = ("MLP", "projections of attention", "attention", "other")
 REST = "all else"
-READ = 2**28  # numbers that are read to measure memory, one GiB
+READ = 2**28  # how many numbers are read to measure the memory: one GiB
 
 
 class Clock:
@@ -49,7 +49,7 @@ class Clock:
         self._began: dict[str, float] = {}
 
     def around(self, part: str, call: Callable, flop: Callable[..., int] = lambda *_: 0) -> Callable:
-        """`call`, timed."""
+        """A function that does `call` and times it as `part`."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             label = f"{self.stack}: {part}" if self.stack else part
@@ -62,7 +62,7 @@ class Clock:
         return timed
 
     def within(self, stack: str, call: Callable) -> Callable:
-        """Run `call`, and count parts for this stack; time outside of the parts counts as its `other`."""
+        """A function that does `call` and counts its parts for this stack; the rest of its time is its `other`."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             before, self.stack = sum(self.seconds.values()), stack
@@ -139,7 +139,7 @@ def timed(policy: PI0Policy) -> Iterator[Clock]:
 
 
 def limits(size: str, dtype: str, tokens: int, rounded: bool) -> dict[str, float]:
-    """What the machine does at best: operations a second by dtype, bytes a second."""
+    """The machine's best rates: operations per second by dtype, and bytes per second of memory."""
     cfg = SIZES[size].vlm.gemma
     layer = Linear(cfg.width, cfg.mlp_dim, bias=False, dtype=getattr(torch, dtype))
     x, work = torch.randn(tokens, cfg.width, dtype=layer.weight.dtype), 2 * tokens * cfg.width * cfg.mlp_dim
@@ -160,7 +160,7 @@ def limits(size: str, dtype: str, tokens: int, rounded: bool) -> dict[str, float
 
 @torch.no_grad()
 def breakdown(options: argparse.Namespace) -> tuple[dict[str, dict[str, float]], dict[str, float], float, int]:
-    """Numbers by part, the machine's limits, seconds of the whole without the clock, operations counted by torch."""
+    """Numbers by part, the machine's limits, seconds of the whole chunk without clocks, operations counted by torch."""
     size, rounded = SIZES[options.size], options.quantization is not None
     batch = batch_for(size, options.cameras, options.prompt)
     shapes = Ours.build(size, NoWeights(), options.dtype)
@@ -188,7 +188,7 @@ def breakdown(options: argparse.Namespace) -> tuple[dict[str, dict[str, float]],
 
 
 def table(rows: dict[str, dict[str, float]], best: dict[str, float], whole: float, dtype: str) -> str:
-    """Markdown: the parts in the order in which they run."""
+    """A Markdown table of the parts, in the order in which they run."""
     lines = ["| part | seconds | share | TFLOP | GFLOP/s | of the machine's | GB/s of weights |", "|" + "---|" * 7]
     total = sum(row["seconds"] for row in rows.values())
     fast = best.get("int8", best[dtype])
@@ -218,7 +218,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> tuple[dict[str, dict[str, float]], int]:
-    """Print the table; returns the numbers by part, and operations as torch counts them."""
+    """Print the table; returns the numbers by part, and the operations as torch counts them."""
     options = parse_arguments(arguments)
     rows, best, whole, counted = breakdown(options)
     print(table(rows, best, whole, options.dtype))

@@ -1,12 +1,12 @@
-"""A training step on cached contexts beside one that computes them, and beside LeRobot's built-in.
+"""Benchmark of a training step on cached contexts, compared with a step that computes them, and with the built-in.
 
-`bench.py --what step-cached` calls it. Seconds are per sample: medians over alternating pairs. Both of ours are one
-policy in one process, which once reads contexts and once has pictures; the built-in runs with a batch of its own
-(`--theirs-batch`), as a larger one may not fit. Contexts are random numbers in a real folder of `--frames` frames.
-First they are in memory; then each step reads them from the disk: the system is told to forget the file before.
+`bench.py --what step-cached` calls it. Seconds are per sample: medians over alternating pairs. Both of our steps use
+one policy in one process, which reads contexts or gets images; the built-in has its own batch size (`--theirs-batch`),
+because a larger batch may not fit. Contexts are random numbers in a real folder of `--frames` frames. First they are
+in memory; then each step reads them from the disk, because the system is told before to forget the file.
 
-The optimizer is timed by itself, as it does the same work in both of ours: torch's AdamW as LeRobot builds it, and its
-fused kernel. A whole step is the sum. How far the two differ after a step is printed too.
+The optimizer is timed separately, because its work is the same in both of our steps: torch's AdamW as LeRobot builds
+it, and its fused kernel. A whole step is the sum. The difference of the two optimizers after a step is printed too.
 """
 
 import argparse
@@ -37,7 +37,7 @@ LOADS = ((3, 48), (1, 10))
 
 
 def write_contexts(folder: Path, config: Any, cameras: int, batch: dict, frames: int, bits: int | None) -> ContextCache:
-    """A cache of random contexts, all of them with the prompt of the batch's first sample."""
+    """Write a cache of random contexts, all with the prompt of the batch's first sample."""
     tokens = batch[OBS_LANGUAGE_TOKENS][:1][batch[OBS_LANGUAGE_ATTENTION_MASK][:1]][None]
     layers, both, length, head_dim = context_shape(config, cameras, tokens.shape[1])
     manifest = Manifest(
@@ -55,14 +55,14 @@ def write_contexts(folder: Path, config: Any, cameras: int, batch: dict, frames:
 
 
 def forget(contexts: ContextCache) -> None:
-    """Let the system forget what it has read of the contexts, where it can be told to."""
+    """Tell the system to drop the contexts' file from the page cache, if it supports this."""
     contexts._map.madvise(mmap.MADV_DONTNEED)
     with (contexts.folder / "contexts.bin").open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class Steps:
-    """Forward and backward passes of our policy, with pictures and with contexts."""
+    """Forward and backward passes of our policy, with images and with cached contexts."""
 
     def __init__(self, load: tuple[int, int], options: argparse.Namespace, folder: Path) -> None:
         self.make = functools.cache(RandomWeights())
@@ -87,11 +87,11 @@ class Steps:
         self.policy.zero_grad()
 
     def computed(self) -> float:
-        """Seconds of a sample whose context is computed."""
+        """Seconds for a sample whose context is computed."""
         return measure.seconds(lambda: self.step(False, self.batch)) / self.options.batch_size
 
     def read(self, from_disk: bool = False) -> float:
-        """Seconds of a sample whose context is read."""
+        """Seconds for a sample whose context is read."""
         index = self.draw.choice(self.options.frames, self.options.batch_size, replace=False)
         if from_disk:
             forget(self.cached.contexts)
@@ -113,7 +113,7 @@ class Steps:
 
 
 def optimizer_seconds(policy: Any, fused: bool | None, repeats: int) -> tuple[float, list[torch.Tensor]]:
-    """The median of AdamW's steps over what a policy trains, and the first weights after them."""
+    """Median seconds of AdamW's steps for the trained weights of a policy, and the first weights after these steps."""
     weights = [p.detach().float().clone().requires_grad_() for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-4, weight_decay=0.01, fused=fused)
     draw = torch.Generator().manual_seed(1)

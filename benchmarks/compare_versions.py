@@ -1,4 +1,4 @@
-"""Compare this checkout with another version of the package, bit for bit, in one process on one machine.
+"""Bitwise comparison of this checkout with another version of the package, in one process on one machine.
 
     git worktree add ../v010 v0.1.0
     python benchmarks/compare_versions.py ../v010                 # losses, gradients and chunks of a small network
@@ -6,8 +6,9 @@
     python benchmarks/compare_versions.py ../v010 --bench --size small
 
 The settings are those of `tests/v010/recording.py`: both dtypes; frozen, everything trained, K = 3, gradient
-checkpointing, real-time chunking in its three modes, int8. The other version is imported as `old_lerobot_pi0`. What a
-version writes into registries of LeRobot, transformers and draccus is exchanged whenever the other one runs.
+checkpointing, real-time chunking in its three modes, int8. The other version is imported as `old_lerobot_pi0`. Each
+version has its own contents of the registries of LeRobot, transformers and draccus, which are exchanged when the other
+version runs.
 
 `--bench` times a training step with the VLM frozen, a chunk, a tick of the queue and a chunk over an int8 VLM, all in
 bfloat16, in alternating pairs, and then the import, each in a fresh process. A ratio is the other version's seconds
@@ -53,13 +54,13 @@ PROMPT, TICKS = 48, 49
 
 
 def registries() -> list[dict]:
-    """What versions of the package write themselves into."""
+    """The registries into which versions of the package write themselves."""
     choices = [cls.get_known_choices() for cls in (PreTrainedConfig, OptimizerConfig, LRSchedulerConfig)]
     return [*choices, ProcessorStepRegistry._registry, AttentionInterface._global_mapping]
 
 
 def exchange(contents: list[dict]) -> list[dict]:
-    """Let the registries hold `contents`, and return what they held."""
+    """Put `contents` into the registries, and return what they held before."""
     before = [dict(registry) for registry in registries()]
     for registry, content in zip(registries(), contents, strict=True):
         registry.clear()
@@ -68,7 +69,7 @@ def exchange(contents: list[dict]) -> list[dict]:
 
 
 class Version:
-    """A checkout's package under a name of its own, and what the registries are to hold while it runs."""
+    """The package of a checkout under its own name, and the contents of the registries for it."""
 
     def __init__(self, checkout: Path, name: str) -> None:
         self.checkout, self.name = checkout, name
@@ -84,7 +85,7 @@ class Version:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """The registries as this version left them."""
+        """A block in which the registries are as this version left them."""
         before = exchange(self._contents)
         try:
             yield
@@ -96,8 +97,8 @@ class Version:
 
 
 def differences(old: dict[str, Tensor], new: dict[str, Tensor]) -> list[str]:
-    """Names of tensors that are not bitwise equal, with how far they are apart."""
-    found = [f"{name} is in one version alone" for name in old.keys() ^ new.keys()]
+    """Names of tensors that are not bitwise equal, and their relative differences."""
+    found = [f"{name} is in only one version" for name in old.keys() ^ new.keys()]
     for name in old.keys() & new.keys():
         a, b = old[name], new[name]
         if a.dtype != b.dtype or a.shape != b.shape:
@@ -108,7 +109,7 @@ def differences(old: dict[str, Tensor], new: dict[str, Tensor]) -> list[str]:
 
 
 def compare(old: Version, new: Version) -> bool:
-    """Every setting at the small size: whether all are bitwise equal."""
+    """Compare every setting at the small size; whether all are bitwise equal."""
     equal = True
     with tempfile.TemporaryDirectory() as folder:
         for dtype in ("float32", "bfloat16"):
@@ -132,7 +133,7 @@ def compare(old: Version, new: Version) -> bool:
 
 
 class Bench:
-    """Policies of both versions over the weights of one checkpoint, in bfloat16."""
+    """Policies of both versions with the weights of one checkpoint, in bfloat16."""
 
     def __init__(self, size: str, folder: Path) -> None:
         self.size, self.folder, self.side = size, folder, 224 if size == "full" else 32
@@ -141,7 +142,7 @@ class Bench:
         return nullcontext() if self.size == "full" else recording.small(version.name)
 
     def write(self, version: Version) -> None:
-        """A checkpoint of random weights: one block of normal numbers, repeated, as billions take long to draw."""
+        """Write a checkpoint of random weights: one repeated block of normal numbers, as billions take long to draw."""
         if (self.folder / "config.json").exists():
             return
         with version.active(), self.presets(version):
@@ -149,7 +150,7 @@ class Bench:
                 **recording.features(3, self.side), device="cpu", dtype="bfloat16", tokenizer_max_length=PROMPT,
                 image_resolution=(self.side, self.side), save_tokenizer=False, train_expert_only=True,
             )  # fmt: skip
-            skip = mock.patch("torch.Tensor.normal_", lambda x, *args, **kwargs: x)  # is overwritten below
+            skip = mock.patch("torch.Tensor.normal_", lambda x, *args, **kwargs: x)  # weights are overwritten below
             with skip, mock.patch("torch.nn.init.normal_", lambda x, *args, **kwargs: x):
                 policy = version.module.PI0Policy(config)
             block = (recording.normal(1_000_003, seed=0) * 0.02).bfloat16()
@@ -210,7 +211,7 @@ class Bench:
         return tick if row == "tick" else run
 
     def measure(self, row: str, old: Version, new: Version, pairs: int) -> tuple[list[list[float]], list[str]]:
-        """Seconds of each version, a list each, after one run that does not count; and what differs."""
+        """Lists of seconds of each version, after one run that does not count; and the differences of their results."""
         versions = (old, new)
         policies = [self.load(version, row == "step", row == "int8") for version in versions]
         share(*policies)
@@ -228,7 +229,7 @@ class Bench:
 
 @torch.no_grad()
 def share(old: nn.Module, new: nn.Module) -> None:
-    """Let both versions share the memory of frozen weights, which they have read from the same file."""
+    """Let both policies share the memory of frozen weights, which they have read from the same file."""
     theirs = dict(old.named_parameters())
     for name, p in new.named_parameters():
         other = theirs.get(name)
@@ -251,7 +252,7 @@ print(middle - start, time.perf_counter() - start)
 
 
 def import_seconds(version: Version) -> tuple[float, float]:
-    """Seconds that the plugin adds to every LeRobot command, and those up to its policy; both from bytecode."""
+    """Seconds that the plugin adds to the start of every LeRobot command, and seconds until its policy is imported."""
     env = {name: x for name, x in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     done = subprocess.run(
         [sys.executable, "-c", IMPORT], env=env | {"PYTHONPATH": str(version.checkout)}, cwd=version.checkout,
@@ -262,7 +263,7 @@ def import_seconds(version: Version) -> tuple[float, float]:
 
 
 def report(row: str, seconds: list[list[float]], limit: float, off: list[str]) -> bool:
-    """Print a row; whether it is as fast as it has to be, and equal."""
+    """Print a row; whether it is fast enough, and the results are equal."""
     ratio = statistics.median(a / b for a, b in zip(*seconds, strict=True))
     old, new = (statistics.median(s) * 1e3 for s in seconds)
     verdict = ("" if ratio >= limit else "  SLOWER") + (f"  {len(off)} DIFFER, such as {off[0]}" if off else "")
@@ -271,7 +272,7 @@ def report(row: str, seconds: list[list[float]], limit: float, off: list[str]) -
 
 
 def bench(old: Version, new: Version, options: argparse.Namespace) -> bool:
-    """All rows: whether each is as fast as it has to be, and equal."""
+    """Measure all rows; whether each is fast enough, with equal results."""
     good = True
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         runs = Bench(options.size, Path(folder) / "checkpoint")
@@ -287,7 +288,7 @@ def bench(old: Version, new: Version, options: argparse.Namespace) -> bool:
         for pair in range(2 * options.pairs + 1):
             for i in (0, 1) if pair % 2 else (1, 0):
                 found = import_seconds((old, new)[i])
-                if pair:  # the first reads files into memory
+                if pair:  # the first run reads the files into memory, and does not count
                     times[i].append(found)
         for i, row in enumerate(("import plugin", "import policy")):
             good = report(row, [[t[i] for t in version] for version in times], options.limit, []) and good
@@ -300,12 +301,16 @@ ROWS = ("step", "chunk", "tick", "int8", "import")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=Path, help="a checkout of the other version, such as of the tag v0.1.0")
-    parser.add_argument("--bench", action="store_true", help="time both instead")
-    parser.add_argument("--size", choices=("full", "small"), default="full", help="of what is timed (default: full)")
+    parser.add_argument("--bench", action="store_true", help="measure seconds instead of comparing results")
+    parser.add_argument(
+        "--size", choices=("full", "small"), default="full", help="size of the networks with --bench (default: full)"
+    )
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="what is timed (default: all)")
     parser.add_argument("--pairs", type=int, default=3, help="timed runs of each version (default: 3)")
     parser.add_argument("--limit", type=float, default=0.97, help="smallest ratio that passes (default: 0.97)")
-    parser.add_argument("--folder", type=Path, default=None, help="where 7 GB may lie meanwhile (default: /tmp)")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="folder with 7 GB for temporary files (default: /tmp)"
+    )
     options = parser.parse_args()
     old = Version(options.old.resolve(), "old_lerobot_pi0")
     new = Version(HERE, "lerobot_pi0")

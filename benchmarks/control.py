@@ -1,4 +1,4 @@
-"""What control costs and gains on the demo's task: delays and seams, solvers, replanning, a rounded VLM.
+"""Benchmark of control on the demo's task: real-time chunking with delays, solvers, replanning, a rounded VLM.
 
     python benchmarks/control.py --policy=DIR --what=rtc --trained=DIR     # real-time chunking with injected delays
     python benchmarks/control.py --policy=DIR --what=solvers               # error, success and time by evaluations
@@ -51,7 +51,7 @@ SOLVERS += [("adaptive", n) for n in (3, 6, 10)]
 ROUNDED = {"float32": {"dtype": "float32"}, "bfloat16": {"dtype": "bfloat16"}}
 ROUNDED |= {kind: {"dtype": "bfloat16", "vlm_quantization": kind} for kind in rounding.LAYERS}
 ARM = slice(0, len(JOINTS) - 1)  # the gripper has no degrees
-FREE_AFTER = 10  # actions behind the delay up to which a chunk is guided
+FREE_AFTER = 10  # a chunk is guided until this many actions after the delay
 
 Chunk = Callable[..., Tensor]
 
@@ -75,7 +75,7 @@ class Driver:
         self.pre, self.post = make_pre_post_processors(self.policy.config, pretrained_path=str(self.folder))
 
     def groups(self) -> Iterator[tuple[list[VirtualSO100GymEnv], list[dict]]]:
-        """Environments at the start of their scenes, `batch` at a time, and what they show."""
+        """Environments at the start of their scenes, `batch` at a time, and their first observations."""
         seeds = range(self.seed, self.seed + self.scenes)
         for first in range(0, self.scenes, self.batch):
             group = seeds[first : first + self.batch]
@@ -83,7 +83,7 @@ class Driver:
             yield envs, [env.reset(seed=seed)[0] for env, seed in zip(envs, group, strict=True)]
 
     def observe(self, envs: list[VirtualSO100GymEnv], seen: list[dict]) -> dict[str, Any]:
-        """What the policy would be handed by lerobot-eval."""
+        """The batch that lerobot-eval would give to the policy."""
         pixels = {name: np.stack([one["pixels"][name] for one in seen]) for name in CAMERAS}
         together = {"pixels": pixels, "agent_pos": np.stack([one["agent_pos"] for one in seen])}
         return self.pre(preprocess_observation(together) | {"task": [env.task_description for env in envs]})
@@ -91,7 +91,7 @@ class Driver:
 
 @dataclass
 class Track:
-    """What one group of scenes was told: commanded actions per tick, jumps at seams, and how its scenes ended."""
+    """Record of one group of scenes: commanded actions per tick, jumps at seams, and how the scenes ended."""
 
     actions: list[np.ndarray] = field(default_factory=list)
     jumps: list[np.ndarray] = field(default_factory=list)
@@ -111,17 +111,17 @@ def lerobots(policy: PI0Policy, batch: dict, noise: Tensor, left: Tensor | None,
         context = policy.model.context(policy.observe(batch, noise.device))
         x, steps = noise, policy.config.num_inference_steps
         for t in solvers.fixed_times("euler", steps, noise.device):
-            term = policy.model.embed_time(t)
+            embedding = policy.model.embed_time(t)
 
-            def velocity(x: Tensor, term: Tensor = term) -> Tensor:
-                return policy.model.velocity(x[:, None], term, context)[:, 0]
+            def velocity(x: Tensor, embedding: Tensor = embedding) -> Tensor:
+                return policy.model.velocity(x[:, None], embedding, context)[:, 0]
 
             x = x - processor.denoise_step(x, left, delay, t.item(), velocity, horizon) / steps
     return x[..., : len(JOINTS)]
 
 
 def chunk_of(driver: Driver, guide: str) -> Chunk:
-    """(batch, left over, delay) -> normalised chunk (B, T, A), with noise from a generator of its own."""
+    """A function (batch, left over, delay) -> normalised chunk (B, T, A), with its own generator of noise."""
     policy, generator = driver.policy, torch.Generator().manual_seed(0)
     cfg = policy.config
     guided = guide in ("identity", "vjp", "trained")
@@ -140,13 +140,13 @@ def chunk_of(driver: Driver, guide: str) -> Chunk:
 
 
 def drive(driver: Driver, envs: list, seen: list[dict], chunk: Chunk, delay: int, every: int, sync: bool) -> Track:
-    """One group of scenes to the end of its episodes.
+    """Run one group of scenes to the end of its episodes.
 
     Args:
-        seen: what the environments show at first.
-        delay: control steps between an observation and the chunk it leads to.
-        every: actions after which a new chunk is asked for, at the soonest.
-        sync: nothing is executed while a chunk is computed.
+        seen: the first observations of the environments.
+        delay: control steps between an observation and its chunk.
+        every: least number of actions between two requests of a chunk.
+        sync: whether the arm stands still while a chunk is computed.
     """
     track = Track()
     plan: Tensor | None = None  # normalised, (B, T, A)
@@ -179,7 +179,7 @@ def actions_of(driver: Driver, plan: Tensor, at: int) -> np.ndarray:
 
 
 def measure(driver: Driver, guide: str, delay: int, every: int) -> dict:
-    """All scenes; success with its interval, jump and jerk with standard errors over scenes."""
+    """Run all scenes. Returns success with its interval, and jump and jerk with standard errors over scenes."""
     chunk = chunk_of(driver, guide)
     tracks = [drive(driver, *group, chunk, delay, every, guide == "sync") for group in driver.groups()]
     row = summary([info for track in tracks for info in track.infos])
@@ -214,7 +214,7 @@ def measure_replanning(driver: Driver) -> list[dict]:
 
 
 def measure_solvers(driver: Driver, every: int, batches: int = 4) -> list[dict]:
-    """Distance of chunks to a 200-step reference from equal noise, success, and seconds a chunk, by solver."""
+    """By solver: distance of chunks to a 200-step reference from equal noise, success, and seconds per chunk."""
     policy, cfg = driver.policy, driver.policy.config
     observed = [driver.observe(*group) for group in driver.groups()][:batches]
     generator = torch.Generator().manual_seed(1)
@@ -246,7 +246,7 @@ def measure_solvers(driver: Driver, every: int, batches: int = 4) -> list[dict]:
 
 
 def measure_rounding(folder: Path, scenes: int, every: int) -> list[dict]:
-    """Distance of chunks from those in float32, from equal noise, and success, by what the VLM is rounded to.
+    """By how the VLM is rounded: distance of chunks from those in float32, from equal noise, and success.
 
     FP8 is emulated where no card has its products: the same numbers, but for the order of sums.
     """
@@ -298,7 +298,7 @@ def line(row: dict) -> str:
 
 @contextmanager
 def panels(path: Path, width: float, labels: list[str], x: str, **shared: Any) -> Iterator[Sequence[Axes]]:
-    """Panels side by side with one legend, in the first; the picture is written behind the block."""
+    """Panels side by side with one legend, in the first. The picture is written when the block ends."""
     figure = Figure(figsize=(width, 4))
     axes = figure.subplots(1, len(labels))
     yield axes
@@ -351,10 +351,10 @@ def main() -> None:
     parser.add_argument("--policy", type=Path, required=True, help="folder of a policy that make demo trained")
     parser.add_argument("--trained", type=Path, help="folder of one trained with rtc_training_max_delay")
     whats = ["rtc", "solvers", "replanning", "rounding"]
-    parser.add_argument("--what", choices=whats, required=True, help="what is measured")
+    parser.add_argument("--what", choices=whats, required=True, help="what to measure")
     parser.add_argument("--guides", nargs="+", choices=GUIDES, default=GUIDES, help="ways of chunking (default: all)")
     parser.add_argument("--scenes", type=int, default=100, help="unseen scenes (default: 100)")
-    parser.add_argument("--every", type=int, default=6, help="actions between chunks, at the soonest (default: 6)")
+    parser.add_argument("--every", type=int, default=6, help="least number of actions between chunks (default: 6)")
     parser.add_argument("--output", type=Path, default=Path("outputs/control"), help="folder of table and plot")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,12 @@
-"""π₀ on a GPU, unattended: is it right there, how fast is it, how much memory does it take, beside the built-in.
+"""Unattended benchmark on a GPU: correctness, speed and memory of π₀, compared with the built-in.
 
     python benchmarks/gpu.py                          # `make bench-gpu`: everything, at full size
     python benchmarks/gpu.py --seconds 600 --parts card right chunk
     python benchmarks/gpu.py --device cpu --size small     # a rehearsal
 
-Parts come in the order of what they tell. Each line is written to `gpu.jsonl` as soon as it is known; at the end there
-are `gpu.json` and `gpu.md`. A part that is not likely to fit into the time left is not begun, one that takes longer is
-left at its next line, and an error is a line.
+The most informative parts come first. Each line is written to `gpu.jsonl` as soon as it is known; at the end `gpu.json`
+and `gpu.md` are written. A part that will probably not fit into the time that is left is skipped. A part for which the
+time runs out ends after its next line. An error becomes a line too.
 
 Weights are random; the built-in and ours hold the same numbers.
 """
@@ -40,7 +40,7 @@ def _cell(value: Any) -> str:
 
 
 def run_part(part: str, bench: Bench, time_left: Callable[[], float], write: Callable[[str, Row], None]) -> None:
-    """Write the lines of a part as they come, as long as there is time."""
+    """Write the lines of a part as they come, until the time is up."""
     run, needed = PARTS[part]
     if (left := time_left()) < (needed if bench.full else 1):
         write(part, {"left out": f"needs about {needed:.0f} s, and {left:.0f} are left"})
@@ -51,7 +51,7 @@ def run_part(part: str, bench: Bench, time_left: Callable[[], float], write: Cal
             if time_left() < 0:
                 write(part, {"left out": "the rest: the time is up"})
                 return
-    except Exception as error:  # the other parts shall still be measured
+    except Exception as error:  # measure the other parts all the same
         write(part, {"error": repr(error), "where": traceback.format_exc().splitlines()[-3].strip()})
 
 

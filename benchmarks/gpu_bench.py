@@ -1,4 +1,4 @@
-"""What the parts of `gpu.py` share: policies on a device, times and memory of calls, and lines for what goes wrong."""
+"""Helpers for the parts of `gpu.py`: policies on a device, time and memory of calls, and lines for errors."""
 
 import gc
 import math
@@ -21,11 +21,11 @@ GIB = 2**30
 
 
 class LeftOutError(Exception):
-    """What this machine cannot do, and why."""
+    """This machine cannot do a measurement; the message says why."""
 
 
 class Bench:
-    """A device, a size, and what all parts need."""
+    """A device, a size, and functions that all parts need."""
 
     def __init__(self, device: str, size: str, repeats: int) -> None:
         self.device, self.name, self.size, self.repeats = torch.device(device), size, SIZES[size], repeats
@@ -36,12 +36,12 @@ class Bench:
         return self.device.type == "cuda"
 
     def wait(self) -> None:
-        """Wait for the device."""
+        """Wait until the device has finished."""
         if self.on_card:
             torch.cuda.synchronize()
 
     def milliseconds(self, run: Callable[[], object], repeats: int | None = None) -> Row:
-        """Median and 90th percentile of one call, after two that do not count; the first is given too."""
+        """Median and 90th percentile of one call, after two calls that do not count; and the time of the first call."""
         times = []
         for _ in range((repeats or self.repeats) + 2):
             self.wait()
@@ -55,7 +55,7 @@ class Bench:
     def build(
         self, subject: Any, dtype: str = "bfloat16", device: torch.device | None = None, **options: Any
     ) -> Policy:
-        """A policy on the device, its weights too."""
+        """A policy whose weights are made on the device."""
         device, weights = device or self.device, RandomWeights()
 
         def make(name: str, shape: torch.Size, kind: torch.dtype) -> Tensor:
@@ -75,10 +75,10 @@ class Bench:
         """Ours with a VLM that is rounded on the device.
 
         Args:
-            emulate: take the numbers of FP8 also on a CPU, which computes them slowly.
+            emulate: allow FP8 on a CPU too, which computes the same numbers slowly.
 
         Raises:
-            LeftOutError: the device has no products of this kind.
+            LeftOutError: the device cannot compute products of this kind.
         """
         try:
             if not (emulate and kind == "fp8" and self.device.type == "cpu"):
@@ -96,13 +96,13 @@ class Bench:
         return policy.finish()
 
     def batch(self, cameras: int = 3, prompt: int = 48, batch_size: int = 1) -> dict[str, Tensor]:
-        """What LeRobot's preprocessor hands over, on the device."""
+        """A batch as LeRobot's preprocessor makes it, on the device."""
         made = batch_for(self.size, cameras, prompt, batch_size) | {"index": torch.arange(batch_size)}
         return {key: x.to(self.device) for key, x in made.items()}
 
     @contextmanager
     def peak(self, row: Row) -> Iterator[None]:
-        """Put the most memory that tensors took meanwhile, and what was reserved for them, into the row."""
+        """Add to the row the peak of memory that tensors took in the block, and of memory that torch reserved."""
         if not self.on_card:
             yield
             return
@@ -113,13 +113,13 @@ class Bench:
         row["reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
 
     def free(self) -> None:
-        """Give back what nobody uses any more."""
+        """Free memory that is no longer used."""
         gc.collect()
         if self.on_card:
             torch.cuda.empty_cache()
 
     def lines(self, cases: Iterable[tuple[Row, Callable[[], Row]]]) -> Iterator[Row]:
-        """A line for each case: what it found, its error, or why it is left out. None hides the others."""
+        """A line for each case: its results, its error, or why it is left out. An error does not end the others."""
         for row, run in cases:
             try:
                 yield row | run()
@@ -131,6 +131,6 @@ class Bench:
 
 
 def relative(found: Tensor, exact: Tensor) -> float:
-    """How far apart, of the exact one's norm."""
+    """The difference, relative to the norm of `exact`."""
     found, exact = found.detach().cpu().double(), exact.detach().cpu().double()
     return ((found - exact).norm() / exact.norm()).item()

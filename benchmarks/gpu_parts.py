@@ -1,4 +1,4 @@
-"""The parts of `gpu.py`: each is a generator of lines, in the order of what they tell."""
+"""Parts of the GPU benchmark (`gpu.py`): each is a generator of lines; the most informative parts come first."""
 
 import platform
 import threading
@@ -29,7 +29,7 @@ SOLVERS = ("midpoint", "heun", "adaptive")
 
 
 def card(bench: Bench) -> Iterator[Row]:
-    """What the device itself reaches: a copy, and products as wide as the VLM's."""
+    """The device's own rates: a copy, and products as wide as the VLM's."""
     if bench.on_card:
         properties = torch.cuda.get_device_properties(bench.device)
         yield {
@@ -51,7 +51,7 @@ def card(bench: Bench) -> Iterator[Row]:
 
 
 def right(bench: Bench) -> Iterator[Row]:
-    """The device against the CPU in float32 at the small size; the limits are those of rounding."""
+    """Results of the device against those of the CPU, in float32 at the small size, within the limits of rounding."""
     small = Bench(str(bench.device), "small", 1)
     tf32 = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -138,7 +138,7 @@ def _graph_is_same(bench: Bench) -> Row:
 
 
 def chunk(bench: Bench) -> Iterator[Row]:
-    """Chunks: ours in a graph and kernel by kernel, rounded, in float32, the built-in's, transformers'."""
+    """Chunks: ours as one CUDA graph, kernel by kernel, rounded and in float32; the built-in's; transformers'."""
     subjects: dict[str, Callable[[], Any]] = {
         "ours, one graph": lambda: bench.build(Ours),
         "ours, kernel by kernel": lambda: bench.build(Ours, cuda_graphs=False),
@@ -156,7 +156,7 @@ def chunk(bench: Bench) -> Iterator[Row]:
 
 
 def _transformers(bench: Bench) -> Any:
-    """transformers' model under autocast, without which it mixes dtypes that do not go together."""
+    """transformers' model under autocast; without autocast it fails, because it mixes dtypes."""
     model = bench.build(Transformers)
     plain = model.predict_action_chunk
 
@@ -197,8 +197,8 @@ def modes(bench: Bench) -> Iterator[Row]:
 
 
 def attention(bench: Bench) -> Iterator[Row]:
-    """Backends of attention at our shapes, with and without a mask: the first call shows what a plan costs. And the
-    case in which a masked backward pass has returned NaN (pytorch issue 196678)."""
+    """Backends of attention at our shapes, with and without a mask; the first call shows the cost of planning. Also the
+    case in which a backward pass with a mask has returned NaN (pytorch issue 196678)."""
     dim = bench.size.vlm.gemma.head_dim
     shapes = ((8 * 816, 816), (8 * 50, 867)) if bench.full else ((8 * 10, 64),)
     for queries, keys in shapes:
@@ -235,7 +235,7 @@ def _low_scores(bench: Bench, backend: str, dim: int) -> Row:
 
 @contextmanager
 def _left_out_without_kernel() -> Iterator[None]:
-    """PyTorch's complaint that a backend cannot do this is no error of ours."""
+    """Treat PyTorch's error that a backend cannot do this as left out, not as an error of ours."""
     try:
         yield
     except RuntimeError as error:
@@ -245,7 +245,7 @@ def _left_out_without_kernel() -> Iterator[None]:
 
 
 def products(bench: Bench) -> Iterator[Row]:
-    """A product of the VLM's MLP by each kind of layer, with the rounding of its inputs, and its error."""
+    """A matrix product of the VLM's MLP with each kind of layer: time with the rounding of its inputs, and error."""
     width, wide = bench.size.vlm.gemma.width, bench.size.vlm.gemma.mlp_dim
     layer = nn.Linear(width, wide, bias=False, device=bench.device, dtype=torch.bfloat16).requires_grad_(False)
     for rows in (816, 8 * 816) if bench.full else (64,):
@@ -270,7 +270,7 @@ def _product(bench: Bench, kind: str, layer: nn.Linear, x: Tensor) -> Row:
 
 
 def step(bench: Bench) -> Iterator[Row]:
-    """Training steps, and their peak memory beside what `lerobot-pi0 plan` counts."""
+    """Training steps, and their peak memory compared with the count of `lerobot-pi0 plan`."""
     batches = (1, 8, 32, 64) if bench.full else (1, 2)
     cases = [(True, "bfloat16", n) for n in batches] + [(False, "bfloat16", batches[0]), (True, "float32", batches[1])]
     for frozen, dtype, batch_size in cases:
@@ -333,7 +333,7 @@ def load(bench: Bench) -> Iterator[Row]:
 
 
 def threads(bench: Bench) -> Iterator[Row]:
-    """Two threads that ask the same policy: their chunks are those of one."""
+    """Two threads that use the same policy: their chunks have to be those of a single thread."""
     policy, batch = bench.build(Ours), bench.batch()
     noise = torch.randn(2, 1, CHUNK, 32, device=bench.device)
     alone = [policy.predict_action_chunk(batch, noise=x) for x in noise]
@@ -357,7 +357,7 @@ def threads(bench: Bench) -> Iterator[Row]:
 
 
 def compilation(bench: Bench) -> Iterator[Row]:
-    """torch.compile: the time until the first chunk, and then; the built-in too."""
+    """torch.compile, ours and the built-in: the time until the first chunk, and of later chunks."""
     if not bench.on_card:
         yield {"what": "compile_model", "left out": "takes minutes, and says nothing about a GPU"}
         return
@@ -395,4 +395,4 @@ PARTS: dict[str, tuple[Callable[[Bench], Iterator[Row]], float]] = {
     "threads": (threads, 30),
     "compile": (compilation, 600),
 }
-"""Each part, and the seconds that it is likely to need at full size."""
+"""Each part, and the seconds that it probably needs at full size."""

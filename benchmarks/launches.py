@@ -1,9 +1,9 @@
-"""Counts what π₀ asks of a GPU: kernel launches, waits for the device and matrix products, here and in the built-in.
+"""Counts of kernel launches, waits for the device and matrix products on a GPU, of this policy and of the built-in.
 
-Nothing runs: the policies have their full size on fake CUDA tensors, which have shapes and a device but no numbers, so
-any machine can count. A launch is an operator that computes or copies on the device; views and allocations are none,
-and attention is one, as its fused kernels are. A wait is a copy between host and device that is not asynchronous, or a
-value that the host reads.
+No kernel runs: the policies have their full size on fake CUDA tensors, which have shapes and a device but no numbers.
+So every machine can count. An operator that computes or copies on the device is a launch; views and allocations are
+not. Attention counts as one launch, because its kernels are fused. A copy between host and device that is not
+asynchronous is a wait, and so is a value that the host reads.
 
     python benchmarks/launches.py            a table
     python benchmarks/launches.py --json     the same for programs
@@ -49,24 +49,24 @@ READS: dict[str, Callable[[list[Any]], Any]] = {
     "__int__": lambda values: int(values[0]),
     "__float__": lambda values: float(values[0]),
 }
-"""What the host makes of a tensor's numbers, by the name of the method that reads them."""
+"""What each method of a tensor that reads numbers returns, given these numbers."""
 
 MASK_ALIGNMENT = 8
-"""PyTorch copies a mask whose rows do not begin at multiples of so many numbers, before its fused kernel reads it."""
+"""PyTorch copies a mask for its fused kernel if the mask's rows do not begin at multiples of this many numbers."""
 
 
 WHY_NOT_COMPILED = "the built-in compiles ten steps of 18 layers as one graph, which takes too long to schedule here"
 
 
 class Launches(TorchDispatchMode):
-    """Counts launches by the operator's name, and waits by what was waited for."""
+    """Counts launches by the operator's name, and waits by their reason."""
 
     def __init__(self, device: str, frozen: Iterable[Tensor]) -> None:
         """Begin at zero.
 
         Args:
             device: the type of the device whose launches are counted.
-            frozen: weights whose products are counted on their own.
+            frozen: weights whose products are also counted separately.
         """
         super().__init__()
         self.device = device
@@ -102,14 +102,14 @@ class Launches(TorchDispatchMode):
 
     @staticmethod
     def _is_free(function: Any, name: str) -> bool:
-        """Whether nothing is computed: a view, memory, or a question about a tensor."""
+        """Whether nothing is computed: a view, an allocation, or a property of a tensor."""
         returns = function._schema.returns
         views = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
         return views or name in ALLOCATIONS or name.startswith(("prim::", "profiler::"))
 
     @staticmethod
     def _kernels(name: str, args: Any) -> int:
-        """Padding fills the new memory and copies the old; padding by nothing copies."""
+        """Number of launches. Padding fills new memory and copies the tensor; padding by 0 only copies it."""
         return 1 + any(args[1]) if name == "constant_pad_nd" else 1
 
     def _see_copy(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
@@ -125,13 +125,13 @@ class Launches(TorchDispatchMode):
 
 
 class OnFakeGPU(TorchFunctionMode):
-    """Lets code run on fake CUDA tensors: attention by its fused kernels, and answers for the values that it reads."""
+    """Lets code run on fake CUDA tensors: attention with fused kernels, and made-up numbers where values are read."""
 
     def __init__(self, counter: Launches, answers: Callable[[Tensor], list[Any]]) -> None:
         """Count into `counter`.
 
         Args:
-            answers: the numbers of a tensor that is read.
+            answers: gives the numbers of a tensor that the host reads.
         """
         super().__init__()
         self._counter, self._answers = counter, answers
@@ -150,7 +150,7 @@ class OnFakeGPU(TorchFunctionMode):
     def _attention(
         q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **kwargs: Any
     ) -> Tensor:
-        """The kernel that PyTorch takes on a GPU: flash without a mask, with one the memory-efficient."""
+        """The kernel that PyTorch chooses on a GPU: flash attention without a mask, memory-efficient with one."""
         scale = kwargs.get("scale")
         if attn_mask is None:
             half = q.dtype in (torch.bfloat16, torch.float16)
@@ -169,7 +169,7 @@ class OnFakeGPU(TorchFunctionMode):
 
 @contextlib.contextmanager
 def as_with_cuda() -> Iterator[None]:
-    """Let torch choose for fake CUDA tensors as for real ones: autocast, and one operator for many weights."""
+    """Let torch treat fake CUDA tensors as real ones: for autocast, and for optimizer kernels over many weights."""
     with (
         mock.patch.object(FakeTensor, "tolist", Tensor.tolist),
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
@@ -183,14 +183,14 @@ def as_with_cuda() -> Iterator[None]:
 
 
 class FakeGPU:
-    """Fake tensors on a device, and a count of what is done with them."""
+    """Fake tensors on a device, and counts of the operations on them."""
 
     def __init__(self, device: str = "cuda") -> None:
         self.device = device
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def weight(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """A weight that has a shape, a dtype and a device, and no memory."""
+        """A weight with a shape, a dtype and a device, but without memory."""
         with self.mode:
             return torch.empty(shape, dtype=dtype, device=self.device)
 
@@ -258,16 +258,16 @@ class OurChunk:
             made = self.policy.observe.assemble(images, *prompt, batch[OBS_STATE])
             self.obs = made._replace(padded=False)
             self.noise = torch.empty(1, 1, CHUNK, self.policy.config.max_action_dim, device="cuda")
-            self.policy.model.embed_time(torch.empty(1, device="cuda"))  # sends its frequencies once
+            self.policy.model.embed_time(torch.empty(1, device="cuda"))  # copies its frequencies to the device once
 
     def count(self, steps: int, sampler: Sampler | None = None, guide: Any = None) -> Launches:
-        """What a chunk of so many Euler steps asks for."""
+        """Launches and waits of a chunk with this many Euler steps."""
         with self.gpu.count() as counter, torch.no_grad():
             (sampler or Sampler()).chunk(self.policy.model, self.obs, self.noise, guide, steps=steps)
         return counter
 
     def compiled(self, steps: int) -> Launches:
-        """The same, with compiled layers."""
+        """`count` with compiled layers."""
         kernels.compile_layers(self.policy.model, "default")
         return self.count(steps)
 
@@ -278,7 +278,7 @@ def chunk_of_ours(size: Size, cameras: int, steps: int) -> Launches:
 
 
 class Captured:
-    """In the place of a CUDA graph: counts what it captures."""
+    """Stands in for a CUDA graph: counts the launches that the graph would capture."""
 
     def __init__(self, function: Callable[[], Tensor]) -> None:
         self.counter = Launches("cuda", ())
@@ -292,7 +292,7 @@ class Captured:
 
 
 def graph_counts(size: Size, cameras: int, steps: int) -> dict[str, int]:
-    """What is captured of our chunk, and what is launched outside: copies of inputs and the result, replays."""
+    """Launches of our chunk inside CUDA graphs, and outside of them (copies of inputs and the result, replays)."""
     made: list[Captured] = []
 
     def record(function: Callable[[], Tensor]) -> Captured:
@@ -312,7 +312,7 @@ def graph_counts(size: Size, cameras: int, steps: int) -> dict[str, int]:
 
 
 def chunk_of_builtin(size: Size, cameras: int, steps: int) -> Launches:
-    """The built-in's chunk, from what its `predict_action_chunk` makes of a batch."""
+    """The built-in's chunk, from the inputs that its `predict_action_chunk` makes from a batch."""
     gpu = FakeGPU()
     policy = gpu.build(Builtin, size)
     batch = gpu.take(batch_for(size, cameras))
@@ -339,11 +339,11 @@ class Step:
         self.optimizer = self._make_optimizer()
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        """The preset's, after a step in which it makes its states."""
+        """The optimizer of the policy's preset, after one step, in which it creates its states."""
         with as_with_cuda(), self.gpu.mode:
             self.policy.train()
             if isinstance(self.policy, PI0Policy):
-                self.policy.model.embed_time(torch.empty(1, device=self.gpu.device))  # sends its frequencies once
+                self.policy.model.embed_time(torch.empty(1, device=self.gpu.device))  # copies frequencies once
             optimizer = self.policy.config.get_optimizer_preset().build(self.policy.get_optim_params())
             for p in self.policy.parameters():
                 p.grad = torch.empty_like(p) if p.requires_grad else None
@@ -353,7 +353,7 @@ class Step:
         return optimizer
 
     def forward(self) -> tuple[Tensor, Launches]:
-        """The loss of a batch, which LeRobot has put on the device."""
+        """The loss of a batch that is already on the device, and its counts."""
         layers = "paligemma.model.language_model.layers"
         frozen = [p for name, p in self.policy.named_parameters() if layers in name]
         with self.gpu.count(self.read, frozen) as counter:
@@ -367,7 +367,7 @@ class Step:
         return counter
 
     def update(self) -> Launches:
-        """The optimizer's step with the gradients that are there."""
+        """The optimizer's step with the present gradients."""
         with self.gpu.count(self.read) as counter:
             self.optimizer.step()
         return counter
@@ -376,8 +376,8 @@ class Step:
 def step(subject: Any, size: Size, batch_size: int, cameras: int = 3) -> list[Launches]:
     """Forward pass, backward pass and optimizer.
 
-    Autograd asks the driver for its streams, which is not there. So the backward pass is counted on fake tensors of the
-    CPU, where the network is the plain one.
+    On CUDA tensors autograd needs the driver, which a machine without a GPU lacks. So the backward pass is counted on
+    fake CPU tensors, with the plain network.
     """
     on_gpu, on_cpu = (Step(subject, size, batch_size, cameras, device) for device in ("cuda", "cpu"))
     forward, update = on_gpu.forward()[1], on_gpu.update()
@@ -385,14 +385,14 @@ def step(subject: Any, size: Size, batch_size: int, cameras: int = 3) -> list[La
 
 
 class Answers(TorchFunctionMode):
-    """The numbers that the host reads of a batch, found by reading those of a real one; ones for all else."""
+    """The numbers that the host reads from a batch, learnt from a real batch; ones for all other tensors."""
 
     def __init__(self) -> None:
         super().__init__()
         self._known: dict[int, list[Any]] = {}
 
     def learn(self, observe: Callable[..., Any], host: dict[str, Tensor]) -> None:
-        """Remember what is read of a real batch."""
+        """Remember the numbers that are read from a real batch."""
         with self:
             observe(host, torch.device("cpu"))
 
@@ -412,7 +412,7 @@ EULER = 10
 
 
 def chunk_counts(name: str, size: Size, cameras: int) -> dict[str, Any]:
-    """A chunk eager, compiled and in a CUDA graph; and one Euler step, as what one step more asks for."""
+    """Counts of a chunk: eager, compiled and as a CUDA graph; and of one Euler step (the difference of one more)."""
     eager, less = (CHUNKS[name](size, cameras, steps).total for steps in (EULER, EULER - 1))
     counted = {"eager": eager, "per_step": eager - less}
     if name != "ours":
@@ -422,7 +422,7 @@ def chunk_counts(name: str, size: Size, cameras: int) -> dict[str, Any]:
 
 
 def step_counts(name: str, size: Size, batch_size: int) -> dict[str, Any]:
-    """A training step."""
+    """Counts of a training step."""
     parts = step(STEPS[name], size, batch_size)
     waits = [wait for part in parts for wait in part.waits]
     return {
@@ -460,7 +460,7 @@ def table(counts: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print JSON, and not a table")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--size", choices=SIZES, default="full", help="of the networks (default: full)")
     parser.add_argument("--cameras", type=int, nargs="+", default=[3, 1], help="of the chunks (default: 3 1)")
     parser.add_argument("--batches", type=int, nargs="*", default=[8], help="of the training steps (default: 8)")

@@ -1,4 +1,4 @@
-"""The effect of options of training on the demo's task: flow samples, the average of the weights, augmentation.
+"""Study of training options on the demo's task: flow samples, the average of the weights (EMA), augmentation.
 
     python benchmarks/learning.py --dataset=outputs/demo/reach_2500            # on two cores, about an hour
 
@@ -46,15 +46,15 @@ SAMPLES = (1, 2, 4, 8)
 VARIANTS: dict[str, dict[str, object]] = {f"K={k}": {"policy.flow_samples": k} for k in SAMPLES}
 VARIANTS["augmented"] = {"policy.augment_images": "true"}
 CHECKPOINTS = 5
-CALIBRATION = 100  # steps, of which LeRobot reports the mean time of the last fifty
-STRIDE = 5  # held-out frames that are scored
+CALIBRATION = 100  # steps; LeRobot reports the mean time of the last fifty
+STRIDE = 5  # every fifth held-out frame is scored
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Study:
-    """What all runs share."""
+    """Settings that all runs share."""
 
     dataset: Path
     held_out: Path
@@ -64,7 +64,7 @@ class Study:
     seeds: tuple[int, ...]
 
     def train(self, name: str, variant: str, seed: int, steps: int, saves: int) -> str:
-        """Run lerobot-train unless it has run; returns its log.
+        """Run lerobot-train if there is no checkpoint yet; returns its log.
 
         Raises:
             RuntimeError: it failed.
@@ -92,7 +92,7 @@ class Study:
 
     @cached_property
     def held_out_batches(self) -> dict[str, dict[str, Any]]:
-        """Frames of episodes that no run has seen: the first ones, and a few of each episode."""
+        """Frames of episodes that no run has seen: the first frame of each episode, and a sample of all frames."""
         meta = LeRobotDatasetMetadata("local/held_out", root=self.held_out)
         config = PI0Policy.config_class(chunk_size=50)
         dataset = LeRobotDataset(
@@ -129,7 +129,7 @@ class Study:
                 yield row
 
     def _successes(self, name: str) -> Row:
-        """Successes of the last checkpoint, of its weights and of the average."""
+        """Successes of the last checkpoint, with its weights and with the average."""
         folder = self.output / name / "checkpoints" / "last"
         driver = Driver(folder / "pretrained_model", self.scenes)
         every = driver.policy.config.n_action_steps
@@ -139,7 +139,7 @@ class Study:
 
 
 def take_weights(policy: PI0Policy, checkpoint: Path) -> None:
-    """Put the weights in place of the average, which is what a checkpoint deploys."""
+    """Put the weights into the policy in place of the average, which a checkpoint holds."""
     state = load_file(checkpoint / "training_state" / "optimizer_state.safetensors")
     for i, p in enumerate(policy.get_optim_params()):
         p.data.copy_(state[f"state/{i}/{WEIGHTS}"])
@@ -151,7 +151,7 @@ def mean_and_range(values: list[float]) -> str:
 
 
 def line(label: str, rows: list[Row], kind: str, seconds: float, scenes: int) -> str:
-    """One row of the table: runs with other seeds, taken together."""
+    """One row of the table: runs that differ only in their seeds, taken together."""
     wins, total = sum(row[kind] for row in rows), scenes * len(rows)
     low, high = wilson(wins, total)
     last = [[p for p in row["points"] if p["kind"] == kind][-1] for row in rows]
@@ -162,7 +162,7 @@ def line(label: str, rows: list[Row], kind: str, seconds: float, scenes: int) ->
 
 
 def table(rows: list[Row], study: Study) -> str:
-    """Each variant by its weights, and K = 1 by the average too."""
+    """The table: each variant with its weights, and with the average."""
     lines = ["| | ms a step | steps | success, and by seed | loss | error | error, first frames |", "|" + "---|" * 7]
     for variant in VARIANTS:
         own = [row for row in rows if row["variant"] == variant]
@@ -201,7 +201,7 @@ def plot(rows: list[Row], study: Study, path: Path) -> None:
 
 
 def record_held_out(folder: Path, episodes: int) -> None:
-    """Demonstrations in scenes of the validation stream, unless they are there."""
+    """Record demonstrations in scenes of the validation stream, unless they exist."""
     if not (folder / "meta" / "info.json").exists():
         module = "lerobot_env_virtual_so100.record"
         options = [f"--root={folder}", "--split=validation", f"--episodes={episodes}"]
@@ -215,7 +215,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/learning"), help="folder of runs, table and plot")
     parser.add_argument("--steps", type=int, default=2500, help="training steps of the plain recipe (default: 2500)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1000, 1001, 1002], help="seeds of training")
-    parser.add_argument("--scenes", type=int, default=100, help="unseen scenes a run (default: 100)")
+    parser.add_argument("--scenes", type=int, default=100, help="unseen scenes for each run (default: 100)")
     parser.add_argument("--episodes", type=int, default=60, help="held-out episodes (default: 60)")
     parser.add_argument("--parallel", type=int, default=2, help="runs at a time, with one core each (default: 2)")
     options = parser.parse_args()

@@ -1,12 +1,12 @@
-"""Loading and saving a checkpoint: this policy beside LeRobot's built-in, each in a process of its own.
+"""Benchmark of loading and saving a checkpoint: this policy and LeRobot's built-in, each in its own process.
 
     python benchmarks/load.py --size full
     python benchmarks/load.py --size full --old ../checkout_of_0.1.0 --pairs 3
 
-A policy with random weights is saved once; then each side loads that folder, with the file in the page cache, and
+A policy with random weights is saved once. Then each of the two loads that folder, with the file in the page cache, and
 saves it again. Seconds are those of the calls, without imports; memory is the process's peak. Before each call, free
-memory is allocated once, because a virtual machine's host may provide it only at first use, which takes longer than the
-call.
+memory is allocated and freed once: the host of a virtual machine may provide memory only at its first use, and this
+takes longer than the call.
 
 With `--old`, the folder of another version's checkout, both versions load what the other one wrote, in turn, and the
 ratios of their medians are printed. With `--no-sync` a save does not wait for the disk, which shows the cost.
@@ -48,7 +48,7 @@ def options(size: str, dtype: str) -> dict:
 
 
 def prepare(folder: Path) -> None:
-    """Wait until nothing is left to be written, put `folder` into the page cache, and touch memory for the call."""
+    """Wait until all files are written, read `folder` into the page cache, and allocate memory once for the call."""
     os.sync()
     size = 0
     for file in folder.glob("*.safetensors"):
@@ -130,11 +130,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=VARIANTS, default="small", help="small takes seconds, full minutes")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="type of the weights")
-    parser.add_argument("--skip-builtin", action="store_true", help="measure this policy alone")
+    parser.add_argument("--skip-builtin", action="store_true", help="measure only this policy")
     parser.add_argument("--old", type=Path, help="checkout of another version, to be measured in turn with this one")
     parser.add_argument("--pairs", type=int, default=3, help="how often, with --old")
     parser.add_argument("--no-sync", action="store_true", help="save without waiting for the disk (fsync)")
-    parser.add_argument("--folder", type=Path, help="where to write checkpoints; a temporary folder by default")
+    parser.add_argument("--folder", type=Path, help="folder for the checkpoints; a temporary one by default")
     parser.add_argument("--checkout", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()

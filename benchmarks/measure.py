@@ -1,4 +1,4 @@
-"""What is measured: arithmetic and memory that autograd keeps, seconds in alternation, peak memory."""
+"""Measurements for benchmarks: FLOPs, memory that autograd keeps, seconds of alternating runs, peak memory."""
 
 import ctypes
 import gc
@@ -28,20 +28,20 @@ CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
-"""torch's counter knows the GPU's fused attention only, and would take the CPU's for nothing."""
+"""torch's FLOP counter knows only the GPU's fused attention, and would count none for the CPU's."""
 
 
 class _Kept:
-    """A tensor in autograd's keeping; it lives as long as its node of the graph does."""
+    """A tensor that autograd keeps. This object exists as long as its node of the graph."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
 
 def kept_by_autograd(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The loss, and what autograd holds for its backward pass: one tensor per storage, parameters left out.
+    """The loss, and the tensors that autograd keeps for its backward pass: one per storage, without parameters.
 
-    Counted when `forward` has returned: a branch whose output nobody used has been freed by then.
+    They are counted after `forward` has returned: by then, branches whose output was not used have been freed.
     """
     known = {p.untyped_storage()._cdata for p in parameters}
     alive: weakref.WeakSet[_Kept] = weakref.WeakSet()
@@ -101,12 +101,12 @@ def alternate(timers: dict[str, Callable[[], float]], pairs: int) -> dict[str, l
 
 
 def median_ratio(slow: list[float], fast: list[float]) -> float:
-    """Median over pairs of how many times faster `fast` is: other work on the machine hits both of a pair."""
+    """Median over pairs of how many times faster `fast` is. Other work on the machine slows both runs of a pair."""
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
 def peak_bytes() -> int:
-    """Most memory that this process has held so far."""
+    """Peak memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -118,7 +118,7 @@ def resident_bytes(most: bool = False) -> int:
 
 
 def file_bytes() -> int:
-    """Those pages of resident memory that are of files, of libraries too; on Linux."""
+    """Resident memory that belongs to files, including libraries; on Linux."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssFile"))
     return int(line.split()[1]) * 1024
 
@@ -129,7 +129,7 @@ def restart_peak() -> None:
 
 
 def give_back_at_once() -> None:
-    """Let every tensor have its own pages, which are returned to the system with it; on Linux with glibc.
+    """Let every tensor have its own pages, which go back to the system when it is freed; on Linux with glibc.
 
     By default the heap keeps the memory of freed tensors of up to 32 MiB for later ones.
     """
@@ -145,9 +145,9 @@ def give_back() -> None:
 
 
 def in_own_process[**P, T](function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call in a fresh process, so that peak memory is that of this call.
+    """Call `function` in a fresh process, so that peak memory is that of this call.
 
-    Forked from a process that has done nothing but the imports, which would take longer than the call.
+    The process is forked from one that has only done the imports, which would take longer than the call.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as pool:
         return pool.submit(function, *args, **kwargs).result()

@@ -1,12 +1,12 @@
-"""What `lerobot-pi0 plan` counts, beside the memory that a training step takes on the CPU.
+"""Check of `lerobot-pi0 plan`: the memory that it counts, and the memory that a training step takes on the CPU.
 
     python benchmarks/plan.py                  # eight configurations of a medium network, minutes
     python benchmarks/plan.py --size full      # four at full size: 14 GiB
 
-Measured is the peak of resident memory during the second training step (the first creates the optimizer's states),
-minus the resident memory before the policy was built. A smaller policy takes a step before that, so that libraries are
-loaded already. Each tensor has its own pages (`measure.give_back_at_once`): otherwise the heap keeps freed memory, and
-how much depends on the order of sizes. `--heap` measures without that.
+The measured number is the peak of resident memory during the second training step (the first creates the optimizer's
+states), minus the resident memory before the policy was built. Before that, a smaller policy takes a step, so that all
+libraries are loaded. Each tensor has its own pages (`measure.give_back_at_once`): otherwise the heap keeps freed
+memory, and how much depends on the order of sizes. `--heap` measures without this change.
 """
 
 import argparse
@@ -72,11 +72,11 @@ CONFIGURATIONS = {"small": MEDIUM, "medium": MEDIUM, "full": FULL}
 
 @dataclass
 class Result:
-    """Bytes."""
+    """Counted and measured bytes."""
 
     counted: int
     measured: int
-    pages: int = 0  # of the contexts' file, which the system can take back: not in `measured`
+    pages: int = 0  # resident pages of the contexts' file, which the system can reclaim: not in `measured`
 
     @property
     def deviation(self) -> float:
@@ -103,7 +103,7 @@ def counted(line: Configuration, size: str) -> int:
 
 
 def trainer(line: Configuration, size: str) -> Callable[[], None]:
-    """A policy with weights; the function makes a step, as lerobot-train does."""
+    """A function that does one training step of a policy with weights, as lerobot-train does."""
     config = make_config(line, size)
     kind, config.vlm_quantization = config.vlm_quantization, None  # there is no checkpoint to round
     with presets(SIZES[size]), mock.patch.object(init, "initialise"):
@@ -113,7 +113,7 @@ def trainer(line: Configuration, size: str) -> Callable[[], None]:
     if line.lora:
         policy.wrap_with_peft(peft_cli_overrides=adapter(line))
     with_weights(policy, RandomWeights(), training=True)
-    policy.config.save_expert_only = False  # there is no checkpoint that could be the base
+    policy.config.save_expert_only = False  # there is no checkpoint as its base
     preset = policy.config.get_optimizer_preset()
     optimizer = preset.build(policy.get_optim_params())
     batch = batch_for(SIZES[size], line.cameras, batch_size=line.batch)
@@ -133,7 +133,7 @@ def trainer(line: Configuration, size: str) -> Callable[[], None]:
 
 
 def read_contexts(policy: PI0Policy, line: Configuration, size: str, batch: dict) -> dict:
-    """The batch as that of a cache with as many frames, which the policy then reads; pages of its file count apart."""
+    """Make a cache of the batch's frames, from which the policy then reads; its file's pages are counted separately."""
     for key in (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK):
         batch[key] = batch[key][:1].expand(line.batch, -1).clone()
     folder = Path(tempfile.mkdtemp())
@@ -146,7 +146,7 @@ def read_contexts(policy: PI0Policy, line: Configuration, size: str, batch: dict
 
 
 def compare(line: Configuration, size: str, heap: bool) -> Result:
-    """Both peaks; in a process of its own."""
+    """Count and measure the peak; to be called in a process of its own."""
     logging.disable(logging.WARNING)
     expected = counted(line, size)
     trainer(line, "small")()

@@ -1,7 +1,7 @@
-"""Sizes, features and batches for benchmarks and tests, of this π₀ and of LeRobot's.
+"""Sizes, features and batches for benchmarks and tests, for this π₀ and for LeRobot's.
 
-LeRobot's built-in has the sizes of "gemma_2b" and "gemma_300m" written into its code; here they are patched, in our
-presets too.
+LeRobot's built-in has the sizes of "gemma_2b" and "gemma_300m" in its code. They are patched here, and in our presets
+too.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ DIMS = 6
 
 @dataclass(frozen=True)
 class Size:
-    """Shapes of both policies. Eight query heads always: LeRobot's attention has that number written into it."""
+    """Shapes of both policies. There are always eight query heads, because LeRobot's code has this number in it."""
 
     vlm: PaliGemmaSize
     expert: GemmaSize
@@ -60,7 +60,7 @@ SIZES = {
 
 
 class Patches:
-    """pytest's `monkeypatch`, as far as it is needed here: a machine that only measures has no pytest."""
+    """The part of pytest's `monkeypatch` that is needed here: a machine that only measures has no pytest."""
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         self._stack = stack
@@ -73,7 +73,7 @@ class Patches:
 
 
 def set_presets(patch: Any, size: Size) -> None:
-    """Let "gemma_2b" and "gemma_300m" mean this size, until the patch, `Patches` or pytest's, is undone."""
+    """Let "gemma_2b" and "gemma_300m" mean this size, until the patch (`Patches` or pytest's) is undone."""
     patch.setitem(ours.PALIGEMMA_PRESETS, "gemma_2b", size.vlm)
     patch.setitem(ours.EXPERT_PRESETS, "gemma_300m", size.expert)
     stacks = {"gemma_2b": size.vlm.gemma, "gemma_300m": size.expert}

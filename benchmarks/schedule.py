@@ -1,9 +1,9 @@
-"""What Inductor, torch.compile's backend, would launch for a function on CUDA: counted without a card or a driver.
+"""Count of the kernels that Inductor (torch.compile's backend) would launch on CUDA, without a GPU or its driver.
 
-The function is traced on fake tensors, lowered and scheduled as torch.compile does it, and then, in place of code, the
-kernels are counted: those that are generated, and the calls of libraries. Inductor asks the driver for the card's
-properties; here it is answered with those of an H100. Whether a product becomes a kernel of its own with what follows
-it is decided by measuring (max-autotune), and is not counted: each product is a call.
+The function is traced on fake tensors, lowered and scheduled as in torch.compile. Then, instead of generating code,
+the kernels are counted: those that would be generated, and calls of libraries. Inductor asks the driver for the GPU's
+properties; here it gets those of an H100. Inductor may fuse a matrix product with what follows it, but it decides this
+by measuring (max-autotune). So this is not counted: each product is one call.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ CARD = SimpleNamespace(
 
 @contextlib.contextmanager
 def as_with_a_card() -> Iterator[None]:
-    """Answer Inductor's questions about a card."""
+    """Answer Inductor's questions about the GPU."""
     answers = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
@@ -96,5 +96,5 @@ def scheduled(function: Callable[..., Any], args: tuple[Any, ...], mode: FakeTen
 
 
 def _launches(node: scheduler.BaseSchedulerNode) -> bool:
-    """Whether anything is launched: not for a part of a result, or what has no elements."""
+    """Whether a kernel is launched: not for a part of another result, and not without elements."""
     return not isinstance(node, scheduler.NopKernelSchedulerNode) and not isinstance(node.node, ir.MultiOutput)

@@ -1,9 +1,8 @@
-"""The policies that are compared, this one, LeRobot's built-in and transformers', in one process and at any size.
+"""Policies that benchmarks compare, in one process and at any size: this one, LeRobot's built-in and transformers'.
 
-Classes are imported directly, so it does not matter which of them the policy type "pi0" means. Weights
-are random but never drawn by the billion: one random block is repeated (`RandomWeights`). With a cache around
-it ours and the built-in share memory wherever they hold a weight in the same dtype, and the full size fits on a
-small machine.
+Classes are imported directly, so it does not matter which of them the policy type "pi0" means. Weights are random, but
+billions of draws would take too long: one random block is repeated (`RandomWeights`). With a cache around it, ours and
+the built-in share the memory of each weight that they hold in the same dtype, so the full size fits on a small machine.
 
 Axes: B batch, N cameras, L prompt tokens, T steps of a chunk.
 """
@@ -38,9 +37,9 @@ MakeWeight = Callable[[str, torch.Size, torch.dtype], Tensor]
 
 
 class RandomWeights:
-    """Makes weights by repeating one block of normal numbers: equal for both policies, quick at any size.
+    """Makes weights by repeating one block of normal numbers: equal for both policies, and fast at any size.
 
-    Not zeros, which the operating system need not store.
+    They are not zeros, because the operating system need not store these.
     """
 
     def __init__(self, std: float = 0.02, block: int = 1_000_003) -> None:
@@ -55,7 +54,7 @@ class RandomWeights:
 
 
 class NoWeights:
-    """Makes weights that have shapes and dtypes and no memory: whatever is computed with them is shapes too."""
+    """Makes weights with shapes and dtypes but without memory. Results that are computed with them have none either."""
 
     def __init__(self) -> None:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -79,7 +78,7 @@ def _config(cls: type, size: Size, dtype: str, train_expert_only: bool | None, *
 
 
 def with_weights(policy: Policy, make: MakeWeight, training: bool) -> Policy:
-    """The policy, its weights made by `make`."""
+    """The policy with weights that `make` makes."""
     rounded = rounding.layers(policy)
     for name, layer in rounded.items():
         layer.put(make(name, layer.weight.shape, layer.dtype))
@@ -94,7 +93,7 @@ class Ours:
 
     @staticmethod
     def config(size: Size, dtype: str, frozen: bool | None, **options) -> PI0Config:
-        """Its options; to be used while `presets` holds."""
+        """Its options; to be called within `presets`."""
         return _config(PI0Config, size, dtype, frozen, **options)
 
     @classmethod
@@ -108,7 +107,7 @@ class Ours:
         rounded: bool = False,
         **options,
     ) -> PI0Policy:
-        """The policy with weights by `make`; `frozen` trains the expert alone, `rounded` has the VLM in int8."""
+        """The policy with weights by `make`. `frozen`: train only the expert; `rounded`: the VLM is in int8."""
         with presets(size), mock.patch.object(init, "initialise"):
             policy = PI0Policy(cls.config(size, dtype, frozen, **options))
         if rounded:
@@ -137,7 +136,7 @@ class Builtin:
     def build(
         size: Size, make: MakeWeight, dtype: str = "float32", frozen: bool = True, training: bool = False
     ) -> lerobot_modeling.PI0Policy:
-        """The policy with weights by `make`; `frozen` trains the expert alone."""
+        """The policy with weights by `make`. `frozen`: train only the expert."""
         stay = mock.patch.object(lerobot_modeling.PI0Pytorch, "to", lambda self, device: self)
         with presets(size), init_empty_weights(), stay:
             policy = lerobot_modeling.PI0Policy(_config(BuiltinConfig, size, dtype, frozen))
@@ -163,7 +162,7 @@ class Builtin:
 
 
 class Transformers:
-    """transformers' π₀, which has no policy around it: chunks alone, asked for at no more cost than it needs."""
+    """transformers' π₀, which has no policy around it. It only makes chunks, from inputs without unneeded tokens."""
 
     @staticmethod
     def _gemma(cfg: GemmaSize, vocab_size: int) -> GemmaConfig:
@@ -187,7 +186,7 @@ class Transformers:
             ValueError: for training.
         """
         if training:
-            raise ValueError("transformers' π₀ is measured in chunks alone")
+            raise ValueError("of transformers' π₀ only chunks can be measured, not training")
         vision, words = size.vlm.vision, size.vlm.vocab_size
         siglip = SiglipVisionConfig(
             hidden_size=vision.width,

@@ -1,4 +1,4 @@
-"""Fine-tune π₀ on a dataset from Python: what lerobot-train does with the same options.
+"""Fine-tuning of π₀ on a dataset from Python: what lerobot-train does with the same options.
 
     python examples/fine_tune.py --dataset=you/cubes --start=lerobot/pi0_base --device=cuda
     python examples/fine_tune.py --dataset=local/cubes --root=DATA          # a small network, on a CPU
@@ -27,7 +27,7 @@ class Options:
 
     # Dataset: a Hub id, or any name if `root` is given.
     dataset: str
-    # Folder of the dataset, without a network.
+    # Folder of the dataset; with it, nothing is downloaded.
     root: Path | None = None
     # Checkpoint to start from: a Hub id or a folder. None trains the preset `tiny` from random weights.
     start: str | None = None
@@ -44,7 +44,7 @@ class Options:
 @draccus.wrap()
 def main(options: Options) -> None:
     network = TINY
-    if options.start is not None:  # only sizes: cameras and joints come from the dataset
+    if options.start is not None:  # only its sizes: cameras and joints come from the dataset
         start = Checkpoint.open(options.start).config()
         network = {name: getattr(start, name) for name in KEPT} | {"dtype": "bfloat16"}
     policy = PI0Config(**network, pretrained_path=options.start, device=options.device, push_to_hub=False)

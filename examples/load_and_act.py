@@ -1,4 +1,4 @@
-"""Load a policy and compute actions in the robot's units: what lerobot-rollout does at every tick, without a robot.
+"""Inference with a trained policy: actions in the robot's units, as lerobot-rollout computes them at each tick.
 
     python examples/load_and_act.py --policy=you/pi0_cubes --dataset=you/cubes --frame=40
 
@@ -26,11 +26,11 @@ class Options:
     policy: str
     # Dataset with the frame: a Hub id, or any name if `root` is given.
     dataset: str
-    # Folder of the dataset, without a network.
+    # Folder of the dataset; with it, nothing is downloaded.
     root: Path | None = None
-    # Which frame.
+    # Index of the frame in the dataset.
     frame: int = 0
-    # Device, such as cuda or cpu; by default the checkpoint's, or one that this machine has.
+    # Device, such as cuda or cpu; by default the checkpoint's, or another one if this machine does not have it.
     device: str | None = None
 
 
@@ -45,7 +45,7 @@ def main(options: Options) -> None:
     dataset = LeRobotDataset(options.dataset, root=options.root)
     frame = dataset[options.frame]
     observation = {key: frame[key] for key in config.input_features if key in frame} | {"task": frame["task"]}
-    policy.reset()  # forgets what is left of an earlier chunk
+    policy.reset()  # discards actions that are left from an earlier chunk
     print(f"{frame['task']!r}, frame {options.frame}: policy | recorded")
     end = dataset.meta.episodes[int(frame["episode_index"])]["dataset_to_index"]
     for now in range(options.frame, min(options.frame + min(5, config.n_action_steps), end)):

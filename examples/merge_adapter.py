@@ -1,8 +1,8 @@
-"""Merge a LoRA adapter into the weights it adapts. The result is an ordinary checkpoint, for training in any mode.
+"""Merging of a LoRA adapter into the weights of its base. The result is an ordinary checkpoint, for any use.
 
     python examples/merge_adapter.py --adapter=outputs/train/my_lora/checkpoints/last/pretrained_model --output=merged
 
-The adapter's base has to be where it was in training: on the Hub, or in its folder.
+The base has to be where it was in training: on the Hub, or in its folder.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from lerobot_pi0.checkpoints.checkpoint import Checkpoint
 class Options:
     """Merge an adapter."""
 
-    # Folder of the adapter, `pretrained_model` of a run with --peft.method_type=LORA.
+    # Folder of the adapter: `pretrained_model` of a run with --peft.method_type=LORA.
     adapter: Path
     # New folder for the merged checkpoint.
     output: Path

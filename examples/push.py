@@ -1,4 +1,4 @@
-"""Push a checkpoint of lerobot-train to the Hub: weights, processors, notes on the run, and a card made from them.
+"""Upload of a checkpoint of lerobot-train to the Hub: weights, processors, the run's options, and a model card.
 
     hf auth login
     python examples/push.py --policy=outputs/train/my_run/checkpoints/last/pretrained_model --repo_id=you/pi0_cubes
@@ -21,7 +21,7 @@ from lerobot_pi0.checkpoints.checkpoint import Checkpoint
 class Options:
     """Push a checkpoint."""
 
-    # Folder of the checkpoint, `pretrained_model`.
+    # Folder of the checkpoint: `pretrained_model` of a run.
     policy: Path
     # Repository on the Hub: owner/name. It is created if it does not exist.
     repo_id: str

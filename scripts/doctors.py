@@ -1,11 +1,11 @@
-"""`lerobot-pi0 check` beside other programs that look for faults in LeRobot datasets: who finds what, and false alarms.
+"""Comparison of `lerobot-pi0 check` with other programs that search LeRobot datasets for faults.
 
     pip install --target=outputs/peers lerobot-doctor==0.2.0 lerobot-lint==0.1.1 --no-deps
     python scripts/doctors.py --peers=outputs/peers --clean outputs/demo/reach_2500 --output=outputs/doctors
 
-Each fault is planted alone into a good dataset, by the code of the tests. It counts as found if a program says
-something about it (a word of the fault's subject is in the message) that it does not say of the good dataset. What a
-program says of good datasets is a false alarm, each message counted. `messages.json` keeps all of them, to be read.
+The tests' code puts one fault into a good dataset. The fault counts as found if a program prints a message about it (a
+word of the fault's subject is in the message) that it does not print for the good dataset. Each message about a good
+dataset counts as a false alarm. `messages.json` keeps all messages, so that you can read them.
 """
 
 import argparse
@@ -37,7 +37,7 @@ SMALL = re.compile("chunk|horizon|enlarged|shorter than 10 frames")
 
 
 class Fault(NamedTuple):
-    """A dataset with one fault: which good one it is made of, how it is written, and words of its subject."""
+    """A dataset with one fault: the good dataset it is made from, how it is written, words of the fault's subject."""
 
     name: str
     good: str
@@ -46,19 +46,19 @@ class Fault(NamedTuple):
 
 
 def recorded(name: str, words: str, **how: Any) -> Fault:
-    """A fault of the demonstrations."""
+    """A fault in the demonstrations."""
     good = "a recording, as video" if how.get("video") else "a recording"
     return Fault(name, good, lambda root: test_alarms.build(root, **how), words)
 
 
 def planted(name: str, key: str, words: str, video: bool = False) -> Fault:
-    """A fault of values or pictures."""
+    """A fault in values or images."""
     how, good = test_check.PLANTED[key][0], "a smooth motion, as video" if video else "a smooth motion"
     return Fault(name, good, lambda root: test_check.build(root, video=video, **how), words)
 
 
 def damaged(name: str, change: Callable[[Path], Any], words: str) -> Fault:
-    """A fault of the files."""
+    """A fault in the files."""
 
     def write(root: Path) -> None:
         test_damaged_datasets.build(root)
@@ -126,7 +126,7 @@ FAULTS = (
 
 
 def ours(root: Path) -> Messages:
-    """What `lerobot-pi0 check` says, of a policy that is yet to be trained."""
+    """Messages of `lerobot-pi0 check`, for a policy that is not trained yet."""
     small = ["--policy.type=pi0", "--policy.paligemma_variant=tiny", "--policy.action_expert_variant=tiny"]
     chunk = ["--policy.chunk_size=8", "--policy.n_action_steps=8", "--dataset.repo_id=me/data", "--json"]
     from lerobot_pi0.tools import main
@@ -139,7 +139,7 @@ def ours(root: Path) -> Messages:
 
 
 def doctor(root: Path) -> Messages:
-    """What lerobot-doctor says."""
+    """Messages of lerobot-doctor."""
     from lerobot_doctor.cli import main
 
     printed, grades = run(lambda: main(["check", str(root), "--json"])), {"WARN": "warning", "FAIL": "error"}
@@ -154,7 +154,7 @@ def doctor(root: Path) -> Messages:
 
 
 def lint(root: Path) -> Messages:
-    """What lerobot-lint says; what it calls information is left out."""
+    """Messages of lerobot-lint, without those of the level information."""
     from lerobot_lint.cli import app
 
     file = root.with_suffix(".json")
@@ -170,7 +170,7 @@ PROGRAMS = {"`lerobot-pi0 check`": ours, "lerobot-doctor": doctor, "lerobot-lint
 
 
 def run(command: Callable[[], Any]) -> str:
-    """What a command prints, and what it logs as an error."""
+    """The output of a command, and the errors that it logs."""
     printed, handler = io.StringIO(), logging.StreamHandler(errors := io.StringIO())
     handler.setLevel(logging.ERROR)
     logging.getLogger("lerobot_pi0").addHandler(handler)
@@ -188,18 +188,18 @@ def run(command: Callable[[], Any]) -> str:
 
 
 def refused(printed: str, begins: str) -> Messages:
-    """Of a program that stops: an error where it says so in its own words, else a crash."""
+    """The message of a program that stops: an error if it reports one itself, otherwise a crash."""
     lines = [line.split(begins, 1)[1] for line in printed.splitlines() if begins in line]
     return [("error", line) for line in dict.fromkeys(lines)] or [("crash", printed[-500:])]
 
 
 def without_numbers(text: str) -> str:
-    """A message by which the same one about other numbers is known again."""
-    return re.sub(r"(?<![\[_\d.])(?<!oint )[\d.]+", "#", text)  # but for the names of joints
+    """A message without its numbers, so that the same message about other numbers is equal."""
+    return re.sub(r"(?<![\[_\d.])(?<!oint )[\d.]+", "#", text)  # except in names of joints
 
 
 def ask(write: Callable[[Path], Any]) -> dict[str, Messages]:
-    """What each program says of a dataset."""
+    """The messages of each program about a dataset."""
     with tempfile.TemporaryDirectory() as place:
         root = Path(place) / "data"
         write(root)
@@ -207,7 +207,7 @@ def ask(write: Callable[[Path], Any]) -> dict[str, Messages]:
 
 
 def ask_all(datasets: dict[str, Callable[[Path], Any]], file: Path) -> dict[str, dict[str, Messages]]:
-    """What each program says of each dataset, kept in a file; what is there already is not asked again."""
+    """The messages of each program about each dataset. They are kept in a file; programs do not run for those in it."""
     kept = json.loads(file.read_text()) if file.exists() else {}
     file.parent.mkdir(parents=True, exist_ok=True)
     for name, write in datasets.items():

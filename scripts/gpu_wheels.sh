@@ -1,13 +1,13 @@
 #!/bin/sh
-# Gathers the wheels that a machine with PyTorch, torchvision, CUDA and no network lacks, this package among them.
-# There: python3 -m pip install --no-index --no-deps --target=DIR *.whl, then PYTHONPATH=DIR.
+# Collects wheels for a machine that has PyTorch, torchvision and CUDA but no network: this package and what it needs.
+# Install them there with python3 -m pip install --no-index --no-deps --target=DIR *.whl, then set PYTHONPATH=DIR.
 # usage: scripts/gpu_wheels.sh FOLDER
 set -eu
 folder=${1:?folder for the wheels}
 python=${PYTHON:-.venv/bin/python}
 mkdir -p "$folder"
 
-# The versions that are installed here, which are those that the tests ran with.
+# The versions that are installed here: the tests ran with them.
 pinned=$("$python" - <<'PY'
 from importlib.metadata import version
 

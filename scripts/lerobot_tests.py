@@ -1,13 +1,12 @@
-"""LeRobot's own tests with this plugin in charge of `pi0`, at sizes that a laptop holds.
+"""LeRobot's own tests, run with this plugin's `pi0` in place of the built-in, at sizes that fit on a laptop.
 
     git clone --branch v0.6.1 --depth 1 https://github.com/huggingface/lerobot
     make test-lerobot LEROBOT=lerobot [ARGS='tests/processor']
 
-LeRobot's tests are in its repository, not in its package. Four things are changed for them, in their process alone:
-the tests of π₀ find this plugin's names in `lerobot.policies.pi0`, its two size presets are small, these tests run
-without CUDA and without a token of the Hub, and PaliGemma's gated tokenizer is one of bytes. With
-LEROBOT_PI0_TAKEOVER=0 the same tests run on LeRobot's own π₀, at the same sizes: what fails there too is not this
-plugin's.
+LeRobot's tests are in its repository, not in its package. Four things are changed for them, only in their process: the
+tests of π₀ find this plugin's names in `lerobot.policies.pi0`; its two size presets are small; these tests run without
+CUDA and without a token of the Hub; and a byte tokenizer replaces PaliGemma's gated one. With LEROBOT_PI0_TAKEOVER=0
+the same tests run on LeRobot's own π₀, at the same sizes: a test that fails there too is not this plugin's fault.
 """
 
 import os
@@ -20,7 +19,7 @@ TESTS = (
     "tests/policies/test_relative_actions.py", "tests/processor", "tests/configs", "tests/jobs", "tests/optim",
     "tests/training", "tests/async_inference", "tests/test_rollout.py",
 )  # fmt: skip
-"""What is run by default: what touches policies; robots, cameras and datasets are not this plugin's."""
+"""Tests that run by default: those that use policies. Robots, cameras and datasets do not use this plugin."""
 
 
 OF_PI0 = ("test_pi0", "test_pi0_rtc")
@@ -28,12 +27,12 @@ OF_PI0 = ("test_pi0", "test_pi0_rtc")
 
 
 def without_hardware(require: Callable) -> Callable:
-    """LeRobot's decorator, but for tests of π₀, which are small here."""
+    """LeRobot's decorator, which skips tests without hardware; not for tests of π₀, which are small here."""
     return lambda test: test if test.__module__.rsplit(".", 1)[-1] in OF_PI0 else require(test)
 
 
 class Small:
-    """A plugin of pytest: the changes, before the first test module is imported."""
+    """A pytest plugin that makes the changes before the first test module is imported."""
 
     def pytest_configure(self) -> None:
         import pytest
@@ -59,7 +58,7 @@ class Small:
         self.patch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
 
     def pytest_collectstart(self, collector) -> None:
-        """Let the names that a test of π₀ imports from LeRobot's package be this plugin's; no other module's."""
+        """Put this plugin's classes into LeRobot's package for test modules of π₀, and LeRobot's for all others."""
         import lerobot.policies.pi0 as package
         from lerobot.policies.pi0.configuration_pi0 import PI0Config
         from lerobot.policies.pi0.modeling_pi0 import PI0Policy
@@ -77,7 +76,7 @@ class Small:
 
 
 def main(lerobot: Path, arguments: list[str]) -> int:
-    """Run them; pytest's exit status."""
+    """Run the tests; returns pytest's exit status."""
     if not (lerobot / "tests" / "processor").is_dir():
         raise SystemExit(f"{lerobot} has no tests: LEROBOT has to be a clone of LeRobot's repository")
     here = Path(__file__).absolute().parents[1]

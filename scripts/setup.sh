@@ -29,7 +29,7 @@ egl_libraries() {
     done
 }
 
-# EGL itself and somebody's implementation of it.
+# EGL itself and an implementation of it.
 has_egl() {
     found=$(egl_libraries)
     case $found in *libEGL.so.1*) ;; *) return 1 ;; esac

@@ -1,8 +1,8 @@
-"""A Python environment that holds built wheels and what these wheels ask for, and nothing else.
+"""A Python environment with built wheels and their requirements, and nothing else.
 
-`pip install` of the wheels would download gigabytes, which this environment has already. So it links, package by
-package, the distributions that the wheels' own requirements lead to. What a wheel forgets to ask for is not there, and
-neither is the working tree.
+`pip install` of the wheels would download gigabytes that this environment has already. So the new environment gets
+links to the installed distributions that the wheels require, directly or indirectly. A requirement that a wheel forgets
+is missing there, and so is the working tree.
 """
 
 import importlib.metadata
@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 
 
 def build_wheel(root: Path, parts: Iterable[str], folder: Path) -> Path:
-    """A wheel built from what git knows under `parts` of `root`, in a copy, so that nothing is left in the tree."""
+    """A wheel built from the files that git tracks under `parts` of `root`, in a copy, so that the tree stays clean."""
     source = folder / "source"
     listed = subprocess.run(["git", "ls-files", "-z", *parts], cwd=root, capture_output=True, text=True, check=True)
     for name in filter(None, listed.stdout.split("\0")):
@@ -32,7 +32,7 @@ def build_wheel(root: Path, parts: Iterable[str], folder: Path) -> Path:
 
 
 def requirements(wheel: Path, extras: Iterable[str] = ()) -> list[Requirement]:
-    """What the metadata of a wheel asks for, with these extras."""
+    """The requirements in the metadata of a wheel, with these extras."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         fields = Parser().parsestr(archive.read(name).decode())
@@ -45,8 +45,8 @@ def _asked(requirements: Iterable[Requirement], extras: Iterable[str]) -> list[R
 
 
 def needed(roots: Iterable[Requirement]) -> dict[str, importlib.metadata.Distribution]:
-    """The installed distributions that requirements lead to. Those that are not installed are left out: extras of
-    LeRobot that this project's environment does without."""
+    """The installed distributions that are required, directly or indirectly. Those that are not installed are
+    left out: they belong to extras of LeRobot that this project's environment does not have."""
     found, seen, todo = {}, set(), list(roots)
     while todo:
         requirement = todo.pop()
@@ -75,7 +75,7 @@ def link(packages: Path, distributions: Iterable[importlib.metadata.Distribution
 
 
 def make(folder: Path, wheels: dict[Path, Iterable[str]]) -> Path:
-    """A new environment with these wheels, each with its extras; the folder of its programs."""
+    """Make a new environment with these wheels, each with its extras; returns the folder of its programs."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     (packages,) = folder.glob("lib/python*/site-packages")
     roots = [requirement for wheel, extras in wheels.items() for requirement in requirements(wheel, extras)]

@@ -1,11 +1,12 @@
-"""LeRobot's commands on every start and every set of cameras, with this plugin in charge and with LeRobot's own π₀.
+"""LeRobot's commands with every start and every set of cameras, run with this plugin and with LeRobot's own π₀.
 
     python tests/drop_in.py FOLDER          prints the table of docs/drop_in.md
     python tests/drop_in.py FOLDER write    and puts it there
 
-A cell is a command of LeRobot, run through its own `main` on small networks. What it answers is which camera reached
-which slot of the network, or that it refused. `meant` says what is right. Three processes do the work, since a process
-has one π₀: the first makes this plugin's checkpoints, the second LeRobot's and LeRobot's cells, the third ours.
+A cell of the table is a command of LeRobot, run through its own `main` with small networks. Its answer is which camera
+reached which slot of the network, or that the command refused. `meant` says what is right. A process can only have one
+π₀, so three processes do the work: the first makes this plugin's checkpoints, the second makes LeRobot's and
+runs LeRobot's cells, the third runs ours.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ DIMS, SIDE, LEVEL, APART = 6, 32, 25, 30
 
 
 class Cameras(NamedTuple):
-    """A column: the cameras of a dataset, an environment or a robot in their order, and LeRobot's `--rename_map`."""
+    """A column of the table: cameras of a dataset, an environment or a robot, and LeRobot's `--rename_map`."""
 
     names: tuple[str, ...]
     renamed: dict[str, str] = {}
@@ -75,10 +76,10 @@ Answer = dict[str, Any]
 
 
 def meant(command: str, start: str, cameras: Cameras) -> list[str | None] | None:
-    """Which camera belongs into which slot; None where LeRobot refuses, whatever the policy.
+    """Which camera belongs into which slot; None if LeRobot itself refuses, with any policy.
 
     With `--policy.path` and on a robot the policy has the checkpoint's cameras. With `--policy.type=pi0` it has the
-    dataset's: those that the checkpoint knows are in the checkpoint's order, and the others follow.
+    dataset's: first those that the checkpoint knows, in the checkpoint's order, then the others.
     """
     target = {cameras.renamed.get(name, name): name for name in cameras.names}
     if start == SCRATCH:  # a --rename_map needs a checkpoint
@@ -102,7 +103,7 @@ def cell_text(slots: list[str | None] | None) -> str:
 
 
 def table(ours: dict[str, Answer], theirs: dict[str, Answer]) -> str:
-    """The table in Markdown; what LeRobot's own π₀ does otherwise is in brackets."""
+    """The table in Markdown; different results of LeRobot's own π₀ are in brackets."""
     lines = [f"| command | start | {' | '.join(COLUMNS)} |", "|" + "---|" * (len(COLUMNS) + 2)]
     for command, start in ROWS:
         cells = []
@@ -406,7 +407,7 @@ def register() -> None:
 
 @contextlib.contextmanager
 def small_networks() -> Iterator[None]:
-    """Both π₀ small, and PaliGemma's tokenizer, which is gated, one of bytes."""
+    """Make both π₀ small, and replace PaliGemma's gated tokenizer by a byte tokenizer."""
     import pytest
     import transformers
     from conftest import set_presets
@@ -429,7 +430,7 @@ def small_networks() -> Iterator[None]:
 
 
 def work(folder: str, who: str, job: str, answers: str) -> None:
-    """What one of the processes does."""
+    """The work of one of the processes."""
     with small_networks():
         register()
         cells, found = Cells(Path(folder), who), {}
@@ -444,7 +445,7 @@ def work(folder: str, who: str, job: str, answers: str) -> None:
 
 
 def process(folder: Path, who: str, job: str) -> dict[str, Answer]:
-    """The answers of a process of its own."""
+    """Run a process, and return its answers."""
     out = folder / f"{who}_{job}.json"
     environment = os.environ | {"LEROBOT_PI0_TAKEOVER": "1" if who == "ours" else "0", "HF_HUB_OFFLINE": "1"}
     code = "import sys, drop_in; drop_in.work(*sys.argv[1:])"
@@ -456,19 +457,19 @@ def process(folder: Path, who: str, job: str) -> dict[str, Answer]:
 
 
 def answers(folder: Path) -> tuple[dict[str, Answer], dict[str, Answer]]:
-    """All cells: this plugin's, and LeRobot's own π₀'s."""
+    """The answers of all cells, with this plugin and with LeRobot's own π₀."""
     process(folder, "ours", "starts")
     theirs = process(folder, "theirs", "cells")
     return process(folder, "ours", "cells"), theirs
 
 
 def made_table(page: str) -> str:
-    """The table in a page."""
+    """The table that a page holds."""
     return page.partition(BEGIN)[2].partition(END)[0].strip()
 
 
 def put_table(page: str, made: str) -> str:
-    """The page with this table."""
+    """The page with this table in place of its own."""
     before, _, rest = page.partition(BEGIN)
     return f"{before}{BEGIN}\n\n{made}\n\n{END}{rest.partition(END)[2]}"
 

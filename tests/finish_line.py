@@ -1,11 +1,11 @@
-"""What a user does with this package, from the first recording to a robot that is served over the network.
+"""A user's whole workflow with this package, from the first recording to a robot that is served over the network.
 
     record -> check -> train -> SIGKILL -> resume -> open-loop -> rollout (sync, rtc) -> serve
 
     python tests/finish_line.py FOLDER
 
-Each is a command in a process of its own, on the virtual SO-100 arm. `test_finish_line.py` runs this file with an
-environment that has the package from its wheel; `make finish` is the same. It stops at the first command that fails.
+Each step is a command in its own process, on the virtual SO-100 arm. `test_finish_line.py` runs this file in an
+environment that has the package from its wheel; `make finish` does the same. It stops at the first command that fails.
 """
 
 import importlib.metadata
@@ -27,7 +27,7 @@ TINY = ["--policy.type=pi0", "--policy.paligemma_variant=tiny", "--policy.action
         "--policy.device=cpu"]  # fmt: skip
 STEPS, SAVED = 30, 10
 GOALS = 20
-"""Goal positions that have to reach the servos while the policy is served."""
+"""How many goal positions have to reach the servos while the policy is served."""
 
 
 class Line:
@@ -43,7 +43,7 @@ class Line:
         return Command([str(argument) for argument in arguments], self.folder / "logs" / f"{name}.txt", environment)
 
     def do(self, *arguments: str, name: str) -> str:
-        """Run a command to its end; what it said."""
+        """Run a command to its end; returns its output."""
         command = self.start(*arguments, name=name)
         command.finish()
         return command.output()
@@ -55,7 +55,7 @@ class Line:
         assert "0 error" in said.splitlines()[-1], said
 
     def train_kill_resume(self) -> None:
-        """Train, end it with SIGKILL after a checkpoint, and go on from there to the last step."""
+        """Train, end training with SIGKILL after a checkpoint, and resume from there to the last step."""
         options = [*self.dataset, *TINY, "--policy.push_to_hub=false", "--policy.n_action_steps=10", "--batch_size=4",
                    "--num_workers=0", f"--steps={STEPS}", f"--save_freq={SAVED}", "--log_freq=1",
                    "--wandb.enable=false", f"--output_dir={self.run}"]  # fmt: skip
@@ -126,7 +126,7 @@ class Line:
 
 
 def origin() -> str:
-    """Where this package comes from: the only distribution of its name, in this environment and not editable."""
+    """Where this package comes from: the only distribution of its name has to be in this environment, not editable."""
     (ours,) = [d for d in importlib.metadata.distributions() if d.metadata["Name"] == "lerobot_policy_pi0"]
     for name in ("lerobot_policy_pi0", "lerobot_pi0", "lerobot_env_virtual_so100"):
         path = Path(__import__(name).__file__)
@@ -136,7 +136,7 @@ def origin() -> str:
 
 
 def main(folder: Path) -> None:
-    """The whole line."""
+    """Run all steps."""
     print(origin(), flush=True)
     line, begun = Line(folder), time.perf_counter()
 

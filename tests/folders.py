@@ -25,7 +25,7 @@ OPTIONS = {"chunk_size": 4, "n_action_steps": 2, "max_state_dim": 8, "max_action
 
 
 def make_originals(root: Path) -> dict[str, tuple[Path, torch.Tensor]]:
-    """A folder of each kind, in the sizes of the fixture `micro`, and the actions that it means."""
+    """Make a checkpoint folder of each kind, in the sizes of the fixture `micro`, and compute its actions."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(configuration.PALIGEMMA_PRESETS, "tiny", MICRO_VLM)
         patch.setitem(configuration.EXPERT_PRESETS, "tiny", MICRO_EXPERT)
@@ -48,7 +48,7 @@ def make_originals(root: Path) -> dict[str, tuple[Path, torch.Tensor]]:
 
 
 def as_published(folder: Path) -> Path:
-    """Without what only this plugin writes: nothing can be compared with what was saved."""
+    """Remove the files that only this plugin writes, so that contents cannot be compared with what was saved."""
     for file in folder.glob("lerobot_pi0*.json"):
         file.unlink()
     tensors = load_file(folder / "model.safetensors")
@@ -57,7 +57,7 @@ def as_published(folder: Path) -> Path:
 
 
 def save(policy, folder: Path) -> None:
-    """As LeRobot saves a checkpoint: the policy, and then its processors."""
+    """Save a checkpoint as LeRobot does: the policy, and then its processors."""
     policy.save_pretrained(folder)
     policy.config.save_pretrained(folder) if policy.config.use_peft else None
     for pipeline in make_pi0_pre_post_processors(policy.config, stats(cameras=CAMERAS[:2])):
@@ -65,7 +65,7 @@ def save(policy, folder: Path) -> None:
 
 
 def act(folder: Path) -> torch.Tensor:
-    """What a robot would be sent for one observation."""
+    """The actions that a robot would get for one observation."""
     config = read_config(str(folder), ["--device=cpu"])
     policy = load_policy(config) if config.use_peft else PI0Policy.from_pretrained(folder, config=config)
     before, after = build_pipelines(config, device_processor={"device": "cpu"})
@@ -87,7 +87,7 @@ VALUES = [
 
 
 def edit_json(file: Path, draw: random.Random) -> None:
-    """Change, add or take out something at any depth."""
+    """Change, add or remove something at any depth of a JSON file."""
     content = json.loads(file.read_text())
     place = content
     while True:
@@ -214,7 +214,7 @@ STEPS = ("normalizer_processor", "unnormalizer_processor", "tokenizer_processor"
 
 
 def both_statistics(folder: Path, draw: random.Random) -> None:
-    """The same change before and after the policy: nothing in the files contradicts it."""
+    """Make the same change in preprocessor and postprocessor, so that the files do not contradict each other."""
     factor = draw.choice([0.5, 1.1, 3.0])
     for step in ("normalizer_processor", "unnormalizer_processor"):
         file = state_file(folder, step)

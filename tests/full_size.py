@@ -21,7 +21,7 @@ class OnMeta(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def theirs() -> torch.nn.Module:
-    """LeRobot's own π₀ at full size, without weights: it would move its network to a device."""
+    """LeRobot's own π₀ at full size, without weights. (Its constructor would move the network to a device.)"""
     with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
         patch.setattr(builtin.PI0Pytorch, "to", lambda self, *args, **kwargs: self)
         return builtin.PI0Policy(BuiltinPI0Config(**features(size=224), device="cpu"))

@@ -1,5 +1,5 @@
-"""A recorder in the place of CUDA's graphs: it keeps every tensor and runs the same operators again on the same memory,
-as a CUDA graph does. It refuses to read a value, as a capture does."""
+"""A stand-in for CUDA graphs on the CPU: it keeps every tensor and runs the same operators again on the same memory, as
+a CUDA graph does. It refuses to read a value, as the capture of a CUDA graph does."""
 
 import torch
 from torch import Tensor

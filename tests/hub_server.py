@@ -1,9 +1,9 @@
-"""A Hugging Face Hub on loopback, for tests: as much of its protocol as pushing and fetching models needs.
+"""A Hugging Face Hub on loopback, for tests: the part of its protocol that is needed to push and fetch models.
 
-It speaks what huggingface_hub 1.x sends with `HF_ENDPOINT` set and Xet switched off (`HF_HUB_DISABLE_XET=1`):
+It understands the requests of huggingface_hub 1.x with `HF_ENDPOINT` set and Xet switched off (`HF_HUB_DISABLE_XET=1`):
 creating a repository, preupload, LFS batch with basic transfer, commits as NDJSON, tags, repository info, trees,
-and resolving with entity tags. As on the real Hub, large files are handed out by another host name (localhost in
-place of 127.0.0.1), and errors are told apart by the header X-Error-Code alone.
+and resolving with entity tags. As on the real Hub, large files come from another host name (localhost in
+place of 127.0.0.1), and only the header X-Error-Code says which error it is.
 """
 
 import base64
@@ -23,14 +23,14 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import yaml
 
 TOKEN = "hf_of_the_tests"
-"""The token that may write, and read what is gated."""
+"""The token that may write, and read gated repositories."""
 
 USER = "me"
 LFS_SUFFIXES = (".safetensors", ".bin", ".model")
 
 
 class HubError(Exception):
-    """An answer that is an error: status, X-Error-Code, message."""
+    """An error as the answer to a request: status, X-Error-Code, message."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(message)
@@ -38,7 +38,7 @@ class HubError(Exception):
 
 
 class Blob(NamedTuple):
-    """A file of a commit, by content."""
+    """The content of a file in a commit."""
 
     sha256: str
     sha1: str
@@ -47,7 +47,7 @@ class Blob(NamedTuple):
 
     @property
     def oid(self) -> str:
-        """What the Hub calls its identity, and gives as its entity tag."""
+        """The content's id on the Hub, which is also its entity tag."""
         return self.sha256 if self.lfs else self.sha1
 
 
@@ -84,7 +84,7 @@ class Hub:
     leaked_tokens: list[str] = field(default_factory=list)
 
     def environment(self, home: Path) -> dict[str, str]:
-        """Variables of a process that talks to this Hub, with a cache of its own."""
+        """Environment variables of a process that uses this Hub, with its own cache."""
         return {
             "HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1,localhost",
@@ -114,7 +114,7 @@ class Hub:
         return blob
 
     def publish(self, repo_id: str, folder: Path, gated: bool = False) -> str:
-        """Put a folder into a repository without the protocol; the commit."""
+        """Put a folder into a repository without the protocol; returns the commit."""
         repo = self.repos.setdefault(repo_id, Repo())
         repo.gated = gated
         files = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
@@ -122,7 +122,7 @@ class Hub:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection; the methods that answer are listed with their paths in ROUTES."""
+    """One connection. ROUTES lists the paths and the methods that answer them."""
 
     protocol_version = "HTTP/1.1"
     hub: Hub
@@ -202,7 +202,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply({"url": f"{self.hub.url}/{repo_id}"}, 409 if exists else 200)
 
     def validate_yaml(self) -> None:
-        """The Hub's own judgement of a card: its front matter has to be YAML with a licence that is a name."""
+        """The Hub's check of a model card: its front matter has to be YAML, and its licence a name."""
         content = self.json()["content"]
         match = re.match(r"---\n(.*?)\n---", content, re.DOTALL)
         data = yaml.safe_load(match[1]) if match else {}
@@ -372,7 +372,7 @@ ROUTES: list[tuple[str, str, Callable[..., None]]] = [
 
 @contextmanager
 def serve(folder: Path) -> Iterator[Hub]:
-    """A Hub that is up while the context lasts; `folder` holds the files' contents."""
+    """A Hub that runs as long as the context; `folder` holds the files' contents."""
     folder.mkdir(parents=True, exist_ok=True)
     hub = Hub(folder)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": hub}))

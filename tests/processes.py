@@ -1,4 +1,4 @@
-"""Python processes of their own, for what can happen only once in a process, such as imports."""
+"""Separate Python processes, for things that can happen only once in a process, such as imports."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def start(code: str, *arguments: str, **environment: str) -> subprocess.Popen:
-    """A Python process that answers in JSON, in its last line."""
+    """Start a Python process that prints its answer as JSON in its last line."""
     program = f"import json\nanswers = {{}}\n{code}\nprint(json.dumps(answers))"
     return subprocess.Popen(
         [sys.executable, "-c", program, *arguments],
@@ -21,7 +21,7 @@ def start(code: str, *arguments: str, **environment: str) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> tuple[dict, str]:
-    """What it answered and what it logged."""
+    """The answer and the log of such a process."""
     out, log = process.communicate(timeout=550)
     assert process.returncode == 0, log[-4000:]
     return json.loads(out.splitlines()[-1]), log

@@ -1,4 +1,4 @@
-"""Frames before any processing, and a tokenizer for their prompt."""
+"""Unprocessed frames, and a tokenizer for their prompt."""
 
 import torch
 from conftest import ACTION, CAMERAS, DIMS, OBS_STATE
@@ -11,7 +11,7 @@ TASK = "reach the red cube"
 
 
 def sample(seed: int = 0) -> dict:
-    """One frame in raw units, without a batch axis but for the chunk of actions, to which LeRobot adds none."""
+    """One frame in raw units, without a batch dimension; only the chunk has one, because LeRobot adds none to it."""
     draw = torch.Generator().manual_seed(seed)
     images = {key: torch.rand(3, 64, 64, generator=draw) for key in CAMERAS}
     return images | {
@@ -22,7 +22,7 @@ def sample(seed: int = 0) -> dict:
 
 
 def word_tokenizer(folder) -> str:
-    """A folder with a real tokenizer of five words, padded on the side that must not matter."""
+    """A folder with a real tokenizer of five words. It pads on the other side, which must not matter."""
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", *TASK.split()])}
     words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = WhitespaceSplit()

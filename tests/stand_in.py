@@ -1,5 +1,5 @@
-"""A robot for LeRobot's own loops: joints that follow their goals, and one camera. LeRobot finds the class beside its
-config, by name, as it does for the robots of plugins."""
+"""A simulated robot for LeRobot's own loops: joints that follow their goals, and one camera. LeRobot finds the class by
+its name, in the module of its config, as it does for robots of plugins."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -23,7 +23,7 @@ class StandInConfig(RobotConfig):
 
 
 class StandIn(Robot):
-    """Keeps what it is told in `received`, over all robots of the class: LeRobot makes the object itself."""
+    """Keeps the actions that it gets in `received`. All objects share this list, because LeRobot makes the object."""
 
     config_class = StandInConfig
     name = "stand_in"
@@ -75,7 +75,7 @@ class StandIn(Robot):
 
 
 def save_policy(folder, **options) -> PI0Policy:
-    """A checkpoint of the tiny preset for this robot, with its processors, as lerobot-train leaves one."""
+    """A checkpoint of the tiny preset for this robot, with its processors, as lerobot-train writes one."""
     policy = PI0Policy(tiny_config(CAMERAS[:1], **{"num_inference_steps": 2, **options}))
     policy.config.action_feature_names = JOINTS
     policy.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The benchmark, counting only, at its small size."""
+"""The benchmark at its small size, counting only."""
 
 import importlib
 import re
@@ -20,8 +20,8 @@ def bench(monkeypatch):
 
 
 def test_accounting(bench, capsys):
-    """Catches a benchmark that no longer runs, a line that is missing, and work that crept back in: layers
-    that nobody reads, cameras that are absent, frozen activations that are kept."""
+    """Catches a benchmark that no longer runs, a missing line, and unneeded work that came back: layers
+    whose output is not read, absent cameras, kept activations of frozen layers."""
     results = bench.main(["--size", "small", "--pairs", "1", "--accounting-only", "--dtype", "float32"])
     table = capsys.readouterr().out
     assert list(results) == [str(line) for line in bench.LINES]
@@ -48,7 +48,7 @@ def test_quantization(bench, capsys):
 
 
 def test_beside_transformers(bench):
-    """Catches a third subject that computes something else, or less, than the others do."""
+    """Catches a third policy (transformers') that computes something else, or less, than the others."""
     subjects = importlib.import_module("subjects")
     chunk, size = (
         ["--size", "small", "--pairs", "1", "--no-peak", "--what", "chunk"],
@@ -61,7 +61,7 @@ def test_beside_transformers(bench):
     weights = {}
 
     def make(name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """Equal weights for equal parts, which have other names there."""
+        """Equal weights for equal parts, whose names differ there."""
         key = name.replace("model.paligemma_with_expert.paligemma.model.", "model.vlm.")
         key = key.replace("model.paligemma_with_expert.gemma_expert.model.", "model.dit.")
         key = key if ".vlm." in key or ".dit." in key else key.split(".", 1)[1]
@@ -75,14 +75,15 @@ def test_beside_transformers(bench):
 
 
 def test_flow_samples(bench):
-    """Catches a comparison of equal numbers of draws. (The expert is most of the work here, unlike at full size.)"""
+    """Catches a comparison in which both use the same number of draws. (Here, unlike at full size, the expert is most
+    of the work.)"""
     what = ["--what", "step-frozen", "--flow-samples", "8", "--beside", "K=1", "--accounting-only"]
     for row in bench.main(what).values():
         assert 2 < row["ours"].flop / row["K=1"].flop < 9
 
 
 def test_cached_steps(bench, capsys):
-    """Catches a benchmark of cached contexts that computes them, or whose fused optimizer computes something else."""
+    """Catches a benchmark of cached contexts that computes them, or whose fused optimizer gives other results."""
     found = bench.main(["--what", "step-cached", "--batch-size", "2", "--pairs", "1", "--frames", "4", "--bits", "8"])
     assert list(found) == ["3 cameras", "1 cameras"]
     for row in found.values():
@@ -94,7 +95,7 @@ def test_cached_steps(bench, capsys):
 
 @pytest.mark.parametrize("cameras", [3, 1])
 def test_breakdown(bench, capsys, cameras):
-    """Catches a part of a chunk that is not timed, or counted twice: torch counts as many operations as the parts."""
+    """Catches a part of a chunk that is not timed, or counted twice: operations have to add up to torch's count."""
     module = importlib.import_module("breakdown")
     rows, counted = module.main(["--repeats", "1", f"--cameras={cameras}", "--prompt=10", "--dtype=float32"])
     assert sum(row["flop"] for row in rows.values()) == pytest.approx(counted, rel=1e-3)

@@ -23,7 +23,8 @@ def run(gpu, folder, *arguments):
 
 
 def test_an_error_is_a_line(gpu, tmp_path, monkeypatch):
-    """Catches a part whose error ends the run on a card that is there once, and results that are kept until the end."""
+    """Catches an error in one part that ends the whole run (a GPU may be available only once), and results that are
+    written only at the end."""
 
     def broken(bench):
         yield {"what": "first"}
@@ -41,14 +42,14 @@ def test_an_error_is_a_line(gpu, tmp_path, monkeypatch):
 
 
 def test_what_does_not_fit_is_not_begun(gpu, tmp_path):
-    """Catches a run that is cut off in the middle of a part because the time was not looked at."""
+    """Catches a run that is cut off in the middle of a part, because the remaining time was not checked."""
     rows = run(gpu, tmp_path, "--seconds", "0")
     assert [row["part"] for row in rows] == list(gpu.PARTS)
     assert all("left" in row["left out"] for row in rows)
 
 
 def test_a_part_that_takes_longer_is_left(gpu, tmp_path, monkeypatch):
-    """Catches a part that goes on when the time is over: the machine is taken away before the table is written."""
+    """Catches a part that continues after the time is up: the machine may be gone before the table is written."""
 
     def endless(bench):
         while True:
@@ -63,7 +64,7 @@ def test_a_part_that_takes_longer_is_left(gpu, tmp_path, monkeypatch):
 
 
 def test_one_case_does_not_hide_the_others(gpu):
-    """Catches a policy that does not fit the card taking the lines after it along."""
+    """Catches a policy that does not fit on the GPU and ends the lines after it."""
 
     def fails():
         raise RuntimeError("CUDA out of memory")
@@ -79,8 +80,8 @@ def test_one_case_does_not_hide_the_others(gpu):
 
 @pytest.mark.slow
 def test_rehearsal(gpu, tmp_path):
-    """Catches a part that does not run, a device that computes something else, and a line that is missing: a card may
-    be there for an hour."""
+    """Catches a part that does not run, a device with different results, and a missing line: a GPU may be available
+    for only an hour."""
     rows = run(gpu, tmp_path)
     assert {row["part"] for row in rows} == set(gpu.PARTS)
     assert not [row for row in rows if "error" in row]

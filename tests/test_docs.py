@@ -1,7 +1,7 @@
-"""The pages are true: commands parse, and run where they can; links and names lead somewhere; quoted messages exist.
+"""Checks of the pages: commands parse, and run if they can; links and names exist; quoted messages are real.
 
-Commands are looked at in a folder where `you/pi0_cubes` is a policy and `you/cubes` a dataset, so that LeRobot finds
-there what it would fetch from the Hub.
+Commands are checked in a folder in which `you/pi0_cubes` is a policy and `you/cubes` a dataset, so that LeRobot finds
+there what it would otherwise fetch from the Hub.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from lerobot_pi0.training import lora
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "examples/virtual_so100/README.md"])
 NEEDS = "# needs "
-"""How the first line of a block begins that wants more than this machine has: it is parsed and not run."""
+"""A block whose first line begins with this needs more than this machine has: it is parsed but not run."""
 
 ELSEWHERE = {
     "pip install": "tests/test_packaging.py::test_wheel",
@@ -56,7 +56,7 @@ ELSEWHERE = {
     "lerobot-pi0 check": "tests/tools/test_check.py::test_memory",
     "lerobot-pi0 serve": "tests/tools/test_serve.py::test_the_command",
 }  # fmt: skip
-"""Who runs the commands that no block here needs anything for, and that are not run in `test_commands_run`."""
+"""Where commands are run that need nothing special, but that `test_commands_run` does not run."""
 
 FOREIGN = {"git", "cd", "ssh", "hf", "pip", "sudo", "export"}
 LAUNCHERS = ("accelerate ", "torchrun ")
@@ -98,7 +98,7 @@ COMMANDS_OF_PAGES = [x for page in PAGES for x in commands_of(str(page.relative_
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """A folder that holds what the pages speak of, under their names."""
+    """A folder with the policies and datasets that the pages name."""
     root = tmp_path_factory.mktemp("world")
     write_dataset(root / "you/cubes", episodes=4, frames=60, cameras=["observation.images.front"])
     torch.manual_seed(0)
@@ -117,7 +117,7 @@ def world(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def there(world, monkeypatch) -> Path:
-    """This process stands in that folder, with its datasets where LeRobot looks for them."""
+    """Make that folder the working directory, with its datasets where LeRobot looks for them."""
     monkeypatch.chdir(world)
     for module in [
         m for name, m in sys.modules.items() if name.startswith("lerobot.") and hasattr(m, "HF_LEROBOT_HOME")
@@ -140,7 +140,7 @@ def config_class(module: str) -> type:
 
 
 def parse(words: list[str], monkeypatch) -> None:
-    """Let a command's own parser read its options; raises what it raises."""
+    """Let a command's own parser read its options; its errors are raised."""
     if words[0] == "accelerate":  # its own options, then $(which lerobot-train) and that one's
         words = ["lerobot-train", *words[words.index("lerobot-train)") + 1 :]]
     name, *args = words
@@ -166,7 +166,7 @@ def parse(words: list[str], monkeypatch) -> None:
 
 
 def parse_as_lerobot(options: type) -> None:
-    """LeRobot's own way from the command line to a config, `--policy.path` included."""
+    """Parse options as LeRobot does, from the command line to a config, including `--policy.path`."""
 
     def command(cfg):
         return cfg
@@ -194,7 +194,7 @@ def parse_make(args: list[str]) -> None:
 
 @pytest.mark.parametrize("page", [str(page.relative_to(ROOT)) for page in PAGES])
 def test_commands_parse(there, monkeypatch, page):
-    """Catches an option that is misspelt, was renamed, or has another kind of value than the page gives it."""
+    """Catches an option that is misspelt or was renamed, or whose value has another type than on the page."""
     for command in COMMANDS_OF_PAGES:
         if command.page == page:
             try:
@@ -219,7 +219,7 @@ def test_commands_parse(there, monkeypatch, page):
     ],
 )
 def test_a_planted_mistake_is_found(there, monkeypatch, capsys, planted, mistake):
-    """Catches a test of the pages that finds nothing, or that fails for another reason than the mistake."""
+    """Catches checks of the pages that find no mistake, or fail for another reason than the mistake."""
     (command,) = commands_of("planted", f"```sh\n{planted}\n```\n")
     with pytest.raises((Exception, SystemExit)) as error:
         parse(command.words, monkeypatch)
@@ -227,7 +227,7 @@ def test_a_planted_mistake_is_found(there, monkeypatch, capsys, planted, mistake
 
 
 def test_every_command_is_run_or_says_what_it_needs():
-    """Catches a command that nobody has ever run, in a block that does not say why."""
+    """Catches a command that no test runs, in a block that does not say why."""
     for command in COMMANDS_OF_PAGES:
         line = " ".join(command.words)
         if not command.needs and not runs_here(command):
@@ -251,7 +251,7 @@ def runs_here(command: Command) -> bool:
     "line", sorted({shlex.join(x.words) for x in COMMANDS_OF_PAGES if runs_here(x)}), ids=lambda line: line[:60]
 )
 def test_commands_run(there, monkeypatch, line):
-    """Catches a command that parses and fails: run as it stands in the page, on a small policy and dataset."""
+    """Catches a command that parses but fails when it is run as on the page, with a small policy and dataset."""
     words = shlex.split(line)
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
@@ -272,7 +272,7 @@ def prose(text: str) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """GitHub's names of a page's headings."""
+    """The anchors that GitHub makes from a page's headings."""
     titles = re.findall(r"^#+ (.*)", prose(page.read_text()), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
@@ -298,7 +298,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_named_files_and_tests_exist(page):
-    """Catches a file or a test that a page names and that was moved, renamed or never written."""
+    """Catches a page that names a file or a test which was moved, renamed or never written."""
     last = ""
     for span in re.findall(r"`([^`\n]+)`", prose(page.read_text())):
         match = re.fullmatch(r"(?:tests/)?((?:\w+/)?test_\w+\.py)?(?:::(\w+))?", span)
@@ -311,7 +311,7 @@ def test_named_files_and_tests_exist(page):
 
 @functools.cache
 def known_options() -> set[str]:
-    """Every option of every command, `policy.type` and the like chosen as these pages choose them."""
+    """Every option of every command, with the choices of these pages for `policy.type` and the like."""
     chosen = {
         "policy": "pi0", "robot": "so100_follower", "teleop": "so100_leader", "env": "virtual_so100",
         "inference": "rtc", "strategy": "dagger", "operation": "recompute_stats",
@@ -345,12 +345,12 @@ def test_options_in_running_text_exist(page):
 
 
 def test_an_option_that_is_none_is_unknown():
-    """Catches a list of known options that holds everything."""
+    """Catches a list of known options that accepts everything."""
     assert not {"--policy.flow_sample", "--policy.eval_split", "--fsp"} & known_options()
 
 
 def test_quoted_messages_are_real():
-    """Catches a message that the page on troubleshooting explains and that nothing says any more."""
+    """Catches a message that the page on troubleshooting explains but that no code contains any more."""
     others = (importlib.util.find_spec(name) for name in ("lerobot", "draccus", "torchcodec"))
     folders = [ROOT / "lerobot_pi0", *(Path(spec.origin).parent for spec in others)]
     files = [file for folder in folders for file in folder.rglob("*.py")]
@@ -362,7 +362,7 @@ def test_quoted_messages_are_real():
 
 
 def test_the_table_of_memory():
-    """Catches a figure in the README's recipes that is not the arithmetic that it is said to be."""
+    """Catches a number in the README's table of memory that is not the result of the stated arithmetic."""
     config = PI0Config(device="cpu")
     with torch.device("meta"):
         model = PI0(config.architecture(), config.image_size)

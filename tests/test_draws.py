@@ -1,4 +1,4 @@
-"""Repeatable draws of training: functions of seed, update and sample."""
+"""Repeatable random draws of training, which depend on seed, update and sample alone."""
 
 import itertools
 
@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 
 def test_draws_belong_to_their_samples():
-    """Catches draws that depend on the batch's order or size: a resumed or distributed run would see others."""
+    """Catches draws that depend on the order or size of the batch: a resumed or distributed run would have others."""
     shape, time = (2, 50, 32), flow.BetaTime()
     drawn = draws.repeatable_draws(7, 3, [5, 8, 13], shape, time, 20)
     assert [x.shape for x in drawn] == [(3, *shape), (3, 2), (3, 2)]
@@ -35,7 +35,7 @@ def test_repeatable_draws_are_distributed_alike():
 
 
 def test_delays_leave_the_other_draws_alone():
-    """Catches an option that changes what a run without it draws: noise and times, and torch's own generator."""
+    """Catches delays that change other draws: noise, times, or those of torch's own generator."""
     plain, delayed = (draws.repeatable_draws(7, 3, [5, 8], (2, 50, 32), flow.BetaTime(), most) for most in (0, 9))
     assert torch.equal(plain[0], delayed[0])
     assert torch.equal(plain[1], delayed[1])

@@ -17,7 +17,7 @@ def cells_of_page() -> dict[str, str]:
 
 
 def test_the_page_has_all_cells():
-    """Catches a page whose table is of other commands, starts or cameras than are tried, or that shows a wrong cell."""
+    """Catches a table on the page with other commands, starts or cameras than the test's, or with a wrong cell."""
     wanted = {
         key_of(command, start, column): cell_text(meant(command, start, cameras))
         for command, start in ROWS
@@ -29,8 +29,8 @@ def test_the_page_has_all_cells():
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_every_command(tmp_path):
-    """Catches a start or a set of cameras that is refused where LeRobot's own π₀ takes it, or that is taken with a
-    camera in another slot than is meant."""
+    """Catches a start or a set of cameras that is refused although LeRobot's own π₀ accepts it, or accepted with a
+    camera in a wrong slot."""
     ours, theirs = drop_in.answers(tmp_path)
     wrong = {}
     for command, start in ROWS:

@@ -1,7 +1,8 @@
-"""Learning as LeRobot's own π₀ does: equal weights, data and noise give the same curve of losses.
+"""Training compared with LeRobot's own π₀: equal weights, data and noise give the same curve of losses.
 
-In float64, where rounding stays small for hundreds of steps. Both networks take norms, rotations and times in
-float32 whatever their weights are; the fixture makes those float64 too, or the curves would part by rounding alone.
+This is done in float64, where rounding stays small for hundreds of steps. Both networks compute norms, rotations and
+times in float32, whatever the dtype of their weights. The fixture makes those float64 too; otherwise the curves would
+differ by rounding alone.
 """
 
 import pytest
@@ -30,7 +31,7 @@ def our_loss(policy, batch: dict, noise: torch.Tensor, time: torch.Tensor) -> to
 
 
 def learn(policy, loss_of, steps: int) -> list[float]:
-    """Losses of a training run as LeRobot runs it: its preset of optimizer and schedule, clipped gradients."""
+    """Losses of a training run as in LeRobot: with its presets of optimizer and schedule, and clipped gradients."""
     config = policy.config
     preset = config.get_optimizer_preset()
     optimizer = preset.build(policy.train().get_optim_params())
@@ -52,7 +53,7 @@ def learn(policy, loss_of, steps: int) -> list[float]:
 @pytest.mark.parametrize("steps", [20, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", MODES)
 def test_the_same_curve(double, mode, steps):
-    """Catches a gradient, a frozen part, a decay or a schedule that differs: small errors of a step add up in a run."""
+    """Catches a gradient, a frozen part, a weight decay or a schedule that differs: small errors add up over a run."""
     torch.manual_seed(0)
     theirs, ours = (make(**MODES[mode], **OPTIONS).double() for make in (small_builtin, small_policy))
     copy_weights(theirs, ours)

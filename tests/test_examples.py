@@ -1,4 +1,4 @@
-"""The scripts of examples/, each in a process of its own as its user runs it, and what `make demo` runs, in small."""
+"""The scripts of examples/, each in its own process as a user runs it, and a small run of `make demo`."""
 
 import json
 import os
@@ -27,7 +27,7 @@ LAST = "checkpoints/last/pretrained_model"
 
 
 def start(script: str, *options: str, **environment: str) -> subprocess.Popen:
-    """A script of examples/, from the root as the pages say."""
+    """Start a script of examples/ in the root folder, as the pages say."""
     return subprocess.Popen(
         [sys.executable, f"examples/{script}", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         cwd=ROOT, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment,
@@ -35,7 +35,7 @@ def start(script: str, *options: str, **environment: str) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> str:
-    """What it printed."""
+    """Wait for its end; returns what it printed."""
     out, log = process.communicate(timeout=550)
     assert process.returncode == 0, log[-4000:]
     return out
@@ -52,7 +52,7 @@ def tuned(tmp_path_factory) -> Path:
 
 
 def test_from_a_checkpoint(tuned):
-    """Catches a fine-tuning that does not begin with the checkpoint, or takes its sizes and not its weights."""
+    """Catches a fine-tuning that does not start from the checkpoint, or takes only its sizes and not its weights."""
     options = ["--dataset=test/tiny", f"--root={tuned}/data", "--batch_size=2", "--workers=0"]
     first = tuned / "scratch" / LAST
     finish(start("fine_tune.py", *options, f"--start={first}", "--steps=1", f"--output={tuned}/again"))
@@ -65,7 +65,7 @@ def test_from_a_checkpoint(tuned):
 
 
 def test_load_and_act(tuned):
-    """Catches actions that are not in the robot's units, or that stand beside those of another frame or episode."""
+    """Catches actions that are not in the robot's units, or are printed next to those of another frame or episode."""
     first = tuned / "scratch" / LAST
     said = finish(
         start("load_and_act.py", f"--policy={first}", "--dataset=test/tiny", f"--root={tuned}/data", "--frame=2")
@@ -80,7 +80,7 @@ def test_load_and_act(tuned):
 
 
 def test_merge_adapter(tuned, tmp_path):
-    """Catches a merged policy that acts otherwise, or without its processors, options or joints."""
+    """Catches a merged policy with other actions, or without its processors, options or joints."""
     run = tmp_path / "lora"
     subprocess.run(
         [
@@ -111,7 +111,7 @@ def test_merge_adapter(tuned, tmp_path):
 
 
 def test_push(tuned, tmp_path):
-    """Catches a repository that lacks what a robot needs, or whose card is of another policy."""
+    """Catches a repository that lacks files that a robot needs, or has the model card of another policy."""
     first = tuned / "scratch" / LAST
     with serve(tmp_path / "storage") as hub:
         said = finish(
@@ -129,12 +129,12 @@ def test_push(tuned, tmp_path):
 
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda file: file.name)
 def test_they_are_short(script):
-    """Catches an example that has become a program."""
+    """Catches an example that has become too long."""
     assert len(script.read_text().splitlines()) <= 60
 
 
 def test_the_picture(tmp_path):
-    """Catches a picture of another mask or of other work than the code's: what the page says of it, counted."""
+    """Catches a picture with another mask or other work than the code's, by counting what the page says about it."""
     drawing = runpy.run_path(str(ROOT / "docs/architecture.py"))
     seen = drawing["masks"](drawing["observation"](drawing["FEW"], cameras=2, prompt=4, padding=1), 2)
     prefix, state = 2 * 4 + 3, 12
@@ -149,7 +149,7 @@ def test_the_picture(tmp_path):
 
 @pytest.mark.slow
 def test_the_demo(tmp_path):
-    """Catches a stage of `make demo` that fails on what the one before has left; nothing is learnt in three steps."""
+    """Catches a stage of `make demo` that fails with the results of the one before. (Three steps teach nothing.)"""
     sizes = ["--episodes=6", "--steps=3", "--batch_size=2", "--scenes=2"]
     command = [sys.executable, "-m", "lerobot_env_virtual_so100.demo", *sizes, f"--output={tmp_path}/demo"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)

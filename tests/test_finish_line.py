@@ -1,4 +1,4 @@
-"""The finish line: the package as a user gets it, from its wheel, through everything that a user does with it."""
+"""The finish line: the package as a user gets it, from its wheel, in a user's whole workflow."""
 
 import os
 import subprocess
@@ -27,13 +27,13 @@ def programs(tmp_path_factory) -> Path:
 
 
 def outside() -> dict[str, str]:
-    """An environment from which nothing leads back to the working tree."""
+    """Environment variables without any path into the working tree."""
     return {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
 
 
 @pytest.mark.slow
 def test_the_wheel_asks_for_what_it_imports(programs, tmp_path):
-    """Catches a module that imports what the package does not require: it works here, and at nobody else's."""
+    """Catches a module that imports a package that is not a requirement: it works here, but on no other machine."""
     code = (
         "import pkgutil, importlib, lerobot_pi0\n"
         "for _, name, _ in pkgutil.walk_packages(lerobot_pi0.__path__, 'lerobot_pi0.'):\n"
@@ -50,7 +50,7 @@ def test_the_wheel_asks_for_what_it_imports(programs, tmp_path):
 @pytest.mark.timeout(5400)
 @pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no pseudo-terminals at 1 Mbaud")
 def test_the_finish_line(programs, tmp_path):
-    """Catches a package that does what its tests ask for in a developer's tree, and not what a user does with it."""
+    """Catches a package that passes its tests in a developer's tree, but fails when a user installs it."""
     from lerobot_env_virtual_so100.scene import check_rendering
 
     try:

@@ -1,6 +1,6 @@
-"""`make bench-gpu` where PyTorch is, and neither LeRobot nor a network, from what `make gpu-wheels` gathers.
+"""`make bench-gpu` with the wheels of `make gpu-wheels`, where only PyTorch is installed and there is no network.
 
-The wheels are not downloaded here: they are packed again from the distributions that are installed.
+The wheels are not downloaded here: they are packed from the installed distributions.
 """
 
 import importlib.metadata
@@ -23,13 +23,13 @@ IMAGE = ["torch", "torchvision", "numpy"]
 
 
 def gathered() -> list[str]:
-    """Names of the distributions that the script gathers."""
+    """Names of the distributions that the script collects."""
     script = (ROOT / "scripts" / "gpu_wheels.sh").read_text()
     return re.search('NEEDED = """(.*?)"""', script, re.DOTALL)[1].split()
 
 
 def pack(name: str, folder: Path) -> Path:
-    """A wheel of an installed distribution."""
+    """Pack a wheel from an installed distribution."""
     distribution = importlib.metadata.distribution(name)
     wheel = folder / f"{name.replace('-', '_')}-{distribution.version}-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -40,7 +40,7 @@ def pack(name: str, folder: Path) -> Path:
 
 
 def test_everything_is_installed():
-    """Catches a name in the script that is misspelt: it takes the version that is installed here."""
+    """Catches a misspelt name in the script, which takes the versions that are installed here."""
     assert len(gathered()) > 10
     for name in gathered():
         assert importlib.metadata.version(name)
@@ -49,7 +49,7 @@ def test_everything_is_installed():
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_bench_gpu_from_wheels(tmp_path):
-    """Catches a wheel that is missing there: a card may be lent for an hour, and nothing can be fetched."""
+    """Catches a missing wheel: a GPU may be available for only an hour, and nothing can be downloaded there."""
     wheels = [pack(name, tmp_path) for name in gathered()]
     wheels.append(bare_environment.build_wheel(ROOT, OURS, tmp_path / "ours"))
     environment = tmp_path / "environment"

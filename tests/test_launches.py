@@ -1,4 +1,4 @@
-"""What a GPU is asked for, counted on fake CUDA tensors at full size: ceilings of launches, waits, copies, dtypes."""
+"""Limits for kernel launches, waits, copies and dtypes on a GPU, counted on fake CUDA tensors at full size."""
 
 import importlib
 import itertools
@@ -32,7 +32,7 @@ def size(launches):
 
 
 class NoFloat64(TorchDispatchMode):
-    """Refuses float64 on the device; there is none on Apple's."""
+    """Refuses float64 on the device, which Apple's devices do not have."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -43,7 +43,7 @@ class NoFloat64(TorchDispatchMode):
 
 
 def whole_and_step(launches, chunk) -> tuple[object, int]:
-    """The count of a whole chunk of ten steps, and launches from one velocity to the next."""
+    """The counts of a whole chunk with ten steps, and the launches from one velocity to the next."""
     sampler, seen = launches.Sampler(), []
     velocity = sampler.velocity
 
@@ -61,8 +61,8 @@ def whole_and_step(launches, chunk) -> tuple[object, int]:
 
 
 def test_chunk(launches, size):
-    """Catches launches that crept back into the layers, a mask that hides nothing, and a value or a copy for which the
-    host waits between observation and chunk."""
+    """Catches additional launches in the layers, a mask that hides nothing, and a value or a copy for which the host
+    waits between observation and chunk."""
     with NoFloat64():
         whole, per_step = whole_and_step(launches, launches.OurChunk(size, cameras=3))
     assert 100 < per_step <= 450
@@ -72,7 +72,7 @@ def test_chunk(launches, size):
 
 
 def test_compiled_chunk(launches, size):
-    """Catches a layer that Inductor cuts into many kernels, and layers that are compiled and not called."""
+    """Catches a layer that Inductor splits into many kernels, and compiled layers that are not called."""
     compiled = launches.OurChunk(size, cameras=3).compiled(steps=10)
     assert 1000 < compiled.launches["compiled"] < compiled.total <= 3000
     assert not compiled.waits and not compiled.copies
@@ -91,8 +91,8 @@ def test_guided_chunk(launches, mode):
 
 
 def test_weights_that_lie_apart(launches, size, monkeypatch):
-    """Catches a fast path that only joined weights have: of weights that an average or an adapter moved, a chunk stays
-    well below the launches of the plain layers."""
+    """Catches a fast path that needs joined weights: with weights that an average or an adapter has moved, a chunk
+    must still have far fewer launches than the plain layers."""
     monkeypatch.setattr(launches.kernels, "join", lambda model: None)
     whole, per_step = whole_and_step(launches, launches.OurChunk(size, cameras=3))
     assert 450 < per_step <= 520
@@ -100,8 +100,8 @@ def test_weights_that_lie_apart(launches, size, monkeypatch):
 
 
 def test_step(launches, size):
-    """Catches a wait for the device that crept into training, or float64; the VLM's products in parts; AdamW in many
-    kernels."""
+    """Catches in training an additional wait for the device, float64, products of the VLM that are split, and an AdamW
+    with many kernels."""
     with NoFloat64():
         forward, backward, update = launches.step(launches.Ours, size, batch_size=8)
     assert 1000 < forward.total + backward.total + update.total <= 3500
@@ -111,7 +111,7 @@ def test_step(launches, size):
 
 
 def test_augmented_step_waits_no_more(launches):
-    """Catches draws of the augmentation that are sent or read on their own."""
+    """Catches draws of the augmentation that need a copy or a wait of their own."""
     on_gpu = launches.Step(launches.Ours, launches.SIZES["small"], 2, 3, "cuda")
     on_gpu.policy.config.augment_images = True
     with NoFloat64():
@@ -121,7 +121,7 @@ def test_augmented_step_waits_no_more(launches):
 
 
 def test_graph(launches):
-    """Catches a part of the chunk that is launched outside of the graph."""
+    """Catches a part of the chunk that is launched outside of the CUDA graph."""
     found = launches.graph_counts(launches.SIZES["small"], cameras=3, steps=2)
     eager = launches.OurChunk(launches.SIZES["small"], 3).count(2).total
     assert found == {"captured": eager, "outside": 7, "graphs": 1}  # 5 inputs, the replay, the result
@@ -164,7 +164,7 @@ def compute_in_float64(self, x_BKTA, *args):
 
 @pytest.mark.parametrize("mistake", [read_a_value, copy_from_the_host, compute_in_float64])
 def test_the_count_would_tell(launches, monkeypatch, mistake):
-    """Catches a count that sees nothing: a value that is read, a copy from the host and float64, put in on purpose."""
+    """Catches a count that misses a read value, a copy from the host or float64, which this test adds on purpose."""
     chunk = launches.OurChunk(launches.SIZES["small"], cameras=1)
     monkeypatch.setattr(mistake, "plain", PI0.velocity, raising=False)
     monkeypatch.setattr(PI0, "velocity", mistake)
@@ -191,7 +191,7 @@ def test_control_reads_values_once(launches):
 
 
 def test_main(launches, capsys, monkeypatch):
-    """Catches a command that no longer runs, or JSON without the keys that others read."""
+    """Catches a command that no longer runs, or JSON without the keys that other programs read."""
     monkeypatch.setattr(launches, "EULER", 2)
     found = launches.main(["--size", "small", "--json", "--cameras", "1", "--batches", "2"])
     assert capsys.readouterr().out.startswith("{")

@@ -76,11 +76,11 @@ DEFAULTS = {
     "vlm_path": None, "vlm_quantization": None, "rtc_guidance": None, "max_action_step": None,
     "action_range_margin": None, "context_cache": None,
 }  # fmt: skip
-"""What version 0.1.0 does where nothing is said."""
+"""The values that version 0.1.0 uses for options that nobody sets."""
 
 
 def test_every_rule_is_tested():
-    """Catches an option that is added with a rule and without a value that breaks it."""
+    """Catches a new option with a rule but without a test value that breaks the rule."""
     assert {*FEW, *ALLOWED} == RULES.keys()
     assert {*FEW, *REFUSED} >= RULES.keys()
     assert DEFAULTS.keys() == OPTIONS.keys()
@@ -88,13 +88,13 @@ def test_every_rule_is_tested():
 
 @pytest.mark.parametrize(("name", "value"), [(name, x) for name, values in ALLOWED.items() for x in values])
 def test_allowed(name, value):
-    """Catches a rule that refuses what the option is for."""
+    """Catches a rule that refuses valid values."""
     assert getattr(tiny_config(**{name: value}), name) == value
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, x) for name, (values, _) in REFUSED.items() for x in values])
 def test_refused(name, value):
-    """Catches a value that makes no sense and is found hours later, NaN among them."""
+    """Catches an invalid value, such as NaN, that would only be found hours later."""
     with pytest.raises(ValueError) as refused:
         tiny_config(**{name: value})
     assert str(refused.value).startswith(f"{name}={value!r} {REFUSED[name][1]}")
@@ -118,7 +118,7 @@ KINDS = {
 
 @pytest.mark.parametrize(("name", "value"), [(name, x) for name, (values, _) in KINDS.items() for x in values])
 def test_kinds(name, value):
-    """Catches a value of another kind, which is rounded, cut or iterated over somewhere; also one that is set later."""
+    """Catches a value of a wrong type, which would be rounded, cut or iterated over; also if it is set later."""
     with pytest.raises(ValueError) as refused:
         tiny_config(**{name: value})
     assert str(refused.value) == f"{name}={value!r} {KINDS[name][1]}"
@@ -131,7 +131,7 @@ def test_kinds(name, value):
 
 @pytest.mark.parametrize(("name", "value"), [(name, x) for name, (values, _) in REFUSED.items() for x in values])
 def test_refused_later(name, value):
-    """Catches a value that no checkpoint of ours would load with, and that a script sets after it was loaded."""
+    """Catches an invalid value that a script sets later, and with which a checkpoint could not be loaded again."""
     config = tiny_config()
     with pytest.raises(ValueError, match=name):
         setattr(config, name, value)
@@ -139,7 +139,7 @@ def test_refused_later(name, value):
 
 
 def test_periods_and_times_go_together():
-    """Catches a range that runs backwards: each number alone is one that there may be."""
+    """Catches a range whose start is above its end, although each of the two numbers is valid."""
     with pytest.raises(ValueError, match=r"min_period=5.0 has to be below max_period=4.0"):
         tiny_config(min_period=5.0)
     with pytest.raises(ValueError, match="times from 0 to 1"):
@@ -147,7 +147,7 @@ def test_periods_and_times_go_together():
 
 
 def test_a_copy_keeps_the_rules():
-    """Catches a copied or pickled config that takes any value."""
+    """Catches a copied or pickled config that accepts any value."""
     for config in (copy.deepcopy(tiny_config()), pickle.loads(pickle.dumps(tiny_config()))):
         with pytest.raises(ValueError, match="n_action_steps"):
             config.n_action_steps = 2.5
@@ -155,7 +155,7 @@ def test_a_copy_keeps_the_rules():
 
 @pytest.mark.parametrize("name", FEW)
 def test_few_values(name):
-    """Catches a choice that is not offered, or one that is mistyped and taken for the default."""
+    """Catches a missing choice, or a mistyped one that is silently replaced by the default."""
     for value in choices(name):
         if (name, value) != ("rtc_guidance", "trained"):
             assert getattr(tiny_config(**{name: value}), name) == value
@@ -165,12 +165,12 @@ def test_few_values(name):
 
 
 def test_what_is_not_an_option_has_no_choices():
-    """Catches a table of options that invents values."""
+    """Catches a table of options that lists choices where there are none."""
     assert choices("flow_samples") == choices("no such option") == ()
 
 
 def test_dtype_has_to_be_said():
-    """Catches LeRobot's options, which are never unset, with the None of ours."""
+    """Catches None in options of LeRobot, which, unlike ours, are never unset."""
     with pytest.raises(ValueError, match="dtype=None is not one of bfloat16, float32"):
         tiny_config(dtype=None)
 
@@ -179,7 +179,7 @@ def test_dtype_has_to_be_said():
 
 
 def test_options_are_unset():
-    """Catches a default in a config, which a checkpoint's own value could then not be told from."""
+    """Catches a default in a config: it could not be distinguished from a checkpoint's own value."""
     config = PI0Config()
     assert {name: getattr(config, name) for name in OPTIONS} == dict.fromkeys(OPTIONS)
     ours = {f.name for f in fields(PI0Config)} - {f.name for f in fields(BuiltinPI0Config)}
@@ -188,7 +188,7 @@ def test_options_are_unset():
 
 
 def test_defaults():
-    """Catches another meaning of an option that nobody has set."""
+    """Catches a changed default of an option that nobody has set."""
     config = tiny_config()
     config.resolve({}, vlm_is_pretrained=False)
     assert {name: getattr(config, name) for name in OPTIONS} == DEFAULTS
@@ -204,7 +204,7 @@ OTHER = {"flow_samples": 3, "solver": "heun", "solver_tolerance": 0.5, "rtc_trai
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_who_says_it(name):
-    """Catches a run that overrules what was asked for, or that inherits what was the earlier run's own."""
+    """Catches a run that overrules the user's option, or inherits an option that was only for the earlier run."""
     of_the_run = ("ema_decay", "augment_images", "mask_padded_actions", "optimizer_8bit", "recipe", "vlm_quantization",
                   "context_cache")  # fmt: skip
     saved = {name: OTHER[name]}
@@ -217,7 +217,7 @@ def test_who_says_it(name):
 
 
 def test_saved_values_obey_the_rules():
-    """Catches a checkpoint's file that was edited by hand."""
+    """Catches an invalid value in a checkpoint's file that was edited by hand."""
     with pytest.raises(ValueError, match="flow_samples=0 has to be at least 1"):
         tiny_config().resolve({"flow_samples": 0}, vlm_is_pretrained=True)
 
@@ -227,7 +227,7 @@ def test_saved_values_obey_the_rules():
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_on_the_command_line(name):
-    """Catches a declaration that draccus cannot parse, or that does not come out of a file as it went in."""
+    """Catches an option that draccus cannot parse, or that changes when it is written to a file and read."""
     if name == "vlm_path":  # every string is one
         assert draccus.parse(PI0Config, args=["--vlm_path=somewhere"]).vlm_path == "somewhere"
         return
@@ -239,7 +239,7 @@ def test_on_the_command_line(name):
 
 
 def test_help_of_every_option():
-    """Catches an option that no command and no page explains: a line between comment and field is enough."""
+    """Catches an option without a help text: a line between comment and field is enough to lose it."""
     for name in OPTIONS:
         text = help_of(name)
         assert len(text) > 20, name
@@ -247,7 +247,7 @@ def test_help_of_every_option():
 
 
 def test_the_commands_show_it():
-    """Catches help texts that LeRobot's commands do not find."""
+    """Catches help texts that LeRobot's commands do not show."""
     command = [sys.executable, "-m", "lerobot.scripts.lerobot_train", "--policy.type=pi0", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=300)
     shown = " ".join(done.stdout.split())

@@ -1,4 +1,4 @@
-"""What `pip install` leaves behind: LeRobot's discovery reads the metadata's Name, letter by letter."""
+"""The installed package: LeRobot finds plugins by the exact name in their metadata."""
 
 import importlib.metadata
 import os
@@ -17,7 +17,7 @@ NAME = "lerobot_policy_pi0"
 
 
 def test_installed_name():
-    """Catches an installation, editable ones included, that LeRobot does not find: `lerobot-policy-pi0` is none."""
+    """Catches an installation (editable or not) that LeRobot does not find, for example as `lerobot-policy-pi0`."""
     names = [dist.metadata["Name"] for dist in importlib.metadata.distributions()]
     assert NAME in names
     assert importlib.metadata.version(NAME) == lerobot_pi0.__version__
@@ -25,7 +25,7 @@ def test_installed_name():
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """A wheel built from what git knows of the tree, elsewhere, so that nothing is left in it."""
+    """A wheel built from the files that git tracks, in another folder, so that the tree stays clean."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -41,7 +41,7 @@ def wheel(tmp_path_factory) -> Path:
 
 
 def test_wheel(wheel):
-    """Catches a build back end that normalises the name, and modules that the wheel does not have."""
+    """Catches a build back end that normalises the name, and modules that are missing in the wheel."""
     with zipfile.ZipFile(wheel) as archive:
         files = set(archive.namelist())
         (metadata,) = [name for name in files if name.endswith(".dist-info/METADATA")]
@@ -59,7 +59,7 @@ def test_wheel(wheel):
 
 
 def test_wheel_is_discovered(wheel, tmp_path):
-    """Catches a wheel that installs and is not found by name, without the help of this working tree."""
+    """Catches a wheel that can be installed but is not found by name, when this working tree is not there to help."""
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target"]
     subprocess.run([*install, tmp_path, wheel], check=True)
     program = (

@@ -1,4 +1,4 @@
-"""LeRobot's contract: what its commands call on a policy, and what they may rely on."""
+"""LeRobot's contract for policies: the methods that its commands call, and what they may rely on."""
 
 import json
 from dataclasses import fields
@@ -87,7 +87,7 @@ def test_forward_per_sample(small):
 
 
 def test_forward_draws_follow_the_seed(small):
-    """Catches draws from somewhere that `set_seed` does not reach, and draws that are always the same."""
+    """Catches draws from a generator that `set_seed` does not seed, and draws that are always the same."""
     policy, batch = small_policy(), make_batch()
 
     def loss(seed: int) -> float:
@@ -98,7 +98,7 @@ def test_forward_draws_follow_the_seed(small):
 
 
 def test_training_lowers_the_loss(small):
-    """Catches gradients of the wrong sign, or an optimizer that is given nothing: 25 steps on one batch."""
+    """Catches gradients of the wrong sign, or an optimizer without parameters, in 25 steps on one batch."""
     torch.manual_seed(0)
     policy, batch, (noise, time) = small_policy().train(), make_batch(cameras=CAMERAS[:1]), draws(0, 2)
     optimizer = torch.optim.Adam(policy.get_optim_params(), 3e-3)
@@ -135,7 +135,7 @@ def test_optim_params(small, mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("size", ["small", "tiny"])
 def test_every_trained_parameter_gets_a_gradient(small, mode, size):
-    """Catches a parameter that is called trained and that the loss does not depend on."""
+    """Catches a parameter that is listed as trained but on which the loss does not depend."""
     policy = small_policy(**MODES[mode]) if size == "small" else tiny_policy(**MODES[mode])
     shake(policy)
     policy.train()
@@ -148,7 +148,7 @@ def test_every_trained_parameter_gets_a_gradient(small, mode, size):
 
 
 def test_frozen_parameters_stay(small):
-    """Catches a frozen VLM that moves: an optimizer step with weight decay leaves it bitwise as it was."""
+    """Catches a frozen VLM that changes: it has to be bitwise equal after an optimizer step with weight decay."""
     policy = small_policy(train_expert_only=True).train()
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     policy.forward(make_batch())[0].backward()
@@ -162,7 +162,7 @@ def test_frozen_parameters_stay(small):
     [("all", "111"), ("expert only", "001"), ("frozen vision", "011")],
 )
 def test_the_log_says_what_is_trained(caplog, mode, parts):
-    """Catches a line with counts of another mode than the one that runs, said never or at every step."""
+    """Catches a log line whose counts are those of another mode, and one that is logged never or at every step."""
     policy = tiny_policy(**MODES[mode])
     with caplog.at_level("INFO", "lerobot_pi0"):
         trained = sum(p.numel() for p in policy.get_optim_params())  # before the weights may be spread
@@ -184,7 +184,7 @@ def test_the_log_says_what_is_trained(caplog, mode, parts):
 
 
 def test_a_random_vlm_is_trained(caplog):
-    """Catches a policy from scratch whose random VLM is frozen for ever."""
+    """Catches a policy from scratch whose random VLM is never trained."""
     with caplog.at_level("INFO"):
         policy = PI0Policy(tiny_config())
     assert policy.config.train_expert_only is False
@@ -193,7 +193,7 @@ def test_a_random_vlm_is_trained(caplog):
 
 
 def test_a_pretrained_vlm_is_frozen(tmp_path, caplog):
-    """Catches a fine-tuning of 3 B parameters that nobody asked for."""
+    """Catches a fine-tuning of all 3 B parameters that nobody asked for."""
     tiny_policy().save_pretrained(tmp_path)
     with caplog.at_level("INFO"):
         policy = PI0Policy.from_pretrained(tmp_path, config=tiny_config())
@@ -203,7 +203,7 @@ def test_a_pretrained_vlm_is_frozen(tmp_path, caplog):
 
 
 def test_a_random_vlm_that_is_frozen(caplog):
-    """Catches a run over random features: the checkpoint was forgotten."""
+    """Catches a run that trains the expert over a frozen random VLM, because the checkpoint was forgotten."""
     tiny_policy(train_expert_only=True)
     assert "the VLM that is frozen is random: give it weights with --policy.pretrained_path" in caplog.text
 
@@ -219,7 +219,7 @@ def test_an_explicit_choice_stays(tmp_path, frozen):
 
 
 def test_the_saved_config_holds_the_answer(tmp_path):
-    """Catches a checkpoint with null in it, which the built-in would read as False and resume would decide anew."""
+    """Catches a saved null, which the built-in would read as False, and for which a resumed run would decide again."""
     tiny_policy().save_pretrained(tmp_path / "scratch")
     PI0Policy.from_pretrained(tmp_path / "scratch", config=tiny_config()).save_pretrained(tmp_path / "tuned")
     saved = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("scratch", "tuned")]
@@ -239,7 +239,7 @@ def test_chunk_shape(small, batch_size):
 
 
 def test_inference_needs_no_actions(small):
-    """Catches a chunk that needs the answer: on a robot there is no 'action' in the batch."""
+    """Catches a chunk that needs the recorded actions: on a robot there is no 'action' in the batch."""
     policy, batch = small_policy(), make_batch()
     del batch[ACTION]
     assert policy.select_action(batch).shape == (2, DIMS)
@@ -249,7 +249,7 @@ def test_inference_needs_no_actions(small):
 
 @pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad, torch.enable_grad])
 def test_contexts_of_the_callers(small, context):
-    """Catches code that fails under inference_mode, or that spoils the policy for training afterwards."""
+    """Catches code that fails under inference_mode, or after which the policy cannot be trained."""
     policy, batch = small_policy(), make_batch()
     with context():
         assert policy.select_action(batch).shape == (2, DIMS)
@@ -259,7 +259,7 @@ def test_contexts_of_the_callers(small, context):
 
 
 def counted_chunks(policy: PI0Policy, monkeypatch) -> list[torch.Tensor]:
-    """The chunks that `select_action` asks for from now on."""
+    """A list that collects the chunks that `select_action` computes from now on."""
     chunks: list[torch.Tensor] = []
     predict = policy.predict_action_chunk
 
@@ -294,7 +294,7 @@ def test_reset(small, monkeypatch):
 
 
 def test_another_number_of_environments(small):
-    """Catches actions of one environment sent to another: the message says to call reset()."""
+    """Catches actions of one environment that are sent to another; the error says to call reset()."""
     policy = small_policy(num_inference_steps=2)
     policy.select_action(make_batch(batch_size=2))
     with pytest.raises(RuntimeError, match=r"3 observations .* made for 2: call reset\(\)"):
@@ -304,7 +304,7 @@ def test_another_number_of_environments(small):
 
 
 def test_a_popped_tick_touches_no_module(small, monkeypatch):
-    """Catches the built-in's walk over all modules (`eval()`) on every tick: counted, not timed."""
+    """Catches a walk over all modules at every tick, as in the built-in (`eval()`). It is counted, not timed."""
     policy, batch = small_policy(num_inference_steps=2), make_batch()
     policy.select_action(batch)
     touched: list[str] = []
@@ -325,7 +325,7 @@ def test_a_popped_tick_touches_no_module(small, monkeypatch):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nothing_non_finite_leaves(small, value):
-    """Catches NaN sent to motors: it raises, in both methods, and leaves nothing in the queue."""
+    """Catches NaN that is sent to motors: both methods have to raise an error, and leave nothing in the queue."""
     policy, batch = small_policy(), make_batch()
     with torch.no_grad():
         policy.model.action_out_proj.bias[2] = value
@@ -335,7 +335,7 @@ def test_nothing_non_finite_leaves(small, value):
 
 
 def test_padded_dims_may_be_anything(small):
-    """Catches a refusal because of dims that the robot does not have and nobody reads."""
+    """Catches an error about values in padded dims, which nobody reads."""
     policy = small_policy()
     with torch.no_grad():
         policy.model.action_out_proj.weight[DIMS:] = 0
@@ -343,8 +343,8 @@ def test_padded_dims_may_be_anything(small):
 
 
 def test_callers_pass_what_lerobot_passes(small):
-    """Catches a refusal of keyword arguments that LeRobot's loops pass, one that is misspelt and taken in silence, and
-    a policy that LeRobot's real-time loop does not take for one that can do it."""
+    """Catches an error about keyword arguments that LeRobot's loops pass, a misspelt one that is silently accepted,
+    and a policy that LeRobot's real-time loop refuses as unable."""
     policy, batch = small_policy(num_inference_steps=2), make_batch()
     chunk = policy.predict_action_chunk(batch, inference_delay=3, prev_chunk_left_over=None)
     assert chunk.shape == (2, 50, DIMS)
@@ -354,7 +354,7 @@ def test_callers_pass_what_lerobot_passes(small):
 
 
 def test_train_and_eval_return_the_policy(small):
-    """Catches `train()` that returns None, as the built-in's core does: chained calls break."""
+    """Catches a `train()` that returns None, as in the built-in's network: chained calls would fail."""
     policy = small_policy()
     assert not policy.training
     assert policy.train() is policy
@@ -368,7 +368,7 @@ def test_train_and_eval_return_the_policy(small):
 
 
 def test_options_that_do_not_go_together(tmp_path):
-    """Catches an error that names no checkpoint where a run's option and one that was saved contradict each other."""
+    """Catches an error that does not name the checkpoint whose saved option contradicts an option of the run."""
     PI0Policy(tiny_config(CAMERAS[:1], rtc_training_max_delay=7)).save_pretrained(tmp_path)
     config = PI0Config.from_pretrained(tmp_path)
     config.chunk_size = config.n_action_steps = 4
@@ -384,7 +384,7 @@ def test_options_that_do_not_go_together(tmp_path):
     ({"index": (1,)}, "1 numbers for 2 samples"),
 ])  # fmt: skip
 def test_draws_of_other_shapes(small, shapes, problem):
-    """Catches noise, times or indices that are broadcast in silence: several samples would share one draw."""
+    """Catches noise, times or indices that are silently broadcast: several samples would share one draw."""
     given = {name: torch.ones(shape) for name, shape in shapes.items()}
     batch = make_batch(0, 2) | {name: given.pop(name) for name in ("index",) if name in given}
     with pytest.raises(ValueError, match=problem):
@@ -402,7 +402,7 @@ def test_noise_of_another_shape(small):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_save_and_load(tmp_path, dtype):
-    """Catches a weight that is not saved, not loaded, or rounded on the way: chunks are bitwise equal."""
+    """Catches a weight that is not saved, not loaded, or rounded: chunks have to be bitwise equal."""
     policy, batch, (noise, _) = tiny_policy(dtype=dtype), tiny_batch(), draws(0, 2)
     again = reload(policy, tmp_path)
     assert type(again) is PI0Policy
@@ -413,7 +413,7 @@ def test_save_and_load(tmp_path, dtype):
 
 
 def test_options_survive(tmp_path):
-    """Catches an option of this plugin that a checkpoint forgets, or one that overrides the command line."""
+    """Catches an option of this plugin that a checkpoint does not keep, or that overrides the command line."""
     policy = tiny_policy(flow_samples=3, tokenizer_max_length=20, n_action_steps=7)
     again = reload(policy, tmp_path).config
     assert (again.flow_samples, again.tokenizer_max_length, again.n_action_steps) == (3, 20, 7)
@@ -423,7 +423,7 @@ def test_options_survive(tmp_path):
 
 @pytest.mark.parametrize("options", MODES.values(), ids=MODES)
 def test_config_json_is_the_built_ins(tmp_path, options):
-    """Catches a key in config.json that LeRobot's own class does not know: it would refuse the whole file."""
+    """Catches a key in config.json that LeRobot's own class does not know, for which it would refuse the whole file."""
     tiny_policy(**options).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     known = {field.name for field in fields(BuiltinPI0Config)}
@@ -434,7 +434,7 @@ def test_config_json_is_the_built_ins(tmp_path, options):
 
 
 def test_a_config_of_another_class():
-    """Catches the built-in's config in our policy, which would lack options in the middle of a run."""
+    """Catches the built-in's config in our policy: options would be missing in the middle of a run."""
     with pytest.raises(TypeError, match=r"expected lerobot_pi0\.PI0Config"):
         PI0Policy(BuiltinPI0Config(device="cpu"))
 
@@ -454,7 +454,7 @@ def in_both_dtypes(**options) -> tuple[PI0Policy, PI0Policy]:
 
 
 def test_bfloat16_is_for_what_is_frozen():
-    """Catches trained weights in bfloat16, where small updates vanish, or frozen ones in float32."""
+    """Catches trained weights in bfloat16, in which small updates are lost, or frozen weights in float32."""
     options = {"dtype": "bfloat16", "train_expert_only": True}
     for policy in (
         PI0Policy(tiny_config(**options), dataset_meta=META),
@@ -466,7 +466,7 @@ def test_bfloat16_is_for_what_is_frozen():
 
 
 def test_inference_is_all_bfloat16(tmp_path):
-    """Catches float32 weights on a robot, twice the memory and half the speed."""
+    """Catches float32 weights on a robot, which take twice the memory and run at half the speed."""
     policy = PI0Policy(tiny_config(CAMERAS[:1], dtype="bfloat16"), dataset_meta=META)
     again = reload(policy, tmp_path)
     assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
@@ -474,7 +474,7 @@ def test_inference_is_all_bfloat16(tmp_path):
 
 
 def test_loading_for_training_is_float32(tmp_path):
-    """Catches fine-tuning of bfloat16 weights when the checkpoint is loaded with the dataset at hand."""
+    """Catches fine-tuning of weights in bfloat16 when the checkpoint is loaded with a dataset."""
     tiny_policy(dtype="bfloat16", train_expert_only=True).save_pretrained(tmp_path)
     policy = PI0Policy.from_pretrained(tmp_path, dataset_meta=META)
     assert dtypes(policy, trained=True) == {torch.float32}
@@ -499,7 +499,7 @@ def test_bfloat16_training(mode, autocast):
 
 
 def test_bfloat16_chunks():
-    """Catches a chunk that bfloat16 spoils (a sum or a time in it), in storage and in mixed precision."""
+    """Catches a chunk that is inaccurate because a sum or a time is in bfloat16, in storage and in mixed precision."""
     batch, (noise, _) = tiny_batch(), draws(0, 2)
     half, full = in_both_dtypes()
     exact = full.predict_action_chunk(batch, noise=noise[:, 0])
@@ -511,7 +511,7 @@ def test_bfloat16_chunks():
 
 
 def test_missing_statistics(tmp_path):
-    """Catches training on raw units: once a pretrained path is set the processor factory is not called."""
+    """Catches training on raw units: LeRobot does not call the processor factory if a pretrained path is set."""
     broken = {key: value for key, value in META.stats.items() if key != ACTION}
     tiny_policy().save_pretrained(tmp_path)
     for given in ({"dataset_stats": broken}, {"dataset_meta": SimpleNamespace(stats=broken)}):

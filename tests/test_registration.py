@@ -1,6 +1,6 @@
-"""Being found by LeRobot and being its "pi0", in processes of their own: imports cannot be taken back.
+"""Registration with LeRobot as its "pi0", tested in separate processes, because imports cannot be undone.
 
-The processes run beside each other, and each answers all that one order of imports can answer.
+The processes run in parallel. Each answers all questions about one order of imports.
 """
 
 import json
@@ -64,7 +64,7 @@ answers["tokenizer step"] = type(preprocessor.steps[3]).__module__
 
 @pytest.fixture(scope="module")
 def answers() -> dict[str, tuple[dict, str]]:
-    """Per order of imports, what "pi0" is there. Two processes at a time."""
+    """For each order of imports, the meaning of "pi0". Two processes at a time."""
     programs = {name: code + LOOK_UP + ("" if name == "off" else BUILD) for name, code in ORDERS.items()}
     names, results = list(programs), {}
     for pair in zip(names[::2], names[1::2], strict=True):
@@ -75,7 +75,7 @@ def answers() -> dict[str, tuple[dict, str]]:
 
 @pytest.mark.parametrize("order", [name for name in ORDERS if name != "off"])
 def test_pi0_is_ours(answers, order):
-    """Catches an order of imports in which LeRobot's own π₀ wins in silence."""
+    """Catches an order of imports in which LeRobot's own π₀ is silently used."""
     found, log = answers[order]
     assert found["class"] == found["made config"] == "lerobot_pi0.configuration_pi0"
     assert found["policy"] == found["made policy"] == "lerobot_pi0.modeling_pi0"
@@ -87,7 +87,7 @@ def test_pi0_is_ours(answers, order):
 
 @pytest.mark.parametrize("order", [name for name in ORDERS if name != "off"])
 def test_one_line_says_so(answers, order):
-    """Catches a takeover that nobody is told of, or that is told of twice."""
+    """Catches a takeover that is not logged, or logged twice."""
     _, log = answers[order]
     (line,) = [line for line in log.splitlines() if TOOK_OVER in line]
     assert "LEROBOT_PI0_TAKEOVER=0" in line
@@ -103,7 +103,7 @@ def test_the_switch_leaves_the_built_in(answers):
 
 
 def test_the_import_is_cheap(answers):
-    """Catches model code, or a library, loaded at the start of every LeRobot command, whatever its policy."""
+    """Catches model code or a library that every LeRobot command would load at its start, whatever its policy."""
     found, _ = answers["lerobot.policies first"]
     ours = {name for name in found["new modules"] if name.startswith("lerobot_")}
     rooms = {"configuration_pi0", "network", "network.sizes", "takeover", "training"}
@@ -159,13 +159,13 @@ answers["again"] = sorted(registered() ^ once)
 
 @pytest.fixture(scope="module")
 def registries() -> dict:
-    """What each of our modules, and then `take_over`, adds to the registries of a process."""
+    """What each of our modules, and after them `take_over`, adds to the registries of a process."""
     found, log = finish(start(EVERY_MODULE, LEROBOT_PI0_TAKEOVER="0"))
     return found | {"log": log}
 
 
 def test_an_import_registers_nothing(registries):
-    """Catches a module that changes the process of whoever imports it: a decorator, a registration at its end."""
+    """Catches a module whose import changes the process, such as by a decorator or a registration at its end."""
     assert set(registries["failed"].values()) <= {"bitsandbytes", "jax", "orbax", "grpc", "matplotlib"}
     assert {"lerobot_pi0.modeling_pi0", "lerobot_pi0.inputs.steps", "lerobot_pi0.control.bounds"} <= {
         *registries["modules"]
@@ -210,7 +210,7 @@ def test_lerobots_way_to_import_a_plugin():
 
 
 def test_without_lerobot(tmp_path):
-    """Catches a traceback about a module that the user has never heard of, where LeRobot is not installed."""
+    """Catches a traceback about an unknown module if LeRobot is not installed."""
     hide = "import sys\nsys.modules['lerobot'] = None\nimport lerobot_policy_pi0"
     done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True, cwd=tmp_path, timeout=100)
     assert done.returncode == 1
@@ -218,7 +218,7 @@ def test_without_lerobot(tmp_path):
 
 
 def test_discover_packages_path():
-    """Catches a plugin that LeRobot's own option cannot load: it looks for modules inside of a package."""
+    """Catches a plugin that LeRobot's own option cannot load: this option looks for modules inside of a package."""
     code = """
 from lerobot.configs.parser import load_plugin
 load_plugin("lerobot_policy_pi0")
@@ -230,7 +230,7 @@ answers["class"] = PreTrainedConfig.get_choice_class("pi0").__module__
 
 
 def is_light(name: str) -> bool:
-    """LeRobot's own processors, and Python's library."""
+    """Whether a module is one of LeRobot's own processors or of Python's standard library."""
     return name.split(".")[0] in sys.stdlib_module_names or name.startswith("lerobot.policies.pi0")
 
 
@@ -337,7 +337,7 @@ def run(tmp_path_factory) -> tuple[dict, dict[str, str], Path]:
 
 
 def test_the_commands_run_ours(run):
-    """Catches a command that resolves "pi0" to the built-in: its model code is never even used."""
+    """Catches a command that takes the built-in for "pi0", by checking that its model code is never loaded."""
     found, log, _ = run
     assert log.count(TOOK_OVER) == 1
     assert len(found["modules"]) == 5
@@ -369,7 +369,7 @@ def test_who_is_frozen(run):
 
 
 def test_resume_goes_on(run):
-    """Catches a resume that starts again at step 0, or that loses the optimizer's state."""
+    """Catches a resumed run that starts again at step 0, or loses the optimizer's state."""
     *_, out = run
     steps = sorted(
         int(folder.name) for folder in (out / "scratch" / "checkpoints").iterdir() if not folder.is_symlink()
@@ -380,13 +380,13 @@ def test_resume_goes_on(run):
 
 
 def test_eval_reports_no_success(run):
-    """Catches an evaluation that did not happen: the environment has no goal, so nothing succeeds."""
+    """Catches an evaluation that did not run. (The environment has no goal, so the success rate is 0.)"""
     found, *_ = run
     assert found["success"] == 0.0
 
 
 def test_an_option_that_is_refused_is_explained():
-    """Catches LeRobot's parser, which keeps to itself what a config has to say about its options."""
+    """Catches an error in a config's options whose message LeRobot's parser hides."""
     options = ["--policy.type=pi0", "--policy.recipe=open_pi", "--dataset.repo_id=you/cubes"]
     done = subprocess.run(
         [sys.executable, "-m", "lerobot.scripts.lerobot_train", *options],

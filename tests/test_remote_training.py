@@ -27,7 +27,7 @@ for name, path in (argument.split("=") for argument in sys.argv[1:]):
 
 @pytest.fixture(scope="module")
 def sent(tmp_path_factory):
-    """Files that LeRobot would send, by what was set."""
+    """The files that LeRobot would send, for different options that were set."""
     folder, files = tmp_path_factory.mktemp("sent"), {}
     for name, options in {"plain": {}, "expert": {"train_expert_only": True}, "ours": {"flow_samples": 2}}.items():
         policy = PI0Config(device="cpu", n_action_steps=7, push_to_hub=False, **options)
@@ -42,7 +42,7 @@ def read(files, **environment):
 
 
 def test_unset_options_are_left_out(sent):
-    """Catches a key of ours with null: LeRobot without the plugin refuses what it does not know, whatever it says."""
+    """Catches a key of ours with null: LeRobot without the plugin refuses any unknown key, whatever its value."""
     keys = {name: json.loads(path.read_text())["policy"].keys() for name, path in sent.items()}
     assert not keys["plain"] & {*OPTIONS, "train_expert_only"}
     assert keys["expert"] - keys["plain"] == {"train_expert_only"}
@@ -51,7 +51,7 @@ def test_unset_options_are_left_out(sent):
 
 
 def test_lerobot_without_the_plugin_reads_it(sent):
-    """Catches a job that dies at its first line in LeRobot's image; an option of ours is an error there, by name."""
+    """Catches a job that fails at once in LeRobot's image; if an option of ours is set, the error has to name it."""
     found = read(sent, LEROBOT_PI0_TAKEOVER="0")
     assert found["plain"] == ["lerobot.policies.pi0.configuration_pi0", 7, False]
     assert found["expert"] == ["lerobot.policies.pi0.configuration_pi0", 7, True]
@@ -59,7 +59,7 @@ def test_lerobot_without_the_plugin_reads_it(sent):
 
 
 def test_lerobot_with_the_plugin_reads_it(sent):
-    """Catches an option that is lost on the way to an image that has the plugin, or an unset one that is set."""
+    """Catches an option that is lost on the way to an image with the plugin, or an unset one that becomes set."""
     found = read(sent)
     assert found["plain"] == found["ours"] == ["lerobot_pi0.configuration_pi0", 7, None]
     assert found["expert"] == ["lerobot_pi0.configuration_pi0", 7, True]

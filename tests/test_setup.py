@@ -1,4 +1,4 @@
-"""`scripts/setup.sh` on other systems than this one: a PATH of our own, and a Python that only notes its calls."""
+"""`scripts/setup.sh` on other systems, simulated by a PATH of our own and a Python that only logs its calls."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ EGL = "\tlibEGL.so.1 (libc6,x86-64) => /lib/libEGL.so.1\n\tlibEGL_{}.so.0 (libc6
 def setup(tmp_path):
     """Run the script with these programs in PATH, {name: body in sh}, and no others but TOOLS.
 
-    Returns its status, what it printed, and the calls that were noted.
+    Returns its status, what it printed, and the logged calls.
     """
     root, programs, calls = tmp_path / "project", tmp_path / "bin", tmp_path / "calls"
     (root / "scripts").mkdir(parents=True)
@@ -45,12 +45,12 @@ def setup(tmp_path):
 
 
 def installed(calls: list[str]) -> bool:
-    """Whether the project's installation was the last thing asked for."""
+    """Whether the last call was the installation of the project."""
     return bool(calls) and calls[-1].startswith("python -m pip install") and "examples/virtual_so100" in calls[-1]
 
 
 def test_macos(setup):
-    """Looking for Debian's packages on a system that renders without them."""
+    """Catches a search for Debian's packages on macOS, which renders without them."""
     status, said, calls = setup(uname="echo Darwin")
     assert status == 0 and installed(calls) and len(calls) == 1
     assert "EGL" not in said and "apt-get" not in said
@@ -58,14 +58,14 @@ def test_macos(setup):
 
 @pytest.mark.parametrize("vendor", ["mesa", "nvidia"])
 def test_nothing_is_missing(setup, vendor):
-    """Packages that are installed although the system has EGL, Mesa's or another."""
+    """Catches packages that are installed although the system has EGL, from Mesa or another vendor."""
     status, said, calls = setup(ldconfig=f"printf '{EGL.format(vendor, vendor)}'", apt_get='note apt-get "$@"')
     assert status == 0 and installed(calls) and len(calls) == 1
     assert "EGL" not in said
 
 
 def test_debian(setup):
-    """Debian's packages that are not asked for where they are missing, or an index that is not brought up to date."""
+    """Catches missing Debian packages that are not installed, or a package index that is not updated before."""
     status, said, calls = setup(ldconfig="true", apt_get='note apt-get "$@"')
     assert status == 0 and installed(calls)
     assert calls[0] == "apt-get update -qq" and "libegl-mesa0" in calls[1] and len(calls) == 3
@@ -74,7 +74,7 @@ def test_debian(setup):
 
 @pytest.mark.parametrize("apt_get", [None, "exit 100"])
 def test_no_egl_and_no_way_to_get_it(setup, apt_get):
-    """A system without apt-get, or without the right to use it, on which nothing at all would be installed."""
+    """Catches a script that installs nothing at all if there is no apt-get, or no right to use it."""
     fakes = {"ldconfig": "true"} | ({} if apt_get is None else {"apt_get": apt_get})
     status, said, calls = setup(**fakes)
     assert status == 0 and installed(calls)
@@ -82,7 +82,7 @@ def test_no_egl_and_no_way_to_get_it(setup, apt_get):
 
 
 def test_python_is_missing(setup):
-    """An error of the shell's where the way to get Python 3.12 should stand."""
+    """Catches an error of the shell in place of a message that says how to get Python 3.12."""
     status, said, calls = setup(venv=False, uname="echo Darwin", python3="exit 1")
     if any(os.access(f"{folder}/python3.12", os.X_OK) for folder in ("/opt/homebrew/bin", "/usr/local/bin")):
         pytest.skip("this system has a Python 3.12 in a folder that the script knows")
@@ -91,7 +91,7 @@ def test_python_is_missing(setup):
 
 
 def test_without_ldconfig(setup, tmp_path):
-    """An error where ldconfig is missing, and libraries that are not looked for in their folders then."""
+    """Catches an error if ldconfig is missing, and libraries that are then not searched for in their folders."""
     script = tmp_path / "project/scripts/setup.sh"
     text = script.read_text()
     lookup = "for ldconfig in ldconfig /sbin/ldconfig /usr/sbin/ldconfig"

@@ -1,8 +1,8 @@
-"""The rules of the house, read from the source: lengths, and which room imports which.
+"""Rules of the package's structure, checked in the source: lengths, and which room (folder) imports which.
 
     root → training, control, checkpoints → inputs, kernels → network
 
-Each rule is a function from a package's folder to its breaches, so that it can be tried on a package with one planted.
+Each rule is a function that finds violations in a package's folder. So it can be tested with a planted violation.
 """
 
 import ast
@@ -25,13 +25,13 @@ BELOW = {
     "training": {"network", "kernels", "inputs"},
     "control": {"network", "kernels", "inputs", "checkpoints"},
 }
-"""Room → rooms that it may import beside itself. tools/ and the root may import every room."""
+"""Room → rooms that it may import, besides itself. tools/ and the root may import every room."""
 
 OPTIONS = "configuration_pi0"
-"""The only module of the root that rooms may import; network/ and kernels/ may not even import that."""
+"""The only module of the root that rooms may import; network/ and kernels/ may not import even this one."""
 
 APART = {"training", "control", "checkpoints"}
-"""Rooms that meet in modeling_pi0.py and tools/ alone."""
+"""Rooms that only modeling_pi0.py and tools/ may import together."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -57,13 +57,13 @@ def room_of(file: Path, package: Path) -> str:
 
 
 def absolute(name: str, level: int, file: Path, package: Path) -> str:
-    """What `level` dots and a name mean in this file; what leaves the package begins with a dot."""
+    """The absolute name for `level` dots and a name in this file; outside of the package it begins with a dot."""
     here = (package.name, *file.relative_to(package).parent.parts)
     return ".".join([*here[: len(here) + 1 - level], name]) if level <= len(here) else f".{name}"
 
 
 def imports(file: Path, tree: ast.Module, package: Path) -> Iterator[Import]:
-    """Everything that a file imports, wherever it stands: statements, `__import__` and `import_module`."""
+    """Everything that a file imports, at any place in it: statements, `__import__` and `import_module`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (Import(node.lineno, alias.name, False) for alias in node.names)
@@ -83,9 +83,9 @@ def imports(file: Path, tree: ast.Module, package: Path) -> Iterator[Import]:
 
 
 def own_imports(file: Path, tree: ast.Module, package: Path) -> Iterator[tuple[int, str]]:
-    """Lines, and what of this package is imported there: a room, a module of the root, or "" for the root itself.
+    """Lines, and what they import from this package: a room, a module of the root, or "" for the root itself.
 
-    The version is a fact that every file may state.
+    Every file may import the version.
     """
     for line, name, _ in imports(file, tree, package):
         first, *rest = (name or ".").split(".")
@@ -118,7 +118,8 @@ def large_classes(package: Path) -> Iterator[str]:
 
 
 def imports_of_the_network(package: Path) -> Iterator[str]:
-    """Not torch, einops, the standard library or, by a relative name, network/: a copy of it has to run alone."""
+    """Imports in network/ of anything but torch, einops, the standard library, and (relatively) network/ itself: a copy
+    of it has to run alone."""
     allowed = {"torch", "einops", *sys.stdlib_module_names}
     for file, tree in sources(package, "network"):
         for line, name, is_relative in imports(file, tree, package):
@@ -128,7 +129,7 @@ def imports_of_the_network(package: Path) -> Iterator[str]:
 
 
 def imports_against_the_grain(package: Path) -> Iterator[str]:
-    """A room above, another beside, or a module of the root that is not the options."""
+    """Imports of a room above, of a room on the same level, or of a module of the root other than the options."""
     for file, tree in sources(package):
         room = room_of(file, package)
         if room in ("network", "tools"):  # network/ has a rule of its own
@@ -149,7 +150,7 @@ def rooms_that_meet(package: Path) -> Iterator[str]:
 
 
 def policies_of_any_type(package: Path) -> Iterator[str]:
-    """A policy that is handed down without a type, or as `Any`: a way round the directions."""
+    """Arguments named policy without a type, or with `Any`, with which a lower room could use a higher one."""
     for room in ("network", "kernels", "checkpoints"):
         for file, tree in sources(package, room):
             for node in (n for n in ast.walk(tree) if isinstance(n, Function)):
@@ -168,12 +169,12 @@ RULES = [
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_the_house_keeps_the_rule(rule):
-    """Catches what nobody would see in a review of a few lines: a room that grows, or knows what it should not."""
+    """Catches changes that a review of a few lines would miss: a room that grows too large, or a wrong import."""
     assert list(rule(PACKAGE)) == []
 
 
 def test_the_house_has_the_rooms():
-    """Catches rules that look into folders which have been renamed, and find nothing there for ever."""
+    """Catches rules for folders that were renamed, which would never find anything."""
     rooms = {file.parent.name for file in PACKAGE.glob("*/__init__.py")}
     assert rooms == BELOW.keys() | {"tools"}
     assert all(any(True for _ in sources(PACKAGE, room)) for room in rooms)
@@ -284,7 +285,7 @@ def write(package: Path, files: dict[str, str]) -> Path:
 
 @pytest.mark.parametrize(("rule", "name", "text"), PLANTED)
 def test_a_planted_breach_is_found(rule: Callable[[Path], Iterator[str]], name, text, tmp_path):
-    """Catches a rule that passes whatever the house looks like: one breach is found, and where it is."""
+    """Catches a rule that always passes: a planted violation has to be found, with its place."""
     package = write(tmp_path / PACKAGE.name, CLEAN)
     assert list(rule(package)) == []
     (breach,) = rule(write(package, {name: text}))
@@ -292,7 +293,7 @@ def test_a_planted_breach_is_found(rule: Callable[[Path], Iterator[str]], name, 
 
 
 def test_a_clean_house_breaks_no_rule(tmp_path):
-    """Catches a rule that refuses what is allowed: the longest file, function and class, and every direction."""
+    """Catches a rule that refuses what is allowed: the longest file, function and class, and every allowed import."""
     package = write(tmp_path / PACKAGE.name, CLEAN)
     assert [breach for rule in RULES for breach in rule(package)] == []
     assert len((package / "configuration_pi0.py").read_text().splitlines()) == FILE

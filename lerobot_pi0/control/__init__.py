@@ -1,1 +1,1 @@
-"""What control adds: sampling, real-time chunking and bounds on actions."""
+"""Control of a robot: sampling of action chunks, the queue, real-time chunking (RTC) and bounds on actions."""

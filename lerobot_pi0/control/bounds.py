@@ -1,9 +1,9 @@
-"""Bounds on actions, for hardware: how far from the measured joints, and how far outside the data.
+"""Bounds on actions, for real robots: how far they may be from the measured joints, and how far outside the data.
 
-The policy applies them and not a processor. A checkpoint's processors are rebuilt from their files, where no option of
-a command arrives, but `--policy.max_action_step=5` has to work on every checkpoint; and a checkpoint with bounds has to
-load in a LeRobot without this plugin. The policy sees normalised numbers. LeRobot's own processor steps turn them into
-the robot's units, with the statistics of the checkpoint's processors.
+The policy applies the bounds, not a processor, for two reasons. A checkpoint's processors are rebuilt from their files
+and see no option of a command, but `--policy.max_action_step=5` has to work on every checkpoint. And a checkpoint with
+bounds has to load in a LeRobot without this plugin. The policy's numbers are normalised; LeRobot's own processor steps
+convert them into the robot's units, with the statistics of the checkpoint's processors.
 
 Axes: B batch, T steps of a chunk, A action dims.
 """
@@ -30,11 +30,11 @@ from ..inputs.normalisation import Normalisation, name_of_bad, problem_of
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_WARNINGS = 1.0
-"""Bounds may act at every tick of a control loop; warnings are logged at most once a second."""
+"""Bounds may change actions at every tick of a control loop, but a warning is logged at most once a second."""
 
 
 class BoundsError(ValueError):
-    """Bounds that the features or the statistics do not allow."""
+    """Bounds that are impossible with these features or statistics."""
 
 
 def make_bounds(
@@ -43,8 +43,8 @@ def make_bounds(
     """The bounds that the options ask for; None if they ask for none.
 
     Args:
-        statistics: reads the statistics, or all that the checkpoint's processors do with them; not called if no bound
-            is asked for.
+        statistics: reads the statistics, or the whole normalisation of the checkpoint's processors; called only if a
+            bound is asked for.
 
     Raises:
         BoundsError: statistics are missing, or the bounds make no sense with these features.
@@ -79,7 +79,7 @@ class ActionBounds:
             )
         if config.max_action_step is not None:
             self._check_round_trip(dims, config.max_action_step)
-        self._acted: dict[str, list[Tensor]] = {}
+        self._changes: dict[str, list[Tensor]] = {}
         self._last_warning = -SECONDS_BETWEEN_WARNINGS
 
     def _check(self, features: dict[str, Any], modes: dict[Any, NormalizationMode], stats: Statistics) -> None:
@@ -104,9 +104,9 @@ class ActionBounds:
             )
 
     def _check_round_trip(self, dims: int, most: float) -> None:
-        """Refuse joints with a standard deviation near zero: the postprocessor would change their bounded action."""
-        probe = self._units(self._to_units, torch.zeros(1, dims)) + most
-        lost = (self._units(self._to_units, self._units(self._normalise, probe)) - probe).abs()[0] > 1e-3 * most
+        """Refuse joints with a standard deviation near zero: the processors would change their bounded actions."""
+        probe = self._convert(self._to_units, torch.zeros(1, dims)) + most
+        lost = (self._convert(self._to_units, self._convert(self._normalise, probe)) - probe).abs()[0] > 1e-3 * most
         if lost.any():
             fixed = ", ".join(name for name, x in zip(self.names, lost, strict=True) if x)
             raise BoundsError(
@@ -116,78 +116,80 @@ class ActionBounds:
             )
 
     def step(self, action_BA: Tensor, state_BA: Tensor, origin_BA: Tensor | None = None) -> Tensor:
-        """One action that is about to be executed, bounded by where the joints are now; all are normalised.
+        """Bound one action, which is executed next, by the measured joints. Arguments and result are normalised.
 
         Args:
-            origin_BA: the state that a relative action is added to, which is its chunk's; by default `state_BA`.
+            origin_BA: the state to which a relative action is added, its chunk's; by default `state_BA`.
         """
         return self.chunk(action_BA[:, None], state_BA, origin_BA)[:, 0]
 
     def chunk(self, actions_BTA: Tensor, state_BA: Tensor, origin_BA: Tensor | None = None) -> Tensor:
-        """A chunk, bounded by where the joints are now and then each action by the one before; all are normalised.
+        """Bound the first action by the measured joints, and each later one by the action before it.
 
-        The range of the data is applied first, then the distance to the measured joints: an arm that stands outside of
-        the data's range moves into it slowly.
+        Arguments and result are normalised. The range of the data is applied first, then the distance to the measured
+        joints: an arm that stands outside of the data's range moves into it slowly.
 
         Raises:
-            FloatingPointError: a joint of the actions or of the state is not finite: what is nowhere has no bound.
+            FloatingPointError: an action or a measured joint is not finite.
         """
         self._refuse_bad("the policy's action for", actions_BTA, self.names)
         if self.config.max_action_step is not None:
             self._refuse_bad("the measured joint", state_BA, self.names)
         device = actions_BTA.device
-        if device.type != "cpu":  # some have no float64, and each of the many small steps would be a kernel's launch
+        if device.type != "cpu":  # some have no float64, and each small operation would launch a kernel
             origin_BA = None if origin_BA is None else origin_BA.cpu()
             return self.chunk(actions_BTA.cpu(), state_BA.cpu(), origin_BA).to(device)
-        wanted = self._units(self._to_units, actions_BTA)
+        wanted = self._convert(self._to_units, actions_BTA)
         bounded = wanted
         if self.config.action_range_margin is not None:
             low, high = self._range.to(wanted.device)
             bounded = torch.minimum(torch.maximum(bounded, low), high)
-            self._note("action_range_margin", wanted - bounded)
+            self._record_change("action_range_margin", wanted - bounded)
         if (most := self.config.max_action_step) is not None:
             in_range = bounded
-            before = self._units(self._to_units, state_BA, observed=True)
-            origin = before if origin_BA is None else self._units(self._to_units, origin_BA, observed=True)
+            before = self._convert(self._to_units, state_BA, observed=True)
+            origin = before if origin_BA is None else self._convert(self._to_units, origin_BA, observed=True)
             offset, steps = origin * self._relative.to(wanted.device), []
             for action in in_range.unbind(dim=1):
                 target = torch.minimum(torch.maximum(action + offset, before - most), before + most)
                 steps.append(target - offset)
                 before = target
             bounded = torch.stack(steps, dim=1)
-            self._note("max_action_step", in_range - bounded)
+            self._record_change("max_action_step", in_range - bounded)
         self._warn()
         changed = (bounded - wanted).abs() > 1e-6
-        made = torch.where(changed, self._units(self._normalise, bounded).to(actions_BTA.dtype), actions_BTA)
+        made = torch.where(changed, self._convert(self._normalise, bounded).to(actions_BTA.dtype), actions_BTA)
         self._refuse_bad("the bounded action for", made, self.names)
         return made
 
     def _refuse_bad(self, what: str, x: Tensor, names: list[str]) -> None:
         if bad := name_of_bad(x, names):
             raise FloatingPointError(
-                f"{what} {bad}, while actions are bounded, so nothing is sent: check the robot's readings and its bus, "
+                f"{what} {bad}: no bound can be kept, so nothing is sent; check the robot's readings and its bus, "
                 "and the statistics of the checkpoint's processors"
             )
 
-    def _units(self, step: Any, x: Tensor, observed: bool = False) -> Tensor:
-        """Apply LeRobot's (un)normalisation in float64, whose rounding is far below what is compared."""
+    def _convert(self, step: Any, x: Tensor, observed: bool = False) -> Tensor:
+        """Apply LeRobot's (un)normalisation in float64, whose rounding errors are far too small to matter here."""
         if observed:
             made = step(create_transition(observation={OBS_STATE: x.double()}))
             return made[TransitionKey.OBSERVATION][OBS_STATE].double()
         return step(create_transition(action=x.double()))[TransitionKey.ACTION].double()
 
-    def _note(self, option: str, cut_BTA: Tensor) -> None:
+    def _record_change(self, option: str, cut_BTA: Tensor) -> None:
+        """Keep the changes that a bound made, for the next warning."""
         if bool((cut_BTA.abs() > 1e-6).any()):
-            self._acted.setdefault(option, []).append(cut_BTA.abs().flatten(0, -2).cpu())
+            self._changes.setdefault(option, []).append(cut_BTA.abs().flatten(0, -2).cpu())
 
     def _warn(self) -> None:
         """Log for each joint how often and how much actions were changed since the last warning."""
-        if not self._acted or time.monotonic() - self._last_warning < SECONDS_BETWEEN_WARNINGS:
+        if not self._changes or time.monotonic() - self._last_warning < SECONDS_BETWEEN_WARNINGS:
             return
-        for option, cuts in self._acted.items():
+        for option, cuts in self._changes.items():
             cut_NA = torch.cat(cuts)
-            worst, at = cut_NA.amax(dim=0), (cut_NA > 1e-6).sum(dim=0)
-            joints = [f"{n} {k} times, by up to {x:.3g}" for n, k, x in zip(self.names, at, worst, strict=True) if k]
+            worst, counts = cut_NA.amax(dim=0), (cut_NA > 1e-6).sum(dim=0)
+            found = zip(self.names, counts, worst, strict=True)
+            joints = [f"{name} {n} times, by up to {x:.3g}" for name, n, x in found if n]
             logger.warning("%s=%g bounds actions: %s", option, getattr(self.config, option), "; ".join(joints))
-        self._acted.clear()
+        self._changes.clear()
         self._last_warning = time.monotonic()

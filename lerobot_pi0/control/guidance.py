@@ -1,18 +1,18 @@
 """Real-time chunking (RTC) as a wrapper around `velocity`: a chunk that continues the one being executed.
 
-While a chunk is computed, the robot goes on executing the old one, and the rest of that one (`left_over`) is known. The
-first `delay` actions of the rest will have been executed when the new chunk is ready. From there to the horizon, the
-new chunk is guided towards the rest with falling weights. There are three modes (arXiv 2506.07339; 2512.05964); the
-papers' τ is 1 - t here:
+While a chunk is computed, the robot continues with the old one. The rest of the old chunk (`left_over`) is known, and
+its first `delay` actions will have been executed when the new chunk is ready. From there to the horizon, the new chunk
+is guided towards the rest with falling weights. There are three modes (arXiv 2506.07339; 2512.05964); the papers' τ is
+1 - t here:
 
     x̂ = x - t·v(x, t)                      the final chunk, as predicted from x
     e = W·(left_over - x̂)                  W: 1 on the delay, falling to 0 at the horizon
 
-    vjp         v ← v - g(t)·(∂x̂/∂x)ᵀe      the paper's; costs a backward pass through the action expert
+    vjp         v ← v - g(t)·(∂x̂/∂x)ᵀe      the paper's mode; needs a backward pass through the action expert
     identity    v ← v - g(t)·e             what LeRobot computes: the identity in place of the Jacobian
     trained     v ← 0 on the delay         x begins with `left_over` there, and these tokens get t = 0
 
-Axes: B batch (1 where all are alike), K = 1, T steps of a chunk, A action dim.
+Axes: B batch (1 if all rows are equal), K = 1, T steps of a chunk, A action dim.
 """
 
 import math
@@ -36,7 +36,7 @@ class Guide(NamedTuple):
 def prefix_weights(schedule: str, delay: int, end_B1: Tensor, steps: int) -> Tensor:
     """Weights (B, T): 1 up to the delay, 0 from `end` on, and between them as RTCConfig's schedule says.
 
-    They are LeRobot's (`RTCProcessor.get_prefix_weights`) for a batch, whose `end` stays on the device.
+    They are the weights of LeRobot's `RTCProcessor.get_prefix_weights`, for a batch whose `end` stays on the device.
 
     For a delay of 2 and an end of 5:
 
@@ -77,16 +77,16 @@ def make_guide(
     schedule: str = "LINEAR",
     most: float = 10.0,
 ) -> Guide | None:
-    """The guide of one chunk; None if nothing is left of an old one.
+    """The guide of one chunk; None if there is no old chunk, or nothing left of it.
 
-    Rows of zeros at the end of `left_over` do not count: LeRobot pads to a fixed length, and zero is the mean action.
-    Mode "trained" always has a guide, with weights of zero if nothing is left: its tokens have times of their own, and
-    a compiled network has to see the same shapes in each chunk.
+    Rows of zeros at the end of `left_over` are ignored: LeRobot pads to a fixed length, and zero is the mean action.
+    Mode "trained" always has a guide, with weights of zero if nothing is left: in this mode each token has its own
+    time, and a compiled network has to see the same shapes in each chunk.
 
     Args:
         left_over: normalised actions, (T', A') or (B, T', A'), of any length; None in the first chunk.
         delay: actions that will have been executed when the chunk is ready.
-        horizon: actions after which the new chunk is not guided.
+        horizon: number of actions after which the new chunk is not guided.
 
     Raises:
         ValueError: `left_over` has another shape, or more dims than the chunk.
@@ -122,7 +122,7 @@ def _padded(left_over: Tensor, noise_BKTA: Tensor) -> Tensor:
 
 
 def begin(noise_BKTA: Tensor, guide: Guide | None) -> Tensor:
-    """Where the integration starts: noise; in mode "trained", after the actions that are known."""
+    """The tensor from which the integration starts: noise; in mode "trained", the known actions followed by noise."""
     if guide is None or guide.mode != "trained":
         return noise_BKTA
     return torch.where(guide.weights_BKTA > 0, guide.actions_BKTA, noise_BKTA)
@@ -145,8 +145,9 @@ def guided(
     """The guided velocity at x; autograd need not be enabled.
 
     Args:
-        velocity: of x alone, at `time`, which broadcasts against (B, K, T).
-        record: takes x̂, the error and the correction of the modes that correct, by LeRobot's names.
+        velocity: the velocity at `time` as a function of x.
+        time: broadcasts against (B, K, T).
+        record: called with x̂, the error and the correction, under LeRobot's names; not in mode "trained".
     """
     mode, actions, weights, most = guide
     if mode == "trained":

@@ -1,4 +1,4 @@
-"""What LeRobot calls on its own π₀ beside the contract of policies: its commands, examples and tests."""
+"""Methods outside of the policy contract that LeRobot's commands, examples and tests call on its own π₀."""
 
 import difflib
 from collections.abc import Iterable
@@ -10,11 +10,11 @@ from ..network.pi0 import PI0
 from .player import Player
 
 CHUNK_ARGUMENTS = {"noise", "num_steps", "inference_delay", "prev_chunk_left_over", "execution_horizon"}
-"""The keywords of `predict_action_chunk`: all that callers in LeRobot 0.6 pass, and none is ignored."""
+"""Keyword arguments of `predict_action_chunk`: all that LeRobot 0.6 passes. None is ignored."""
 
 
 def refuse_unknown(given: Iterable[str]) -> None:
-    """Raises TypeError for the first of these keywords, with the one that was probably meant."""
+    """Raise TypeError for the first of these keywords; the message suggests the one that was probably meant."""
     for name in given:
         near = difflib.get_close_matches(name, CHUNK_ARGUMENTS, n=1, cutoff=0.4)
         meant = f": did you mean {near[0]}?" if near else "."
@@ -29,7 +29,7 @@ class LeRobotNames:
     _player: Player
 
     def supports_rtc(self) -> bool:
-        """Chunks that continue the one being executed: `predict_action_chunk` with `prev_chunk_left_over`."""
+        """True: with `prev_chunk_left_over`, `predict_action_chunk` continues the chunk that is being executed."""
         return True
 
     @property
@@ -45,12 +45,12 @@ class LeRobotNames:
         """Check `config.rtc_config`, which LeRobot has just set, before a robot moves.
 
         Raises:
-            ValueError: a horizon that leaves nothing to guide, an unknown schedule, or LeRobot's mode `trained` for a
-                policy that was not trained for it.
+            ValueError: a horizon below 1, an unknown schedule, or LeRobot's mode `trained` for a policy that was not
+                trained for it.
         """
         self._player.prepare_guidance()
-        self.model.rtc_processor = self.rtc_processor  # type: ignore[assignment]  # LeRobot's is there too
+        self.model.rtc_processor = self.rtc_processor  # type: ignore[assignment]  # as in LeRobot
 
     def drop_queued_actions(self) -> None:
-        """Forget the actions that are still to be executed: the next one comes from a new chunk."""
+        """Forget the actions that are not executed yet: the next one comes from a new chunk."""
         self._player.reset()

@@ -1,4 +1,5 @@
-"""The player of chunks: samples them, continues the one being executed (real-time chunking), and hands out actions.
+"""Action queue and sampling of chunks in control: `Player` samples chunks, continues the one that is being executed
+(real-time chunking), and hands out one action per call.
 
 Axes: B batch, K = 1 flow sample, T steps of a chunk, A action dims.
 """
@@ -29,7 +30,7 @@ from .sampling import Sampler
 logger = logging.getLogger(__name__)
 
 WARM_UP = (16, 8, 32, 48)
-"""Tokens of the prompts for which kernels are loaded before the first chunk."""
+"""Lengths of prompts, in tokens, for which kernels are loaded before the first chunk."""
 
 
 @dataclass(eq=False)
@@ -39,11 +40,11 @@ class Episode:
     queue: deque[Tensor] = field(default_factory=deque)
     anchor: Anchor = field(default_factory=Anchor)
     has_begun: bool = False
-    is_over: bool = False  # said by another thread, and so obeyed between two actions
+    is_over: bool = False  # another thread may set it; this episode's thread then clears its queue before an action
 
 
 class Episodes(threading.local):
-    """The episode of each thread as `mine`, which a thread gets when it first asks."""
+    """`mine` is the episode of the thread that asks for it. Each thread's is made at its first access."""
 
     def __init__(self, known: "weakref.WeakSet[Episode]") -> None:
         self.mine = Episode()
@@ -51,10 +52,10 @@ class Episodes(threading.local):
 
 
 class Player:
-    """What control keeps between calls. The network is an argument of each call; none is kept.
+    """The state of control between calls. The network is an argument of each call; it is never stored.
 
-    LeRobot runs several episodes through one policy, each in a thread of its own (`--eval.max_parallel_tasks`), so
-    each thread has its own queue.
+    LeRobot may run several episodes with one policy, each in its own thread (`--eval.max_parallel_tasks`). So each
+    thread has its own queue.
     """
 
     def __init__(
@@ -81,9 +82,9 @@ class Player:
         self._episodes = Episodes(self._known)
 
     def reset(self) -> None:
-        """Forget the chunk that this thread executes: nothing else goes from one call to the next.
+        """Forget the chunk that this thread executes: nothing else is kept from one call to the next.
 
-        A thread that executes none, such as one that watches a robot, makes all others forget theirs.
+        If this thread executes no chunk, for example because it only watches a robot, all threads forget theirs.
         """
         mine = self._episodes.mine
         for episode in [mine] if mine.has_begun else list(self._known):
@@ -91,7 +92,7 @@ class Player:
         mine.has_begun = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies, which go on with the chunk of the thread that makes them; threads cannot be copied."""
+        """State for a copy, which continues the chunk of the thread that copies; thread-locals cannot be copied."""
         return {**self.__dict__, "_known": None, "_episodes": self._episodes.mine}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -101,10 +102,10 @@ class Player:
         self._episodes.mine.__dict__ |= state["_episodes"].__dict__
 
     def warm_up(self, model: PI0) -> None:
-        """Once, on CUDA: chunks of black images, so that the robot's first one does not wait for CUDA to load kernels.
+        """Once, on CUDA: sample chunks from blank images, so that the robot's first chunk does not wait for kernels.
 
-        LeRobot's real-time chunking takes the slowest chunk of a rollout for the delay of all of them. Prompts of
-        another length may need other kernels, and guided chunks need more. Graphs are made of what really comes.
+        LeRobot's real-time chunking assumes the delay of the slowest chunk for all chunks. Prompts of other lengths may
+        need other kernels, and guided chunks need more. CUDA graphs are not made here, but from real observations.
         """
         device = model.action_in_proj.weight.device
         if self._is_warm or not on_gpu(device):
@@ -112,15 +113,15 @@ class Player:
         self._is_warm = True
         sampler = self._sampler if self._sampler.graphs is None else Sampler()
         noise = torch.zeros(1, 1, self.config.chunk_size, self.config.max_action_dim, device=device)
-        lengths = WARM_UP[:1] if self.config.compile_model else WARM_UP  # what is compiled sees few lengths
+        lengths = WARM_UP[:1] if self.config.compile_model else WARM_UP  # a compiled network sees few lengths
         with torch.inference_mode(False), torch.no_grad(), self._autocast():
             guided = self._guide(torch.ones(1, self._dims, device=device), 1, None, noise)
             for length in sorted({min(n, self.config.tokenizer_max_length or 1) for n in lengths}):
                 for guide in [None] if guided is None else [None, guided]:
-                    sampler.chunk(model, self._black(length, device), noise, guide, **self._solver())
+                    sampler.chunk(model, self._blank(length, device), noise, guide, **self._solver())
 
-    def _black(self, length: int, device: torch.device) -> Observation:
-        """An observation of black images with a prompt of this length."""
+    def _blank(self, length: int, device: torch.device) -> Observation:
+        """An observation of blank images with a prompt of this length."""
         cfg = self.config
         images = torch.zeros(1, max(1, len(cfg.image_features)), 3, cfg.image_size, cfg.image_size, device=device)
         tokens = torch.ones(1, length, dtype=torch.long, device=device)
@@ -171,8 +172,8 @@ class Player:
         """The network's chunk before the bounds, float32 (B, T, dims of the robot's actions).
 
         Args:
-            steps: of the solver, in place of `config.num_inference_steps`.
-            record: takes debug data, without `compile_model`.
+            steps: number of solver steps, in place of `config.num_inference_steps`.
+            record: called with debug data; such a chunk is not compiled.
 
         Raises:
             FloatingPointError: the network's output is not finite.
@@ -189,7 +190,7 @@ class Player:
         return actions
 
     def needs_chunk(self) -> bool:
-        """Whether all actions of the last chunk are executed."""
+        """Whether this thread has executed all actions of its last chunk."""
         episode = self._episodes.mine
         if episode.is_over:
             episode.queue.clear()
@@ -197,18 +198,18 @@ class Player:
         return not episode.queue
 
     def start(self, chunk_BTA: Tensor, batch: dict[str, Any]) -> None:
-        """Execute a chunk that was predicted for this batch, up to `n_action_steps`."""
+        """Put the first `n_action_steps` actions of a chunk, which was predicted from this batch, into the queue."""
         episode = self._episodes.mine
         episode.has_begun = True
         episode.queue.extend(chunk_BTA[:, : self.config.n_action_steps].unbind(dim=1))
         episode.anchor.set(batch)
 
     def next_action(self, batch: dict[str, Any]) -> Tensor:
-        """The next action (B, dims), bounded by where the joints are in this batch.
+        """The next action (B, dims), bounded by the measured joints of this batch.
 
         Raises:
             RuntimeError: the number of environments changed in the middle of a chunk.
-            FloatingPointError: actions are bounded, and the state or an action is not finite.
+            FloatingPointError: there are bounds, and the state or an action is not finite.
         """
         episode = self._episodes.mine
         queue, origin = episode.queue, episode.anchor.restore(batch)
@@ -226,8 +227,8 @@ class Player:
         """Check `config.rtc_config` before a robot moves, and make its processor; log how chunks are guided.
 
         Raises:
-            ValueError: a horizon that leaves nothing to guide, an unknown schedule, or LeRobot's mode `trained` for a
-                policy that is guided in another way.
+            ValueError: a horizon below 1, an unknown schedule, or LeRobot's mode `trained` for a policy that is guided
+                in another way.
         """
         self.rtc_processor = debug.make_processor(self.config.rtc_config)
         rtc = self.config.rtc_config

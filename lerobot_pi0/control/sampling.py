@@ -1,8 +1,8 @@
-"""Sampling of a chunk: the context once, then a velocity per step of the solver, plain or compiled (`compile_model`).
+"""Sampling of a chunk: one context, then the velocity at each step of the solver; plain or compiled (`compile_model`).
 
-What is compiled are two functions, not the policy. They take the network as an argument, are whole graphs without a
-break, and have the same shapes in each chunk. Everything that depends on values (checks, the length of prompts)
-happens before them, in `inputs/observation.py`, or after them.
+Two functions are compiled, not the policy. They take the network as an argument, have no graph breaks, and see the same
+shapes in each chunk. Everything that depends on values (checks, the length of prompts) happens before them, in
+`inputs/observation.py`, or after them.
 
 Axes: B batch, K flow samples, T steps of a chunk, A action dim.
 """
@@ -43,7 +43,7 @@ def velocity(
     Args:
         time: broadcasts against (B, K, T).
         time_embedding: `embed_time` of the tokens' times.
-        record: takes debug data.
+        record: called with debug data.
     """
     if guide is None:
         v = model.velocity(x_BKTA, time_embedding, context)
@@ -61,10 +61,10 @@ class Sampler:
         """Decide how the network is called.
 
         Args:
-            compile_mode: torch.compile's; None compiles nothing.
-            cuda_graphs: on CUDA, make one graph of each chunk, and one of a frozen VLM's part of a training step. What
-                of a chunk is compiled then are the layers in it (`cuda_layers.compile_layers`), not `context` and
-                `velocity`.
+            compile_mode: torch.compile's mode; None compiles nothing.
+            cuda_graphs: on CUDA, capture each chunk as one CUDA graph, and the frozen VLM's part of a training step as
+                another. With a `compile_mode`, the layers in this graph of a chunk are then compiled
+                (`cuda_layers.compile_layers`), not `context` and `velocity`.
         """
         self.graphs = CudaGraphs() if cuda_graphs else None
         self.prefixes = CudaGraphs(of="a frozen VLM") if cuda_graphs and compile_mode is None else None
@@ -74,7 +74,7 @@ class Sampler:
             self.context, self.velocity = compiled(PI0.context, compile_mode), compiled(velocity, compile_mode)
 
     def training_context(self, model: PI0, obs: Observation) -> Context:
-        """The context of a loss, whose `velocity` takes the state's token."""
+        """The context for a loss, in which `velocity` computes the state's token."""
         prefix = None
         if self.prefixes is not None and obs.prefix is None:
             prefix = replay_prefix(self.prefixes, model, obs)
@@ -99,7 +99,7 @@ class Sampler:
         """From noise to actions, float32 (B, K, T, A).
 
         Args:
-            record: takes debug data; a compiled sampler has none to give.
+            record: called with debug data; not possible with a compiled sampler.
             solver: arguments of `solvers.integrate`.
         """
         with attention_order(noise_BKTA.device):
@@ -111,7 +111,7 @@ class Sampler:
 
     @staticmethod
     def _can_be_captured(noise_BKTA: Tensor, solver: str = "euler", **others: Any) -> bool:
-        """The adaptive solver looks at values."""
+        """Whether a chunk can be a CUDA graph: not with the adaptive solver, whose steps depend on values."""
         return on_gpu(noise_BKTA.device) and len(noise_BKTA) <= LARGEST_BATCH and solver != "adaptive"
 
     def _chunk(
@@ -138,9 +138,9 @@ class Sampler:
     def _contexts(
         self, model: PI0, obs: Observation, noise_BKTA: Tensor, guide: guidance.Guide | None
     ) -> Iterator[Context]:
-        """The context of each velocity. On CUDA the first has the state's token beside the actions: it is a pass of its
-        own otherwise, with all launches of one. Its keys and values stay in the cache."""
-        if self.compiled:  # compiled graphs make what steps share cheaply, and may not write into their inputs
+        """The context of each velocity. On CUDA, the state's token runs with the actions of the first velocity, and its
+        keys and values stay in the cache: a pass of its own would launch as many kernels as a whole velocity does."""
+        if self.compiled:  # compiled graphs recompute cheaply what steps share, and must not write into their inputs
             return repeat(self.context(model, obs))
         differentiates = guide is not None and guide.mode == "vjp"
         if differentiates or not on_gpu(noise_BKTA.device):
@@ -155,7 +155,7 @@ class Sampler:
 
     @staticmethod
     def _shared_by_steps(model: PI0, context: Context, noise_BKTA: Tensor, guide: guidance.Guide | None) -> Context:
-        """The context with all that the steps share: positions, the mask, and memory for new keys and values."""
+        """The context with all that the steps share: positions, mask, and preallocated memory for keys and values."""
         cache, (samples, steps) = context.cache, noise_BKTA.shape[1:3]
         rope_and_mask = model.rope_and_mask(context, samples, steps, cache[0].keys_BSD.dtype)
         if guide is None or guide.mode != "vjp":  # vjp differentiates, and this memory is overwritten

@@ -1,1 +1,1 @@
-"""From LeRobot's batch to what the network sees: observations, processor steps, statistics."""
+"""Inputs of the network, made from LeRobot's batches: observations, processor steps, checks of statistics."""

@@ -1,7 +1,7 @@
-"""Features of a policy that depend on where it begins: padded states and actions, and the slots of the cameras.
+"""Input and output features of a policy: the robot's dims in padded states and actions, and the slots of the cameras.
 
-A network has no names: its cameras are slots in the order of the config's `input_features`, and its states and actions
-are the first dims of `max_state_dim` and `max_action_dim`.
+The network knows no names. Its cameras are slots, in the order of the config's `input_features`; the robot's states and
+actions are the first of `max_state_dim` and `max_action_dim` dims.
 """
 
 import difflib
@@ -18,26 +18,26 @@ from ..configuration_pi0 import PI0Config
 logger = logging.getLogger(__name__)
 
 Statistics = Mapping[str, Mapping[str, Any]]
-"""Of a dataset or of processors: by feature and kind, as `meta.stats` has them."""
+"""Statistics of a dataset or of processors, by feature and then by kind, as in `meta.stats`."""
 
 NOT_READ = ("observation.environment_state", "observation.effort", "observation.velocity")
-"""Observations that datasets hold and π₀ has no input for."""
+"""Features that datasets may hold, but for which π₀ has no input."""
 
 
 def padded(config: PI0Config) -> list[str]:
-    """Keys of the state and the actions whose feature says no more than how wide the network is.
+    """Keys of the state and the actions, if their feature has the network's padded width and not the robot's dims.
 
-    `lerobot/pi0_base` has such features, and LeRobot's own π₀ leaves them in the checkpoints that it makes from it: the
-    robot's dims come first, and zeros follow.
+    `lerobot/pi0_base` has such features, and LeRobot's own π₀ keeps them in the checkpoints that it trains from it. In
+    such a vector the robot's dims come first, followed by zeros.
     """
     return [key for key, features, most in _vectors(config) if key in features and features[key].shape == (most,)]
 
 
 def narrow_padded(config: PI0Config, statistics: Callable[[], Statistics | None]) -> None:
-    """Give padded features the robot's dims, which the statistics have; without statistics they stay as they are.
+    """Set the shapes of padded features to the robot's dims, which the statistics have; without them do nothing.
 
     Args:
-        statistics: reads the statistics by feature and kind; called if there is a padded feature.
+        statistics: reads the statistics by feature and kind; called only if there is a padded feature.
     """
     if not (keys := padded(config)):
         return
@@ -57,7 +57,7 @@ def _vectors(config: PI0Config) -> list[tuple[str, dict[str, PolicyFeature], int
 
 
 def set_cameras(config: PI0Config, cameras: Mapping[str, PolicyFeature], slots: Sequence[str]) -> None:
-    """Give the policy these cameras: those that the checkpoint knows in its order, then the others in their own.
+    """Give the policy these cameras: first those that the checkpoint knows, in its order, then the others.
 
     Args:
         cameras: features by the keys that a batch will have.
@@ -69,7 +69,7 @@ def set_cameras(config: PI0Config, cameras: Mapping[str, PolicyFeature], slots: 
 
 
 def colour_cameras(meta: Any) -> list[str]:
-    """Cameras of a dataset without its depth maps, which π₀ does not see.
+    """The colour cameras of a dataset: π₀ does not use depth maps.
 
     Args:
         meta: its LeRobotDatasetMetadata.
@@ -81,12 +81,12 @@ def colour_cameras(meta: Any) -> list[str]:
 def log_cameras(
     config: PI0Config, dataset: Iterable[str], rename_map: Mapping[str, str], slots: Sequence[str] = ()
 ) -> None:
-    """Log which camera of the dataset goes into which slot, which slots stay empty, and which cameras are not seen.
+    """Log which camera of the dataset goes into which slot, which slots stay empty, and which cameras are not used.
 
     Args:
         dataset: the dataset's cameras.
         rename_map: LeRobot's `--rename_map`.
-        slots: the cameras that the weights were trained with, in the order of their slots, where that is known.
+        slots: the cameras that the weights were trained with, in the order of their slots, if that is known.
     """
     names = {rename_map.get(key, key): key for key in dataset}
     policy = list(config.image_features)
@@ -102,12 +102,12 @@ def log_cameras(
         renamed = f", which --rename_map calls {key}," if own != key else ""
         hint = f" Is {near[0]} meant?" if near else ""
         logger.warning(
-            "camera %s of the dataset%s is not seen: the policy has %s.%s", own, renamed, ", ".join(policy), hint
+            "camera %s of the dataset%s is not used: the policy has %s.%s", own, renamed, ", ".join(policy), hint
         )
 
 
 def name_unread(config: PI0Config, features: Iterable[str]) -> None:
-    """Say what a run has and π₀ does not read."""
+    """Warn of features and options that π₀ does not read."""
     unread = [key for key in features if key in NOT_READ]
     if unread:
         logger.warning("%s of the dataset are not read: π₀ sees cameras, state and instruction", ", ".join(unread))

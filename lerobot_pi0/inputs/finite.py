@@ -1,4 +1,4 @@
-"""LeRobot's absolute actions with a check for NaN: the last step of π₀'s postprocessor that computes."""
+"""Check for NaN in absolute actions: LeRobot's processor step with this check, the last computation before a robot."""
 
 from lerobot.lerobot_types import EnvTransition, TransitionKey
 from lerobot.processor import AbsoluteActionsProcessorStep
@@ -8,17 +8,17 @@ from .normalisation import name_of_bad
 
 
 class FiniteAbsoluteStep(AbsoluteActionsProcessorStep):
-    """LeRobot's step, under LeRobot's name, which also looks whether actions are finite, be they relative or not.
+    """LeRobot's step, under LeRobot's name, which also checks that actions are finite, whether relative or not.
 
-    After it an action only changes its device. What is not finite here came from statistics, or from a state that was
-    measured after the chunk was made: the policy has looked at its own numbers.
+    After this step an action is only moved to another device. The policy has already checked its own output, so a
+    number that is not finite here comes from statistics, or from a state that was measured after the chunk was made.
     """
 
     def __call__(self, transition: EnvTransition) -> EnvTransition:
-        """The step.
+        """Do LeRobot's step, then check the action.
 
         Raises:
-            FloatingPointError: an action is NaN or infinite; names the joint.
+            FloatingPointError: an action is NaN or infinite; the message names the joint.
         """
         transition = super().__call__(transition)
         action = transition.get(TransitionKey.ACTION)

@@ -1,8 +1,8 @@
-"""Names of joints, made from what LeRobot stores, and which joints have relative actions.
+"""Names of joints, as read from datasets and configs, and which joints have relative actions.
 
-A dataset's `meta/info.json` holds names in many shapes: a list of them, a list in a list, `{"motors": [...]}` (LeRobot
-before 0.4), name → index, one name for all dims, or none. A config holds `list(names)`, which turns `{"motors": [...]}`
-into `["motors"]`.
+A dataset's `meta/info.json` holds names in many forms: a list of names, a list in a list, `{"motors": [...]}` (LeRobot
+before 0.4), a mapping from name to index, one name for all dims, or none. A config holds `list(names)`, which turns
+`{"motors": [...]}` into `["motors"]`.
 """
 
 import logging
@@ -19,9 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 def joint_names(stored: Any, dims: int, key: str) -> list[str]:
-    """A name for each dim of a feature, different from all others.
+    """A unique name for each dim of a feature.
 
-    Where the stored names are not one for each dim, dims have numbers, since nobody knows which names are whose:
+    If the stored names are not one different name per dim, nobody knows which name belongs to which dim. Then the dims
+    are numbered:
 
         ["pan", "lift"], [["pan", "lift"]], {"motors": ["pan", "lift"]}, {"pan": 0, "lift": 1} → ["pan", "lift"]
         None, ["state"], ["pan", "pan"], ["pan", "lift", "flex"]                      → ["action[0]", "action[1]"]
@@ -29,14 +30,14 @@ def joint_names(stored: Any, dims: int, key: str) -> list[str]:
     Args:
         stored: `names` of a feature in `meta/info.json`, or a config's `action_feature_names`.
         dims: how many dims the feature has.
-        key: the feature's key, for names that are numbers.
+        key: the feature's key, for numbered names.
     """
     names = _flat(stored)
     return names if len(set(names)) == len(names) == dims else [f"{key}[{i}]" for i in range(dims)]
 
 
 def is_numbered(names: list[str], key: str) -> bool:
-    """Whether these are the numbers that `joint_names` gives where there are no names."""
+    """Whether these are numbered names, which `joint_names` gives if there are no usable ones."""
     return names[:1] == [f"{key}[0]"]
 
 
@@ -46,13 +47,13 @@ def names_in_dataset(features: Mapping[str, Mapping[str, Any]], key: str) -> lis
 
 
 def names_in_config(config: PI0Config, key: str) -> list[str]:
-    """`joint_names` of the state or the actions of a policy; a config knows the names of actions alone."""
+    """`joint_names` of a policy's state or actions. A config has names of actions alone; states are numbered."""
     feature = {**(config.input_features or {}), **(config.output_features or {})}[key]
     return joint_names(config.action_feature_names if key == ACTION else None, int(np.prod(feature.shape)), key)
 
 
 def take_names(config: PI0Config, meta: Any) -> None:
-    """Give the config the names of the dataset's actions as a list of names, which is all that LeRobot can read.
+    """Copy the names of the dataset's actions into the config as a flat list, the only form that LeRobot can read.
 
     Args:
         meta: the dataset's LeRobotDatasetMetadata, or None.
@@ -64,21 +65,21 @@ def take_names(config: PI0Config, meta: Any) -> None:
 
 
 def relative_mask(config: PI0Config, dims: int) -> np.ndarray:
-    """Which dims of the actions are relative to the state, boolean (dims): what LeRobot's step makes of the names."""
+    """Which dims of the actions are relative to the state, boolean (dims,), as LeRobot's step decides by the names."""
     return _lerobots_mask(config.action_feature_names, config.relative_exclude_joints, dims)
 
 
 def check_relative_names(config: PI0Config, meta: Any = None) -> None:
-    """Refuse relative actions where `relative_exclude_joints` would keep other joints absolute than it names.
+    """Refuse relative actions if LeRobot would keep other joints absolute than `relative_exclude_joints` names.
 
-    LeRobot pairs the stored names with dims as they come: of `[["pan", "gripper"]]`, which is one item, the first joint
-    stays absolute where the gripper is excluded; `{"motors": [...]}` it cannot read when it makes statistics.
+    LeRobot takes item i of the stored names as the name of dim i. `[["pan", "gripper"]]` is a single item, so if the
+    gripper is excluded, the first joint stays absolute. And LeRobot cannot make statistics with `{"motors": [...]}`.
 
     Args:
-        meta: the dataset's LeRobotDatasetMetadata; without it the config's names are looked at.
+        meta: the dataset's LeRobotDatasetMetadata; without it the config's names are checked.
 
     Raises:
-        ValueError: the names are not a list with one name for each dim; says which list would be.
+        ValueError: the names are not a list with one name for each dim; the message shows the right list.
     """
     if not (config.use_relative_actions and config.relative_exclude_joints):
         return
@@ -97,15 +98,17 @@ def check_relative_names(config: PI0Config, meta: Any = None) -> None:
             )
     elif names and not _lerobots_mask(names, config.relative_exclude_joints, dims).all():
         raise ValueError(
-            f"{where} are not {dims} different ones, so which dims are {excluded} (relative_exclude_joints) is "
-            f"unknown: write a list with a name for each dim {remedy}"
+            f"{where} are not {dims} different names, so it is unknown which dims are {excluded} "
+            f"(relative_exclude_joints): write a list with a name for each dim {remedy}"
         )
     else:
-        logger.warning("the dataset names no joints: relative_exclude_joints is without effect, all are relative")
+        logger.warning(
+            "the dataset has no names of joints: relative_exclude_joints has no effect, and all joints are relative"
+        )
 
 
 def pairing_problem(config: PI0Config, meta: Any) -> tuple[str, bool] | None:
-    """What is wrong with relative actions and the state that they are relative to; None if nothing is known to be.
+    """What is wrong with relative actions and the state to which they are relative; None if no problem is known.
 
     LeRobot subtracts dim i of the state from dim i of the actions, whatever their names are.
 
@@ -113,8 +116,8 @@ def pairing_problem(config: PI0Config, meta: Any) -> tuple[str, bool] | None:
         meta: the dataset's LeRobotDatasetMetadata, or None.
 
     Returns:
-        What is wrong and what to do; and whether it is certain: a joint has no state, or that of another joint. It is
-        not where the two name their joints otherwise, which may be the same.
+        What is wrong and what to do; and whether it is certain. It is certain if the state has no dim for a joint, or
+        the dim of another joint. It is not if state and actions only have different names, perhaps for the same joints.
     """
     features = getattr(meta, "features", None) or {}
     if not config.use_relative_actions or not {ACTION, OBS_STATE} <= features.keys():
@@ -128,26 +131,26 @@ def pairing_problem(config: PI0Config, meta: Any) -> tuple[str, bool] | None:
         ), True
     mask = relative_mask(config, len(actions))
     pairs = [(a, states[i]) for i, a in enumerate(actions) if mask[i] and a != states[i]]
-    said = ", ".join(f"{a} from {s}" for a, s in pairs)
+    paired = ", ".join(f"{a} relative to {s}" for a, s in pairs)
     if any(a in states or s in actions for a, s in pairs):
         return (
-            "state and actions do not have the same joints in the same order, and LeRobot pairs them by place: it "
-            f"would count {said}. Record both in one order, leave these joints absolute "
+            "state and actions do not have the same joints in the same order, and LeRobot pairs them by position: it "
+            f"would compute {paired}. Record both in one order, leave these joints absolute "
             f"(--policy.relative_exclude_joints), {otherwise}"
         ), True
     if pairs and not (is_numbered(actions, ACTION) or is_numbered(states, OBS_STATE)):
         return (
-            f"state and actions name their joints otherwise, and relative actions pair them by place: {said}. If they "
-            f"are the same joints, give both the same names in meta/info.json, {otherwise}"
+            "state and actions have different names for their joints, and relative actions pair them by position: "
+            f"{paired}. If they are the same joints, give both the same names in meta/info.json, {otherwise}"
         ), False
     return None
 
 
 def check_pairing(config: PI0Config, meta: Any) -> None:
-    """Refuse relative actions that `pairing_problem` knows to be wrong, and warn of those that it doubts.
+    """Refuse relative actions if `pairing_problem` is certain of a problem; warn if it is not certain.
 
     Raises:
-        ValueError: a relative dim has no state, or that of another joint; says which.
+        ValueError: for a relative dim the state has no dim, or the dim of another joint; the message names them.
     """
     problem, is_certain = pairing_problem(config, meta) or ("", False)
     if is_certain:

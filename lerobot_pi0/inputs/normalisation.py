@@ -16,17 +16,18 @@ from .joints import names_in_config
 from .statistics import STATISTICS
 
 EPSILON = 1e-8
-"""LeRobot's, where processors do not say otherwise."""
+"""LeRobot's default, for processors that do not store their own."""
 
 CLOSE_EPSILON = 1e-5
-"""Epsilons that differ by less belong together: openpi divides by the deviation + 1e-6, and multiplies by it alone."""
+"""Two epsilons count as equal if they differ by less. openpi normalises by deviation + 1e-6, and unnormalises by the
+deviation alone."""
 
 RANGE = ("min", "max")
 """Statistics that `action_range_margin` reads, whatever the mode."""
 
 
 class Normalisation(NamedTuple):
-    """How numbers of the robot become numbers of the network, and back."""
+    """How the robot's numbers are converted into the network's, and back."""
 
     statistics: Statistics
     modes: Mapping[FeatureType, NormalizationMode]
@@ -34,7 +35,7 @@ class Normalisation(NamedTuple):
 
     @classmethod
     def of(cls, config: PI0Config, statistics: Statistics) -> "Normalisation":
-        """What LeRobot makes of a config and statistics."""
+        """The normalisation that LeRobot's processors do with this config and these statistics."""
         return cls(statistics, {FeatureType(k): mode for k, mode in config.normalization_mapping.items()})
 
     def mode(self, feature: PolicyFeature) -> NormalizationMode:
@@ -48,9 +49,9 @@ def vectors(config: PI0Config) -> dict[str, PolicyFeature]:
 
 
 def problem_of(config: PI0Config, normalisation: Normalisation) -> str | None:
-    """What makes statistics useless, with the joint's name; None if nothing does.
+    """What makes the statistics unusable, with the joint's name; None if nothing does.
 
-    A joint that never moved in the data has a spread of 0, which is no fault: a negative spread is.
+    A joint that never moved in the data has a spread of 0. This is allowed; a negative spread is not.
     """
     for key, feature in vectors(config).items():
         known = normalisation.statistics.get(key)
@@ -88,7 +89,8 @@ def _spreads(values: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray
 
 
 def difference(config: PI0Config, before: Normalisation, after: Normalisation) -> str | None:
-    """In what the two ways of an action differ, from the robot and back to it; None if in nothing."""
+    """How the normalisation of actions in the preprocessor (`before`) and their unnormalisation in the postprocessor
+    (`after`) differ; None if they do not."""
     action = vectors(config).get(ACTION)
     if action is None:
         return None
@@ -108,7 +110,7 @@ def difference(config: PI0Config, before: Normalisation, after: Normalisation) -
 
 
 def digest_of(statistics: Statistics | None) -> str | None:
-    """A digest of the statistics that decide what a robot does, in float32; None without any."""
+    """A digest of the statistics of state and actions in float32, on which the robot's motion depends; None without."""
     known = {key: (statistics or {}).get(key) or {} for key in (OBS_STATE, ACTION)}
     names = sorted({*RANGE, *(name for pair in STATISTICS.values() for name in pair)})
     hashed = hashlib.blake2b(digest_size=8)
@@ -125,7 +127,7 @@ def _float32(x: Any) -> np.ndarray:
 
 
 def name_of_bad(x_BA: Tensor, names: list[str]) -> str | None:
-    """The first joint in which a tensor is not finite, with its value; None if there is none. The last axis is A."""
+    """The first joint whose value is not finite, such as "pan is nan"; None if all are finite. The last axis is A."""
     if bool(x_BA.isfinite().all()):
         return None
     rows = x_BA.reshape(-1, x_BA.shape[-1])

@@ -1,9 +1,9 @@
-"""From LeRobot's batch to the network's `Observation`, and every complaint about a batch.
+"""Conversion of LeRobot's batch into the network's `Observation`, and all checks of a batch.
 
 Axes: B batch, N cameras, C channels, H height, W width, L prompt tokens, T steps of a chunk, A dims.
 
-What has to be known about values (range of the images, length of the prompts) is gathered on the device and
-read at once: one host synchronisation per batch, before anything that is compiled.
+The checks need facts about values (range of the images, length of the prompts). These are gathered on the device and
+copied to the host together: one synchronisation per batch, before any compiled function runs.
 """
 
 import logging
@@ -32,9 +32,9 @@ def resize_with_pad(images_BCHW: Tensor, side: int, antialias: bool = False) -> 
     """Scale into a square of `side` pixels without distortion, centred; the rest is black. Values stay in [0, 1].
 
     Args:
-        antialias: average all pixels that a smaller picture's pixel covers, as openpi's training (`resize_with_pad`
-            of its image_tools). False interpolates between the nearest four, as `resize_with_pad_torch` in LeRobot and
-            in openpi's PyTorch model.
+        antialias: when shrinking, average all old pixels that a new pixel covers, as openpi's training does
+            (`resize_with_pad` of its image_tools). False interpolates between the nearest four pixels, as
+            `resize_with_pad_torch` does in LeRobot and in openpi's PyTorch model.
     """
     height, width = images_BCHW.shape[-2:]
     if (height, width) == (side, side):
@@ -48,7 +48,7 @@ def resize_with_pad(images_BCHW: Tensor, side: int, antialias: bool = False) -> 
 
 
 def bucket(length: int, most: int) -> int:
-    """16, 32, 64, … or `most`, whichever holds `length` first: a compiled network is to see few lengths."""
+    """The first of 16, 32, 64, … that holds `length`, at most `most`: so a compiled network sees few lengths."""
     return min(max(16, 1 << (length - 1).bit_length()), most)
 
 
@@ -61,7 +61,7 @@ class ObservationMaker:
         self._vocabulary = config.architecture().vlm.vocab_size
 
     def __call__(self, batch: Mapping[str, Any], device: torch.device) -> Observation:
-        """Check a preprocessed batch and turn it into what the network sees.
+        """Check a preprocessed batch and convert it into the network's inputs.
 
         Raises:
             ObservationError: a key is missing, has the wrong shape, or holds values out of range.
@@ -71,10 +71,10 @@ class ObservationMaker:
     def with_index(
         self, batch: Mapping[str, Any], device: torch.device, augment: Augment | None = None
     ) -> tuple[Observation, list[int] | None]:
-        """The observation, and the numbers of the samples in their dataset, which are read from the device with it.
+        """The observation, and the indices of the samples in their dataset, which reach the host in the same copy.
 
         Args:
-            augment: changes images (B, N, C, H, W) in [0, 1] of the cameras and samples that it is told.
+            augment: changes the images, see `Augment`.
 
         Raises:
             ObservationError: a key is missing, has the wrong shape, or holds values out of range.
@@ -92,7 +92,7 @@ class ObservationMaker:
             longest = bucket(longest, tokens.shape[1])
         change = None if augment is None else lambda images, keys: augment(images, keys, index)
         made = self.assemble(cameras, tokens[:, :longest], mask[:, :longest], state, change)
-        # CPUs have one kernel, whose sums differ in the last bit without a mask.
+        # CPUs always get a mask: they have no faster kernel without one, and the sums would differ in the last bit.
         return made._replace(padded=device.type == "cpu" or facts["shortest prompt"] < longest), index
 
     def assemble(
@@ -103,7 +103,7 @@ class ObservationMaker:
         state: Tensor,
         augment: Callable[[Tensor, list[str]], Tensor] | None = None,
     ) -> Observation:
-        """An observation from images (B, 3, H, W) in [0, 1] and all that is in order; looks at no value."""
+        """An observation from tensors that were checked, images (B, 3, H, W) in [0, 1]; reads no value from them."""
         side, antialias = self.config.image_size, self.config.image_resize == "openpi"
         images = torch.stack([resize_with_pad(x, side, antialias) for x in cameras.values()], dim=1)
         if augment is not None:
@@ -116,10 +116,10 @@ class ObservationMaker:
         )
 
     def actions(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:
-        """The chunk to learn, zero-padded: float32 (B, T, A).
+        """The recorded chunk, zero-padded: float32 (B, T, A).
 
         Raises:
-            ObservationError: no actions, too many dims, or not `chunk_size` steps.
+            ObservationError: there are no actions, too many dims, or not `chunk_size` steps.
         """
         actions = self._vector(batch, ACTION, (self.config.max_action_dim, "max_action_dim"), device, ndim=3)
         if actions.shape[1] != self.config.chunk_size:
@@ -134,7 +134,7 @@ class ObservationMaker:
         action beyond its end.
 
         Raises:
-            ObservationError: the batch does not say, or says it of other steps than it holds.
+            ObservationError: the batch has no `action_is_pad`, or one whose shape is not that of the actions.
         """
         if IS_PAD not in batch:
             raise ObservationError(
@@ -146,10 +146,10 @@ class ObservationMaker:
         return ~padded.to(device, torch.bool)
 
     def _state(self, batch: Mapping[str, Any], batch_size: int, device: torch.device) -> Tensor:
-        """The state; zeros for a policy that was trained without."""
+        """The state; zeros for a policy that was trained without one."""
         if has_state(self.config, batch):
             return self._vector(batch, OBS_STATE, (self.config.max_state_dim, "max_state_dim"), device)
-        self._warn(f"no {OBS_STATE!r} in the batch: the policy acts on pictures and the task alone", "no state")
+        self._warn(f"no {OBS_STATE!r} in the batch: the policy acts on images and the task alone", "no state")
         return torch.zeros(batch_size, self.config.max_state_dim, device=device)
 
     def _vector(
@@ -163,9 +163,9 @@ class ObservationMaker:
             remedy = (
                 "load the dataset with the delta_timestamps of this config, as lerobot-train does"
                 if key == ACTION
-                else "LeRobot's preprocessor adds the batch axis of a single observation"
+                else "LeRobot's preprocessor adds the batch dimension of a single observation"
                 if x.ndim < ndim
-                else "leave out further axes, such as those of several observation steps"
+                else "remove other dimensions, such as that of several observation steps"
             )
             raise ObservationError(f"{key!r} has shape {tuple(x.shape)}, expected {axes}: {remedy}")
         if x.shape[-1] > most[0]:
@@ -195,9 +195,10 @@ class ObservationMaker:
         return {key: self._image(key, torch.as_tensor(batch[key]).to(device)) for key in present}
 
     def _image(self, key: str, x: Tensor) -> Tensor:
-        """Channels first, float32, in [0, 1] if the batch keeps LeRobot's contract."""
+        """The images with channels first, float32, in [0, 1] if the batch keeps LeRobot's contract."""
         if x.ndim != 4 or 3 not in (x.shape[1], x.shape[-1]):
-            remedy = "LeRobot's preprocessor adds the batch axis of a single one" if x.ndim == 3 else "one per sample"
+            single = "LeRobot's preprocessor adds the batch dimension of a single one"
+            remedy = single if x.ndim == 3 else "one per sample"
             raise ObservationError(
                 f"{key!r} has shape {tuple(x.shape)}, expected (batch, 3, height, width): images in RGB; {remedy}"
             )
@@ -234,9 +235,9 @@ class ObservationMaker:
     def _facts(
         self, cameras: dict[str, Tensor], tokens: Tensor, mask: Tensor, state: Tensor, index: Any
     ) -> tuple[dict[str, Any], list[int] | None]:
-        """Numbers about the values, and the samples' index, fetched from the device in one tensor of integers.
+        """Numbers about the values, and the samples' indices, copied from the device in one tensor of integers.
 
-        A float32 comes as the integer of its bits: float64, which would hold all of them, is not on every device.
+        float32 numbers travel as integers with the same bits. float64 could hold all of them, but some devices lack it.
         """
         lengths = mask.sum(dim=1)
         last_token = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(dim=1)

@@ -1,10 +1,10 @@
-"""Saved processor pipelines of π₀, rebuilt with this plugin's steps and with what the run asks for.
+"""Saved processor pipelines of π₀, rebuilt with this plugin's steps and with the options of the run.
 
-LeRobot rebuilds a checkpoint's pipelines from their files alone, and shows them nothing of the run's config. When a
-policy is loaded, what its processors have to do otherwise is noted here by the place of the checkpoint
-(`follow`); when LeRobot then rebuilds the pipelines of that place, it is put into their steps.
+LeRobot rebuilds a checkpoint's pipelines from their files alone; they do not see the run's config. So when a policy is
+loaded, `follow` remembers how its processors have to differ from the files, by the place of the checkpoint (a folder or
+a Hub id). When LeRobot then rebuilds the pipelines of that place, `rewritten` puts these changes into their steps.
 
-Only pipelines of π₀ are touched. Those of other policies, and LeRobot's registry of steps, are as LeRobot has them.
+Only pipelines of π₀ are changed. Pipelines of other policies and LeRobot's registry of steps stay as they are.
 """
 
 import weakref
@@ -29,33 +29,33 @@ Steps = dict[str, dict[str, Any]]
 
 @dataclass
 class Run:
-    """What the pipelines of a checkpoint have to know of the policy that was loaded from it."""
+    """What the pipelines of a checkpoint need to know about the policy that was loaded from it."""
 
     config: "weakref.ref[PI0Config]"
     changes: Steps = field(default_factory=dict)
-    """What the steps have to do otherwise than their files say."""
+    """Arguments of steps that replace those in the files."""
     slots: tuple[str, ...] = ()
     """The checkpoint's cameras, in the order of its slots."""
     dataset: Mapping[str, PolicyFeature] | None = None
-    """The cameras of the dataset that the policy is trained on; None where it is not trained."""
+    """The cameras of the dataset that the policy is trained on; None if it is not trained."""
     of_dataset: bool = False
     """Whether the config's cameras were taken from the dataset, so that `--rename_map` renames them too."""
     instead_of: dict[str, PolicyFeature] | None = None
-    """The checkpoint's own cameras, where the dataset's took their place for want of a `--rename_map`."""
+    """The checkpoint's own cameras, if the dataset's have replaced them; a `--rename_map` brings them back."""
 
 
 _runs: dict[str, Run] = {}
 
 
 def follow(place: str, run: Run) -> None:
-    """From now on, as long as the config lives, pipelines of the checkpoint at `place` are those of this run."""
+    """From now on, pipelines of the checkpoint at `place` are rebuilt for this run, as long as its config exists."""
     for other in [key for key, old in _runs.items() if old.config() is None]:
         del _runs[other]
     _runs[_key(place)] = run
 
 
 def run_of(place: str) -> Run | None:
-    """The run that was noted last for this place, while its config lives."""
+    """The run that `follow` remembered last for this place; None if its config no longer exists."""
     run = _runs.get(_key(place))
     return run if run is not None and run.config() is not None else None
 
@@ -65,12 +65,13 @@ def _key(place: str) -> str:
 
 
 def artifact(place: str, folder: Path | None, hub: Mapping[str, Any], name: str) -> str:
-    """The path of a folder that LeRobot after 0.6.1 has saved beside a pipeline, such as a tokenizer's.
+    """The path of a folder that LeRobot after 0.6.1 has saved next to a pipeline's file, such as a tokenizer's.
 
     Args:
-        place, folder: of the checkpoint; `folder` is where its files are on this machine, as far as they are.
+        place: folder or Hub id of the checkpoint.
+        folder: where the checkpoint's files are on this machine; some may not be there yet.
         hub: LeRobot's options for downloads.
-        name: of the folder, as the pipeline's file has it.
+        name: the folder's name in the pipeline's file.
 
     Raises:
         ValueError: the name leads out of the checkpoint.
@@ -87,9 +88,9 @@ def artifact(place: str, folder: Path | None, hub: Mapping[str, Any], name: str)
 def rewritten(
     pipeline: dict[str, Any], overrides: Steps, place: str, fetch: Callable[[str], str]
 ) -> tuple[dict[str, Any], Steps]:
-    """A saved pipeline and the overrides of its steps, as they have to be rebuilt.
+    """The pipeline and the overrides of its steps from which LeRobot has to rebuild it.
 
-    What a caller overrides wins over what the run asks for, and that over what was saved.
+    The caller's overrides win over the run's changes, and these win over what was saved.
 
     Args:
         pipeline: the content of the pipeline's file.
@@ -117,7 +118,7 @@ def rewritten(
 def _step(
     step: dict[str, Any], overrides: Steps, changes: Steps, fetch: Callable[[str], str], tokenizer: str
 ) -> dict[str, Any]:
-    """The entry of one step, with the class of this plugin where it has one; `tokenizer` names the policy's own."""
+    """The entry of one step, with this plugin's class if it has one; `tokenizer` is the name of the policy's own."""
     name = step.get("registry_name", "")
     saved = step.get("config", {})
     if name not in STEPS:
@@ -134,7 +135,7 @@ def _step(
 
 
 def _with_cameras(run: Run, overrides: Steps) -> Steps:
-    """Give the policy its cameras, now that `--rename_map` is known; the normalisation names them too."""
+    """Set the policy's cameras, now that `--rename_map` is known; the normaliser's override holds them too."""
     config = rename_cameras(run, overrides.get(RENAME, {}).get("rename_map") or {})
     if config is None or "features" not in (given := overrides.get("normalizer_processor", {})):
         return overrides
@@ -146,10 +147,10 @@ def rename_cameras(run: Run, names: Mapping[str, str]) -> PI0Config | None:
     """Give the policy the cameras that a batch of its dataset will have, and log their slots.
 
     Args:
-        names: LeRobot's `--rename_map`: the policy's name of a camera by the dataset's.
+        names: LeRobot's `--rename_map`, from the dataset's name of a camera to the policy's.
 
     Returns:
-        The config, changed; None of a policy that is not trained.
+        The changed config; None if the policy is not trained.
     """
     config = run.config()
     if config is None or run.dataset is None:

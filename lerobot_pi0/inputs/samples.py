@@ -1,4 +1,4 @@
-"""Features of a dataset or robot that LeRobot hands on in a form which π₀ does not take: depth maps, scalars, arrays.
+"""Depth maps, scalars and numpy arrays: features that LeRobot passes on in a form that π₀ cannot take.
 
 Axes: B batch, T steps of a chunk, D = 1 dim.
 """
@@ -19,11 +19,11 @@ from ..configuration_pi0 import PI0Config
 logger = logging.getLogger(__name__)
 
 IS_PAD = f"{ACTION}_is_pad"
-"""LeRobot's name for: which steps of a chunk are beyond the end of the episode."""
+"""LeRobot's key for the mask of steps that are beyond the end of the episode."""
 
 
 class ObservationError(ValueError):
-    """A batch that the policy cannot take; the message names the key, what was found and the way out."""
+    """A batch that the policy cannot take. The message names the key, what was found, and what to do."""
 
 
 def is_depth(feature: PolicyFeature) -> bool:
@@ -32,34 +32,35 @@ def is_depth(feature: PolicyFeature) -> bool:
 
 
 def cameras_of(dataset: dict[str, dict[str, Any]]) -> dict[str, PolicyFeature]:
-    """The cameras of a dataset, depth maps apart; `dataset` holds its features as LeRobotDatasetMetadata has them."""
+    """The cameras of a dataset without depth maps. `dataset` holds its features, as in LeRobotDatasetMetadata."""
     features = dataset_to_policy_features(dataset)
     return {key: x for key, x in features.items() if x.type is FeatureType.VISUAL and not is_depth(x)}
 
 
 def leave_out_depth(config: PI0Config) -> None:
-    """Take depth maps out of the config's input features: π₀ was trained on colours."""
+    """Remove depth maps from the config's input features: π₀ was trained on colour images."""
     features = config.input_features or {}
     depth = [key for key, x in features.items() if is_depth(x)]
     if depth:
-        logger.warning("depth cameras are left out, as π₀ takes colours: %s", ", ".join(depth))
+        logger.warning("depth cameras are left out, because π₀ takes colour images: %s", ", ".join(depth))
         config.input_features = {key: x for key, x in features.items() if key not in depth}
 
 
 def has_state(config: PI0Config, names: Mapping[str, Any]) -> bool:
-    """Whether there is a state, by the names of features or statistics.
+    """Whether the policy has a state, judged by `names`: keys of a batch, or of features or statistics.
 
-    LeRobot puts a feature of `max_state_dim` dims where a dataset has no state, so that one may be absent.
+    If a dataset has no state, LeRobot gives the config a state feature of `max_state_dim` dims. So a state with a
+    feature of this size may be absent.
     """
     feature = (config.input_features or {}).get(OBS_STATE)
     return OBS_STATE in names or feature is None or tuple(feature.shape) != (config.max_state_dim,)
 
 
 def restore_dims(transition: EnvTransition) -> EnvTransition:
-    """Give states and actions of one dim their axis back: LeRobot reads such features as scalars.
+    """Restore the last axis of states and actions with one dim, which LeRobot reads as scalars.
 
-    States come as (B,), which LeRobot's step before this one makes (1, B), and chunks as (B, T); LeRobot's
-    `action_is_pad` tells them from single actions of T dims.
+    Such states come as (B,), which LeRobot's step before this one turns into (1, B). Such chunks come as (B, T); the
+    length of LeRobot's `action_is_pad` shows that they are not single actions of T dims.
     """
     changed: Any = dict(transition)
     observation, action = transition.get(TransitionKey.OBSERVATION) or {}, transition.get(TransitionKey.ACTION)
@@ -83,10 +84,10 @@ def _is_batch(x: Any) -> bool:
 
 
 def check_sample(transition: EnvTransition) -> None:
-    """Refuse what LeRobot's steps would stumble over, in words of their own.
+    """Refuse inputs with which LeRobot's steps would fail with an unclear error.
 
     Raises:
-        ObservationError: there is no task, or numpy arrays have no batch axis, which LeRobot gives to tensors alone.
+        ObservationError: there is no task, or a numpy array has no batch dimension (LeRobot adds one only to tensors).
     """
     task = (transition.get(TransitionKey.COMPLEMENTARY_DATA) or {}).get("task")
     if task is None:
@@ -98,6 +99,6 @@ def check_sample(transition: EnvTransition) -> None:
         axes = 2 if key == OBS_STATE else 4 if key.startswith(OBS_IMAGES) else 0
         if isinstance(x, np.ndarray) and x.ndim < axes:
             raise ObservationError(
-                f"{key!r} is a numpy array of shape {x.shape}, to which LeRobot's preprocessor adds no batch axis: "
-                "make tensors of the observation with lerobot.policies.utils.prepare_observation_for_inference"
+                f"{key!r} is a numpy array of shape {x.shape}, and LeRobot's preprocessor adds no batch dimension to "
+                "arrays: convert the observation with lerobot.policies.utils.prepare_observation_for_inference"
             )

@@ -1,8 +1,9 @@
-"""Roughness of action chunks beside the recorded ones: the root mean square third difference of each joint.
+"""Roughness of sampled action chunks compared with recorded ones: root mean square of each joint's third difference.
 
-The third difference of a motion is its jerk per control step³. A ramp and an even curve have next to none; independent
-noise of deviation σ on each step has √20·σ. So it shows whether the steps of a chunk fit each other, which neither the
-loss nor the mean squared error of a chunk shows: a few degrees of such noise hardly change those, and shake an arm.
+The third difference of a motion is its jerk per control step³. It is almost zero on a ramp or a smooth curve;
+independent noise of standard deviation σ on each step gives √20·σ. So it shows whether neighbouring steps of a chunk
+fit together. The loss and the mean squared error do not show this: a few degrees of such noise hardly change them, but
+they shake an arm.
 
 Axes: B chunks, T steps of a chunk, A joints.
 """
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor
 
 TOO_ROUGH = 1.5
-"""A joint whose sampled chunks have more than this many times the recorded roughness rattles."""
+"""A joint rattles if its sampled chunks are more than this many times as rough as the recorded ones."""
 
 HARMLESS_NOISE = 0.01
-"""Noise on each step, in parts of a joint's standard deviation, that is added to what was recorded before the two are
-compared: a joint that stands still has no roughness of its own, and any would be infinitely many times as much."""
+"""Standard deviation of a small noise on each step, as a fraction of the joint's standard deviation. Its roughness is
+added to the recorded one before the two are compared: a joint that stands still has a recorded roughness of zero, and
+any sampled roughness would be infinitely many times as large."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Roughness:
 
     @property
     def sampled(self) -> list[float]:
-        """Root mean square third difference of the sampled chunks by joint, in the actions' unit; 0 without any."""
+        """Root mean square third difference of the sampled chunks by joint, in the actions' unit; 0 for no chunks."""
         return self._root(self.sampled_A)
 
     @property
@@ -69,8 +71,8 @@ def roughness(sampled_BTA: Tensor, recorded_BTA: Tensor, valid_BT: Tensor) -> Ro
     """Compare sampled chunks with the recorded ones of the same observations.
 
     Args:
-        valid_BT: False for steps after the end of the episode. Differences that reach there are not counted, neither of
-            the recorded chunk, which stands still there, nor of the sampled one.
+        valid_BT: False for steps after the end of the episode, where the recorded chunk stands still. Differences that
+            include such a step are left out of both sums.
     """
     valid_BT = valid_BT.cpu()  # some devices have no float64
     counted_BT = valid_BT.unfold(1, 4, 1).all(dim=-1) if valid_BT.shape[1] > 3 else valid_BT[:, :0]

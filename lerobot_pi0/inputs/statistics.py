@@ -1,4 +1,4 @@
-"""Checks of a dataset's statistics: are they there, do they vary, are they those of relative actions?"""
+"""Checks of a dataset's statistics: do they exist, do the joints move, are they statistics of relative actions?"""
 
 import logging
 from pathlib import Path
@@ -16,7 +16,7 @@ from .samples import has_state
 logger = logging.getLogger(__name__)
 
 NEAR_CONSTANT = 1e-3
-"""A dimension whose spread is below this part of the largest one's is called near-constant."""
+"""A dimension whose spread is below this fraction of the largest spread is called near-constant."""
 
 STATISTICS = {
     NormalizationMode.MEAN_STD: ("mean", "std"),
@@ -28,14 +28,14 @@ STATISTICS = {
 
 
 def check_dataset(config: PI0Config, stats: Statistics | None, meta: Any) -> None:
-    """Take the names of a dataset's joints over into the config, and refuse statistics that do not suit it.
+    """Copy the names of a dataset's joints into the config, and refuse statistics that do not fit the config.
 
     Args:
         stats: the statistics to train with.
         meta: the dataset's LeRobotDatasetMetadata, or None.
 
     Raises:
-        ValueError: as `check_statistics` and `check_relative_statistics`.
+        ValueError: see `check_statistics` and `check_relative_statistics`.
     """
     take_names(config, meta)
     name_unread(config, getattr(meta, "features", None) or {})
@@ -56,13 +56,13 @@ def check_dataset(config: PI0Config, stats: Statistics | None, meta: Any) -> Non
 
 
 def check_statistics(config: PI0Config, stats: Statistics | None) -> None:
-    """Refuse to normalise with statistics that are not there; name dimensions that hardly vary.
+    """Refuse to normalise without statistics; warn of dimensions that hardly vary.
 
     Args:
         stats: per feature, `mean`, `std`, … as a LeRobotDataset's `meta.stats` has them.
 
     Raises:
-        ValueError: a feature that is normalised has no statistics, or some that are not finite.
+        ValueError: a feature that is normalised has no statistics, or statistics of another size or not finite.
     """
     features = {**(config.input_features or {}), **(config.output_features or {})}
     for key, feature in features.items():
@@ -70,7 +70,7 @@ def check_statistics(config: PI0Config, stats: Statistics | None) -> None:
         if mode is NormalizationMode.IDENTITY or feature.type is FeatureType.VISUAL:
             continue
         if key == OBS_STATE and not has_state(config, stats or {}):
-            logger.warning("there is no %r: the policy learns from pictures and the task alone", OBS_STATE)
+            logger.warning("there is no %r: the policy learns from images and the task alone", OBS_STATE)
             continue
         names = STATISTICS[mode]
         found = (stats or {}).get(key, {})
@@ -97,8 +97,8 @@ def check_statistics(config: PI0Config, stats: Statistics | None) -> None:
 def _name_near_constant(config: PI0Config, key: str, spread: np.ndarray, middle: np.ndarray) -> None:
     """Warn of dims that hardly vary, by name.
 
-    Small beside others may be another unit, as radians are beside a gripper of 0 to 850. So the spread has to be small
-    beside the dim's own values too, or in any unit.
+    A spread that is small compared with others may only have another unit, such as radians beside a gripper from 0 to
+    850. So it must also be small compared with the dim's own values, or tiny in any unit.
     """
     small = spread <= NEAR_CONSTANT * np.maximum(np.abs(middle), 1)
     flat = np.flatnonzero((small & (spread <= NEAR_CONSTANT * spread.max(initial=0))) | (spread <= 1e-8))
@@ -118,17 +118,17 @@ def check_relative_statistics(config: PI0Config, stats: Statistics, meta: Any) -
     An action a is learnt as a - s, with s the state in which its chunk begins; joints that `relative_exclude_joints`
     names stay absolute. LeRobot normalises with whatever statistics the dataset has.
 
-    `lerobot-edit-dataset` leaves three marks when it makes statistics of relative actions: they count every step of
-    every chunk, and not every frame; the ranges of relative joints are no longer those of the recorded episodes; those
-    of excluded joints still are.
+    Three marks show that `lerobot-edit-dataset` made statistics of relative actions: their count is the number of steps
+    in all chunks, not the number of frames; the ranges of relative joints differ from those of the recorded episodes;
+    the ranges of excluded joints do not.
 
     Args:
         stats: the dataset's statistics.
-        meta: its LeRobotDatasetMetadata, if there is one: without it the first mark alone is looked at.
+        meta: its LeRobotDatasetMetadata, if there is one: without it only the first mark is checked.
 
     Raises:
-        ValueError: they are not those that this config needs; says which command makes them. Or the joints are such
-            that this command would make wrong ones (`check_pairing`, `check_relative_names`).
+        ValueError: the statistics are not those that this config needs; the message gives the command that makes them.
+            Or this command would make wrong ones from these joints (`check_pairing`, `check_relative_names`).
     """
     check_pairing(config, meta)
     check_relative_names(config, meta)
@@ -155,7 +155,7 @@ def _problem(config: PI0Config, stats: Statistics, meta: Any) -> str | None:
     wanted = relative_mask(config, config.output_features[ACTION].shape[0])
     if counted == frames and config.chunk_size > 1 and wanted.any():
         return f"use_relative_actions=true, but {ACTION!r} has statistics of absolute actions"
-    lengths, low, high = _recorded(meta)
+    lengths, low, high = _episode_ranges(meta)
     whole = lengths >= config.chunk_size
     if not whole.any():
         return None
@@ -175,8 +175,8 @@ def _problem(config: PI0Config, stats: Statistics, meta: Any) -> str | None:
     return f"the statistics of {', '.join(wrong)} are not what {asked} asks for" if wrong else None
 
 
-def _recorded(meta: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Length (E), lowest and highest action (E, A) of each episode as recorded; nothing without a dataset."""
+def _episode_ranges(meta: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Length (E), lowest and highest action (E, A) of each recorded episode; empty arrays without a dataset."""
     import pandas as pd
 
     files = sorted(Path(meta.root).glob("meta/episodes/**/*.parquet")) if getattr(meta, "root", None) else []

@@ -1,7 +1,8 @@
-"""Processor steps: LeRobot's tokenizer, prompt and relative actions, under LeRobot's names, which can do more.
+"""Processor steps of π₀: LeRobot's tokenizer, prompt, normaliser and relative actions, extended, under LeRobot's names.
 
-A saved pipeline is rebuilt from the registered names of its steps and their states, so what has to travel with a
-checkpoint is state. In pipelines of π₀, `pipelines` puts `STEPS` where their files name LeRobot's steps.
+A saved pipeline is rebuilt from the registered names of its steps and from their states. So everything that a
+checkpoint has to keep is in a step's state. When a pipeline of π₀ is rebuilt, `pipelines.py` replaces LeRobot's steps
+by those in `STEPS`.
 """
 
 from collections.abc import Mapping
@@ -31,7 +32,7 @@ TOKENIZER = "tokenizer_processor"
 """LeRobot's name of the tokenizer step."""
 
 NOT_CARRIED = "not_carried"
-"""Name of the one tensor in the state of a tokenizer step whose checkpoint must not hold the tokenizer."""
+"""Name of the only tensor in the state of a tokenizer step whose checkpoint must not hold the tokenizer."""
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
@@ -42,24 +43,24 @@ TOKENIZER_FILES = (
 NO_TOKENIZER = "tokenizer_processor has no tokenizer: give it a tokenizer or a tokenizer_name (preprocessor_overrides)"
 
 MANY_PROMPTS = 1000
-"""After so many different ones, what is remembered of prompts is forgotten."""
+"""The cache of tokenized prompts is emptied when it holds more than this many."""
 
 CLEANED = "cleaned"
-"""Name of the one tensor in the state of a step that cleans; LeRobot's own step ignores it."""
+"""Name of the only tensor in the state of a `PromptStep` that cleans prompts; LeRobot's own step ignores it."""
 
 STEP = "relative_actions_step"
-"""Key of a batch under which the policy finds the step that took part in making it."""
+"""Key of a batch under which the policy finds the `AnchoredRelativeStep` that processed it."""
 
 
 class TokenizerError(OSError):
-    """A tokenizer that is not here and cannot be fetched."""
+    """A tokenizer that cannot be loaded or downloaded."""
 
 
 def load_tokenizer(name: str) -> Any:
     """A tokenizer by name: "bytes", a folder, or a Hub id.
 
     Raises:
-        TokenizerError: it cannot be had; says how to get at a gated one.
+        TokenizerError: it cannot be loaded; the message says how to get access to a gated one.
     """
     from transformers import AutoTokenizer, ByT5Tokenizer
 
@@ -82,27 +83,27 @@ def load_tokenizer(name: str) -> Any:
 
 @dataclass
 class PI0TokenizerStep(TokenizerProcessorStep):
-    """LeRobot's tokenizer step, which also travels with its tokenizer and knows the byte tokenizer.
+    """LeRobot's tokenizer step, which also saves the tokenizer in the checkpoint and knows the byte tokenizer.
 
-    It is saved under LeRobot's name, so that LeRobot can load it. The files of the tokenizer are its state, which
-    LeRobot's own step ignores when it meets it; that they are not to travel is state too, since a checkpoint without
-    any (LeRobot's) carries its tokenizer once this plugin saves it. A tokenizer is looked up when it is first needed,
-    since its files may be about to come from the checkpoint.
+    It is saved under LeRobot's name, so that LeRobot can load it. The tokenizer's files are the state of this step;
+    LeRobot's own step ignores them. The choice not to save them (`carry=False`) is state too: without this mark a
+    checkpoint that has no such files, as LeRobot's have none, gets them when this plugin saves it. The tokenizer is
+    loaded when it is first needed, since its files may still come from the checkpoint.
     """
 
     carry: bool | None = None
-    """Whether they travel; None leaves it to the state, and without a state they do."""
+    """Whether checkpoints hold the tokenizer's files; None takes it from the loaded state, where yes is the default."""
     takes_files: bool = True
-    """Whether the checkpoint's files are those of the tokenizer that is meant; not where another one is given."""
+    """Whether to use the checkpoint's files; False if the caller gives another tokenizer."""
     folder: str | None = None
-    """Where the tokenizer is loaded from in place of its name: LeRobot after 0.6.1 saves it in a folder."""
+    """Folder from which the tokenizer is loaded, in place of its name: LeRobot after 0.6.1 saves it in a folder."""
 
     def __post_init__(self) -> None:
         if self.tokenizer is None and self.tokenizer_name is None and not self.takes_files:
             raise ValueError(NO_TOKENIZER)
         self._loaded = self.tokenizer
         self._files: dict[str, Tensor] = {}
-        self._known: dict[str, dict[str, Tensor]] = {}  # tokens of prompts that came before
+        self._known: dict[str, dict[str, Tensor]] = {}  # tokens of earlier prompts
 
     @property
     def input_tokenizer(self) -> Any:  # type: ignore[override]
@@ -112,7 +113,7 @@ class PI0TokenizerStep(TokenizerProcessorStep):
         return self._loaded
 
     def _tokenize_text(self, text: str | list[str]) -> dict[str, Tensor]:
-        """LeRobot's, but for each prompt once: a dataset has few, and the byte tokenizer takes 1 ms for one."""
+        """LeRobot's method, once for each prompt: a dataset has few, and the byte tokenizer takes 1 ms for one."""
         texts = [text] if isinstance(text, str) else list(text)
         if self.padding != "max_length":  # lengths depend on the batch
             return super()._tokenize_text(texts)
@@ -136,14 +137,15 @@ class PI0TokenizerStep(TokenizerProcessorStep):
         return dict(self._files)
 
     def save_artifacts(self, save_directory: Path) -> dict[str, str]:
-        """No files beside the state, which holds the tokenizer: LeRobot after 0.6.1 would write it twice."""
+        """Write no files: the state holds the tokenizer, and LeRobot after 0.6.1 would write it a second time."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take the tokenizer from its files, or leave it to its name if they were not to travel.
+        """Load the tokenizer from its files; if the checkpoint does not hold them, it is loaded by its name later.
 
         Raises:
-            TokenizerError: they are not those of a tokenizer.
+            TokenizerError: the files are not those of a tokenizer.
+            ValueError: the checkpoint holds no files, and there is no name.
         """
         from transformers import AutoTokenizer
 
@@ -167,7 +169,7 @@ class PI0TokenizerStep(TokenizerProcessorStep):
                 self._loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
                 if self._loaded.pad_token is None:
                     raise ValueError("it has no token to pad with")
-            except Exception as error:  # libraries of tokenizers raise many kinds
+            except Exception as error:  # tokenizer libraries raise many types
                 raise TokenizerError(
                     f"the tokenizer that the checkpoint carries cannot be loaded ({type(error).__name__}: {error}): "
                     "download or copy the checkpoint again"
@@ -175,17 +177,17 @@ class PI0TokenizerStep(TokenizerProcessorStep):
 
 
 def clean(prompt: str) -> str:
-    """Without space around it, and with spaces for underscores and line breaks."""
+    """The prompt without spaces at its ends, and with spaces in place of underscores and line breaks."""
     return prompt.strip().replace("_", " ").replace("\n", " ")
 
 
 class PromptStep(Pi0NewLineProcessor):
-    """LeRobot's step, under LeRobot's name, that ends a prompt with a line break; where asked to, it cleans it first.
+    """LeRobot's step, under LeRobot's name, that ends a prompt with a line break. If `cleans`, it calls `clean` first.
 
-    A saved pipeline is rebuilt from names and states, so whether to clean is state.
+    A saved pipeline is rebuilt from names and states, so `cleans` is saved as state.
 
     Args:
-        cleans: whether to clean; None leaves it to the state.
+        cleans: whether to clean prompts; None takes it from the state that is loaded.
     """
 
     def __init__(self, cleans: bool | None = None) -> None:
@@ -193,7 +195,7 @@ class PromptStep(Pi0NewLineProcessor):
         self.cleans = bool(cleans)
 
     def __call__(self, transition: EnvTransition) -> EnvTransition:
-        """LeRobot's, after what π₀ needs of every sample: this step comes before all that look at the values."""
+        """Check the sample and restore its dims, then do LeRobot's step. Steps that read the values come later."""
         check_sample(transition)
         return super().__call__(restore_dims(transition))
 
@@ -213,26 +215,26 @@ class PromptStep(Pi0NewLineProcessor):
 
 
 class AnchoredRelativeStep(RelativeActionsProcessorStep):
-    """LeRobot's step, under LeRobot's name, which lets the policy tell to which state its actions are relative.
+    """LeRobot's step, under LeRobot's name, which lets the policy choose the state to which its actions are relative.
 
-    `AbsoluteActionsProcessorStep` adds the state that this step saw last. While a chunk is executed from a queue, the
-    state moves on, and the actions would with it.
+    `AbsoluteActionsProcessorStep` adds the state that this step saw last. But while a chunk is executed from a queue,
+    new states come in, and all actions of the chunk are relative to the state from which it was predicted.
     """
 
     def __call__(self, transition: EnvTransition) -> EnvTransition:
         transition = super().__call__(transition)
-        if self.enabled and transition.get(TransitionKey.ACTION) is None:  # at the robot
+        if self.enabled and transition.get(TransitionKey.ACTION) is None:  # no action: this is control, not training
             data = {**(transition.get(TransitionKey.COMPLEMENTARY_DATA) or {}), STEP: self}
             transition = {**transition, TransitionKey.COMPLEMENTARY_DATA: data}  # type: ignore[assignment]
         return transition
 
 
 class CheckedNormalizerStep(NormalizerProcessorStep):
-    """LeRobot's step, under LeRobot's name, which names a state or an action that is not as long as its statistics."""
+    """LeRobot's step, under LeRobot's name, with an error if a state or action is not as long as its statistics."""
 
     @classmethod
     def of(cls, step: NormalizerProcessorStep) -> "CheckedNormalizerStep":
-        """The same step, of this class."""
+        """A copy of a step of LeRobot's class."""
         return cls(**{x.name: getattr(step, x.name) for x in fields(step) if x.init})
 
     def _apply_transform(self, tensor: Tensor, key: str, feature_type: FeatureType, **kwargs: Any) -> Tensor:
@@ -246,20 +248,20 @@ class CheckedNormalizerStep(NormalizerProcessorStep):
 
 
 class Anchor:
-    """The state to which the actions of the chunk that is being executed are relative."""
+    """The state to which the actions of the current chunk are relative: the one from which it was predicted."""
 
     def __init__(self) -> None:
         self._raw: Any = None
         self._normalised: Any = None
 
     def set(self, batch: Mapping[str, Any]) -> None:
-        """A chunk begins with this batch."""
+        """Remember the state of the batch from which a chunk was predicted."""
         self._raw = batch[STEP].get_cached_state() if STEP in batch else None
         self._normalised = batch.get(OBS_STATE)
 
     def restore(self, batch: Mapping[str, Any]) -> Any:
-        """An action of that chunk is about to be made absolute. Returns the (normalised) state it will be added to:
-        the chunk's, or this batch's where LeRobot's own step is at work."""
+        """Make the postprocessor add the chunk's state to its next action. Returns the normalised state that it will
+        add: the chunk's, or this batch's if the pipeline has LeRobot's own step."""
         if STEP not in batch:
             return batch.get(OBS_STATE)
         batch[STEP]._last_state = self._raw
@@ -273,4 +275,4 @@ STEPS: dict[str, type[ProcessorStep]] = {
     "absolute_actions_processor": FiniteAbsoluteStep,
     "normalizer_processor": CheckedNormalizerStep,
 }
-"""The steps of this plugin by the names of LeRobot's, in whose place they stand in pipelines of π₀."""
+"""The steps of this plugin, by the registered name of the LeRobot step that each replaces in pipelines of π₀."""

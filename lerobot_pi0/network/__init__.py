@@ -1,1 +1,1 @@
-"""π₀ itself: sizes, layers, random weights, flow matching. Plain PyTorch, without LeRobot, files or processors."""
+"""The network of π₀: sizes, layers, random weights, flow matching. Plain PyTorch, without LeRobot or files."""

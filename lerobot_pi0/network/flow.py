@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class BetaTime(NamedTuple):
-    """t ~ offset + scale·Beta(alpha, beta): more often near the noise than near the data (paper, appendix B)."""
+    """Times t ~ offset + scale·Beta(alpha, beta), denser near the noise than near the data (paper, appendix B)."""
 
     alpha: float = 1.5
     beta: float = 1.0
@@ -23,7 +23,7 @@ class BetaTime(NamedTuple):
     offset: float = 0.001
 
     def sample(self, shape: Sequence[int], device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-        """Times, float32."""
+        """Random times of this shape, float32."""
         if self.beta == 1.0:  # Beta(α, 1) has the distribution function x^α
             draw = torch.rand(tuple(shape), device=device, generator=generator) ** (1 / self.alpha)
         else:

@@ -2,7 +2,7 @@
 
 Axes: B batch, T tokens of this call, S tokens attended to, H query heads, D head dim, W width.
 
-It differs from a language model's decoder in two ways. Attention is not causal but follows the mask it is given. And
+It differs from a language model's decoder in two ways. Attention is not causal: it follows the mask that it gets. And
 the keys and values of earlier tokens are an argument (`past`); other weights may have computed them. Parameter names
 are those of transformers' `GemmaModel`. Sources: openpi `models/gemma.py`, transformers `models/gemma`.
 """
@@ -51,7 +51,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-query attention: all query heads share one key/value head, so they are just more queries of it."""
+    """Multi-query attention: all query heads share one key/value head, so each head is a further set of queries."""
 
     attend = staticmethod(attention)
 
@@ -111,7 +111,7 @@ class Layer(nn.Module):
 
 
 class Gemma(nn.Module):
-    """A stack of layers. Without a vocabulary, as in the expert, there is no `embed_tokens`."""
+    """A stack of layers. Without `vocab_size`, as in the action expert, there is no `embed_tokens`."""
 
     layers: Any  # an nn.ModuleList of Layer
 
@@ -125,7 +125,7 @@ class Gemma(nn.Module):
         self.gradient_checkpointing = False
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
-        """Token embeddings, scaled as Gemma's are: (B, T, W)."""
+        """Token embeddings times √W, as in Gemma: (B, T, W)."""
         return self.embed_tokens(tokens_BT) * self.cfg.width**0.5
 
     def rope(self, positions_BT: Tensor) -> Rope:
@@ -145,9 +145,9 @@ class Gemma(nn.Module):
 
         Args:
             rope: the angles of each token.
-            mask: over the queries of T tokens and H heads, and the S keys of `past` and of these tokens; None if each
-                sees all.
-            past: keys and values per layer of the tokens before these.
+            mask: which of the S keys (of `past`, then of these tokens) each of the T·H queries sees; None if each query
+                sees all keys.
+            past: for each layer, the keys and values of the earlier tokens.
         """
         return self.norm(self._layers(x_BTW, rope, mask, past, cache_only=False)[0])
 

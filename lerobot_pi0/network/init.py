@@ -1,6 +1,6 @@
-"""Random weights of a network that starts without a checkpoint.
+"""Random initial weights of a network that starts without a checkpoint.
 
-Every layer keeps unit variance (LeCun normal), norms are the identity, positions are SigLIP's.
+Linear layers keep unit variance (LeCun normal), norms start as the identity, position embeddings as in SigLIP.
 """
 
 import math
@@ -13,16 +13,16 @@ from .pi0 import PI0
 from .siglip import VisionTower
 
 QUERY_GAIN, OUTPUT_GAIN = 3.0, 2.0
-"""Factors on the weights of attention's queries and output, beyond unit variance."""
+"""Factors on the weights of attention's queries and output, compared with weights that keep unit variance."""
 
 DRAWN_AT_ONCE = 2**15
-"""Numbers drawn and rounded at a time."""
+"""How many numbers are drawn and rounded at a time."""
 
 
 def draw_normal(x: Tensor, std: float) -> None:
-    """Fill with draws from N(0, std²); those of bfloat16 are drawn in float32 and rounded.
+    """Fill `x` with draws from N(0, std²). On a CPU, bfloat16 numbers are drawn in float32 and then rounded.
 
-    On CPUs torch draws bfloat16 from uniform numbers of 8 bits, and so never beyond 3.4 standard deviations.
+    torch's own bfloat16 draws on a CPU come from uniform numbers of 8 bits, and never exceed 3.4 standard deviations.
     """
     if x.dtype != torch.bfloat16 or x.device.type != "cpu":
         nn.init.normal_(x, std=std)
@@ -32,7 +32,7 @@ def draw_normal(x: Tensor, std: float) -> None:
 
 
 def sincos_positions(side: int, width: int) -> Tensor:
-    """2D sine-cosine position embedding (side², W), SigLIP's start in big_vision: `posemb_sincos_2d`."""
+    """2D sine-cosine position embedding (side², W), as SigLIP starts in big_vision (`posemb_sincos_2d`)."""
     omega = 10_000.0 ** -torch.linspace(0, 1, width // 4)
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     angles = [axis.flatten()[:, None] * omega for axis in (x, y)]
@@ -43,9 +43,9 @@ def sincos_positions(side: int, width: int) -> Tensor:
 def initialise(network: PI0) -> None:
     """Draw all weights.
 
-    Queries and the output of attention start larger (`QUERY_GAIN`, `OUTPUT_GAIN`): unit variance gives each token an
-    almost even mean over a hundred others, and a small network then takes far longer to learn which token matters
-    (docs/learning.md). Weights on the `meta` device stay there: a checkpoint will fill them.
+    The weights of attention's queries and output start larger (`QUERY_GAIN`, `OUTPUT_GAIN`). With unit variance, each
+    token would get an almost even mean over a hundred others, and a small network would take far longer to learn which
+    token matters (docs/learning.md). Weights on the `meta` device stay there: a checkpoint will fill them.
     """
     for module in network.modules():
         if isinstance(module, nn.Linear):
@@ -63,7 +63,7 @@ def initialise(network: PI0) -> None:
 
 @torch.no_grad()
 def initialise_vision(tower: VisionTower) -> None:
-    """Draw or set the vision tower's convolutions, positions and norms; its linear layers are drawn with all others."""
+    """Initialise the vision tower's convolutions, positions and norms; `initialise` draws its linear layers."""
     positions = tower.vision_model.embeddings.position_embedding.weight
     positions.copy_(sincos_positions(math.isqrt(len(positions)), positions.shape[1]))
     for module in tower.modules():

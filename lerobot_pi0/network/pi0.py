@@ -1,4 +1,4 @@
-"""The network of π₀ as two calls: `context` encodes an observation, `velocity` moves noisy actions towards data.
+"""The network of π₀ as two calls: `context` encodes an observation, `velocity` computes the velocity of noisy actions.
 
 Axes: B batch, N cameras, L prompt tokens, S tokens of the context, K flow samples, T steps of a chunk,
 A action dim, W width, H query heads.
@@ -26,13 +26,13 @@ from .sizes import Architecture
 
 
 class Observation(NamedTuple):
-    """What the network sees: only cameras that exist, no padding beyond the longest prompt."""
+    """Inputs of the network: only cameras that exist, no padding beyond the longest prompt."""
 
     images_BNCHW: Tensor  # in [-1, 1]
     tokens_BL: Tensor
     token_mask_BL: Tensor  # False on padding
     state_BA: Tensor
-    padded: bool = True  # False: it is known that no token is padding, so no mask is made
+    padded: bool = True  # False if it is known that no token is padding: then no mask is needed
     prefix: Sequence[KVCache] | None = None  # keys and values of images and prompt per layer, if they are known already
 
 
@@ -51,11 +51,11 @@ class Context(NamedTuple):
 
 
 def block_mask(mask_BS: Tensor, samples: int, steps: int, heads: int, with_state: bool = False) -> Tensor:
-    """What K samples of T action tokens see: the context where it is not padding, and their own sample.
+    """Attention mask of K samples of T action tokens: each sees the context (except padding) and its own sample.
 
-    A single sample sees all of itself, so all its queries share one row. Below are two samples of two tokens, after a
-    context of three tokens of which one is padding (one row per query, for one head); on the right the state's token
-    runs with them, and sees no action:
+    With a single sample, all queries see the same keys and share one row. The examples have one head and one row per
+    query. Left: two samples of two tokens, after a context of three tokens, the last of which is padding. Right: the
+    state's token runs with them, in the first row, and sees no action:
 
         1 1 0   1 1 0 0          1 1 0   1 0 0 0 0
         1 1 0   1 1 0 0          1 1 0   1 1 1 0 0
@@ -76,8 +76,8 @@ def block_mask(mask_BS: Tensor, samples: int, steps: int, heads: int, with_state
 
 
 class PI0(nn.Module):
-    """The network. Parameters have the names of published checkpoints; `vision`, `vlm` and `expert` are shorter
-    names of its parts."""
+    """The network of π₀. Its parameters have the names of published checkpoints; `vision`, `vlm` and `expert` are
+    short names for its parts."""
 
     paligemma_with_expert: Any
     sample_noise = staticmethod(flow.sample_noise)
@@ -124,19 +124,19 @@ class PI0(nn.Module):
         return self.paligemma_with_expert["gemma_expert"]["model"]
 
     def unread_parameters(self) -> list[nn.Parameter]:
-        """Parameters of published checkpoints that the action never depends on: the VLM's last layer makes
-        keys and values, and its queries, attention output, MLP and the final norm lead nowhere."""
+        """Parameters of published checkpoints on which no action depends: from the VLM's last layer only keys and
+        values are used, so its queries, attention output and MLP are not, nor is the final norm."""
         last = self.vlm.layers[-1]
         modules = [last.self_attn.q_proj, last.self_attn.o_proj, last.post_attention_layernorm, last.mlp]
         return [p for module in [*modules, self.vlm.norm] for p in module.parameters()]
 
     def enable_gradient_checkpointing(self) -> None:
-        """Keep only the input of each layer, and compute the rest again in the backward pass."""
+        """Keep only the input of each layer, and compute its other activations again in the backward pass."""
         for part in (self.vision, self.vlm, self.expert):
             part.gradient_checkpointing = True
 
     def prefix(self, obs: Observation) -> tuple[Tensor, Tensor]:
-        """Tokens of the first block, images before the prompt: (B, S, W), and which are not padding (B, S)."""
+        """Tokens of the first block (B, S, W), images before the prompt; and which of them are not padding (B, S)."""
         features = self.vision(rearrange(obs.images_BNCHW, "b n c h w -> (b n) c h w"))
         images = self.paligemma["multi_modal_projector"]["linear"](features)
         images_BSW = rearrange(images, "(b n) p w -> b (n p) w", b=len(obs.images_BNCHW))
@@ -147,8 +147,8 @@ class PI0(nn.Module):
     def encode_prefix(self, obs: Observation) -> Prefix:
         """Keys and values of the first block.
 
-        A frozen VLM runs without autograd, which keeps no activations and propagates nothing through it. Whether it is
-        frozen is looked up at each call, since PEFT and users set `requires_grad` after construction.
+        A frozen VLM runs without autograd: it keeps no activations and has no backward pass. Each call checks whether
+        it is frozen, since PEFT and users set `requires_grad` after construction.
         """
         if obs.prefix is not None:
             images = obs.prefix[0].keys_BSD.shape[1] - obs.token_mask_BL.shape[1]
@@ -160,12 +160,12 @@ class PI0(nn.Module):
             return self.vlm.cache(x, self.vlm.rope(mask.cumsum(dim=1) - 1), hidden), mask
 
     def context(self, obs: Observation, with_state: bool = True, prefix: Prefix | None = None) -> Context:
-        """Keys and values of prefix and state: once per observation.
+        """Keys and values of prefix and state, computed once per observation.
 
         Args:
-            with_state: False leaves the state's token to `velocity`. Training does that: as `velocity` runs only once
-                there, state and actions go through each weight of the expert together, which saves a second pass.
-            prefix: `encode_prefix` of the observation, if it is there already.
+            with_state: False leaves the state's token to `velocity`. Training does this: `velocity` runs only once
+                there, so state and actions go through the expert together, which saves a second pass.
+            prefix: `encode_prefix` of the observation, if it was computed already.
         """
         cache, mask = self.encode_prefix(obs) if prefix is None else prefix
         state = self.state_proj(obs.state_BA.to(self.state_proj.weight.dtype))[:, None]
@@ -179,7 +179,7 @@ class PI0(nn.Module):
         return Context(cache, mask, padded=obs.padded)
 
     def rope_and_mask(self, context: Context, samples: int, steps: int, dtype: torch.dtype) -> tuple[Rope, Mask | None]:
-        """The positions of the tokens of `velocity`, as RoPE's angles, and what these tokens see; None: everything."""
+        """RoPE's angles and the mask for the tokens of `velocity`. The mask is None if each token sees everything."""
         with_state = context.state_B1W is not None
         own = torch.arange(steps, device=context.mask_BS.device).repeat(samples)
         own = F.pad(own + 1, (1, 0)) if with_state else own
@@ -194,7 +194,7 @@ class PI0(nn.Module):
 
         sin and cos of W/2 frequencies (openpi: `create_sinusoidal_pos_embedding`), then the time half of
         `action_time_mlp_in`. One call serves all steps of a solver. The layer is called with zeros for the actions, and
-        its weight is not cut in two, so that an adapter around the layer takes part.
+        its weight is not split in two, so that an adapter (LoRA) around the layer has its effect.
         """
         arch, width = self.arch, self.arch.expert.width
         if time.device.type == "cpu":
@@ -206,7 +206,7 @@ class PI0(nn.Module):
         return self.action_time_mlp_in(F.pad(embedding, (width, 0)))
 
     def _frequency_parts(self, time: Tensor) -> Tensor:
-        """`frequency_parts` on the device of `time`: sent there once, as it would be waited for."""
+        """`frequency_parts` on the device of `time`, copied there only once: the host would wait for each copy."""
         wanted = time.device, type(time)
         if self._frequencies is None or self._frequencies[0] != wanted:
             arch = self.arch
@@ -215,17 +215,17 @@ class PI0(nn.Module):
         return self._frequencies[1]
 
     def velocity(self, x_BKTA: Tensor, time_embedding: Tensor, context: Context) -> Tensor:
-        """Velocity of noisy actions, float32, of their shape.
+        """Velocity of noisy actions: float32, in the shape of `x_BKTA`.
 
         Args:
             x_BKTA: K chunks per observation, which do not see each other.
-            time_embedding: `embed_time` of their times, broadcast against (B, K, T, W).
+            time_embedding: `embed_time` of the actions' times; broadcasts against (B, K, T, W).
         """
         samples, steps = x_BKTA.shape[1:3]
         width = self.arch.expert.width
         actions = self.action_in_proj(x_BKTA.to(self.action_in_proj.weight.dtype))
         h = self.action_time_mlp_in(F.pad(actions, (0, width)))
-        h = F.silu(h - self.action_time_mlp_in.bias.to(h.dtype) + time_embedding)  # both halves come with the bias
+        h = F.silu(h - self.action_time_mlp_in.bias.to(h.dtype) + time_embedding)  # both terms include the bias
         h = rearrange(self.action_time_mlp_out(h), "b k t w -> b (k t) w")
 
         state = context.state_B1W

@@ -21,11 +21,11 @@ LAYER_NORM_EPS = 1e-6
 
 
 class ConvolutionalStem(nn.Module):
-    """Patches through several convolutions in place of one, for small towers.
+    """Patch embedding by several convolutions instead of one, for small towers.
 
     One linear map of 16 x 16 pixels says little about where in the patch an object is, and the two layers of a small
     tower cannot compensate for that (measured in docs/learning.md; Xiao et al. 2021, arXiv 2106.14881). Each image is
-    normalised to zero mean and unit variance, because patches differ little compared with what they share.
+    normalised to zero mean and unit variance, because patches differ little from their common mean.
     """
 
     def __init__(self, cfg: VisionSize) -> None:
@@ -49,7 +49,7 @@ class ConvolutionalStem(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """Patches and their positions."""
+    """Patch embeddings plus position embeddings."""
 
     def __init__(self, cfg: VisionSize, image_size: int) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Attention(nn.Module):
     def __init__(self, cfg: VisionSize) -> None:
         super().__init__()
         self.heads = cfg.heads
-        self.k_proj = nn.Linear(cfg.width, cfg.width)  # before the queries: optimizers number parameters in this order
+        self.k_proj = nn.Linear(cfg.width, cfg.width)  # before q_proj: optimizers number parameters in order
         self.v_proj = nn.Linear(cfg.width, cfg.width)
         self.q_proj = nn.Linear(cfg.width, cfg.width)
         self.out_proj = nn.Linear(cfg.width, cfg.width)
@@ -97,7 +97,7 @@ class MLP(nn.Module):
 
 
 class SiglipEncoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). FSDP's configurations name this class, as transformers' own."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). FSDP configurations know this class by transformers' name."""
 
     def __init__(self, cfg: VisionSize) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class SiglipEncoderLayer(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Features of image patches, one per patch, after the last norm.
+    """SigLIP's vision tower: one feature vector per image patch, after the last norm.
 
     Raises:
         ValueError: an image is smaller than a patch.

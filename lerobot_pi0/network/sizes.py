@@ -1,4 +1,4 @@
-"""Architecture of π₀ as frozen dataclasses, and the presets that have names. No torch: the config reads this.
+"""Sizes of π₀'s networks as frozen dataclasses, with named presets. Without torch, because the config imports them.
 
 Sources: openpi `models/gemma.py: get_config`, big_vision `models/vit.py: decode_variant` (So400m/14).
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GemmaSize:
-    """One decoder stack. Multi-query attention: the `heads` query heads share one key/value head."""
+    """Size of a Gemma decoder. Multi-query attention: the `heads` query heads share one key/value head."""
 
     width: int
     depth: int
@@ -19,7 +19,7 @@ class GemmaSize:
 
 @dataclass(frozen=True)
 class VisionSize:
-    """A SigLIP vision tower; `image_size` is the side in pixels that the preset is meant for.
+    """Size of a SigLIP vision tower. `image_size`: side of the images that the preset is made for, in pixels.
 
     `stem`: channels of the convolutions that make the patches of small towers; () for SigLIP's single convolution.
     """
@@ -44,7 +44,7 @@ class PaliGemmaSize:
 
 @dataclass(frozen=True)
 class Architecture:
-    """All that the network's shapes depend on. State and action vectors are zero-padded to their dims."""
+    """All that the network's shapes depend on. States and actions are zero-padded to `state_dim` and `action_dim`."""
 
     vlm: PaliGemmaSize
     expert: GemmaSize

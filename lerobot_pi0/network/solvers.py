@@ -1,4 +1,4 @@
-"""Solvers of the flow: from noise at t = 1 to actions at t = 0, as pure functions of tensors.
+"""ODE solvers for flow matching: from noise at t = 1 to actions at t = 0, as pure functions of tensors.
 
 Axes: B batch, K flow samples of one observation, T steps of a chunk, A action dim.
 """
@@ -35,7 +35,7 @@ FIXED = {
 def fixed_times(solver: str, steps: int, device: torch.device) -> Tensor:
     """Times at which `solver` evaluates the velocity, in order: float32 (steps · stages,)."""
     step = torch.arange(steps, dtype=torch.float32, device=device)
-    stages = [1.0 - (step + node) / steps for node in FIXED[solver].nodes]  # floats: a copy to the GPU would wait
+    stages = [1.0 - (step + node) / steps for node in FIXED[solver].nodes]  # floats: no copy to the GPU, no wait
     return torch.stack(stages, dim=1).flatten()
 
 
@@ -53,7 +53,7 @@ def integrate(
     Args:
         solver: one of `FIXED`, whose times are embedded in one call, or "adaptive".
         steps: number of steps of a fixed solver, largest number of steps of the adaptive one.
-        tolerance, dims: of the adaptive solver.
+        tolerance, dims: only for the adaptive solver, see `_adaptive`.
 
     Raises:
         ValueError: fewer than one step, which would return the noise as actions.
@@ -68,12 +68,12 @@ def integrate(
     for _ in range(steps):
         slopes: list[Tensor] = []
         for row in method.stages:
-            slopes.append(velocity(x - _mean(row, slopes) / steps, *next(moments)).float())
-        x = x - _mean(method.weights, slopes) / steps
+            slopes.append(velocity(x - _weighted_sum(row, slopes) / steps, *next(moments)).float())
+        x = x - _weighted_sum(method.weights, slopes) / steps
     return x
 
 
-def _mean(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor | float:
+def _weighted_sum(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor | float:
     return sum((w * k for w, k in zip(weights, slopes, strict=True) if w), start=0.0)
 
 

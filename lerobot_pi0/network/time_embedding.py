@@ -1,8 +1,8 @@
-"""The angles of the time embedding: products of times and frequencies, up to 250 turns, as exact as float32 sines need.
+"""Angles of the time embedding: products of times and frequencies, up to 250 turns, exact enough for float32 sines.
 
-openpi computes them in float64, and so does a CPU. Some devices have no float64 (Apple's), and on others it is slow.
-There a time and a frequency are cut into parts of 12 bits. Products of these are exact in float32, whole turns are
-taken off each of them, and what is left is small enough to be added.
+openpi computes them in float64, and so does `PI0` on a CPU. Some devices have no float64 (Apple's), and on others it is
+slow. For these, times and frequencies are split into parts of 12 bits. The product of two parts is exact in float32.
+Whole turns are subtracted from each product, and the remainders are small enough to be added in float32.
 
 Axes: W width of the action expert.
 """
@@ -16,13 +16,13 @@ PART_BITS = 12
 
 
 def periods(width: int, least: float, most: float, device: torch.device) -> Tensor:
-    """W/2 periods in equal ratios, float64."""
+    """W/2 periods from `least` to `most`, float64; the ratio of neighbours is constant."""
     fraction = torch.linspace(0, 1, width // 2, dtype=torch.float64, device=device)
     return least * (most / least) ** fraction
 
 
 def frequency_parts(width: int, least: float, most: float) -> Tensor:
-    """The frequencies as sums of three float32 numbers, of which two have 12 bits: (3, W/2), on the CPU."""
+    """Each frequency as a sum of three float32 numbers, (3, W/2) on the CPU: the first two have 12 bits each."""
     rest, parts = 1 / periods(width, least, most, torch.device("cpu")), []
     for _ in range(2):
         mantissa, exponent = torch.frexp(rest)

@@ -1,1 +1,1 @@
-"""What training adds: random draws, augmentation, averages, optimizers, guards and LoRA."""
+"""Training: losses, random draws, image augmentation, averages of weights, optimizers, guards against NaN, LoRA."""

@@ -1,4 +1,4 @@
-"""openpi's augmentation of training images: a crop, a rotation, brightness, contrast and saturation, per image.
+"""Augmentation of training images as in openpi: a random crop, rotation, brightness, contrast and saturation per image.
 
 Images of wrist cameras, which move with the hand, are neither cropped nor rotated. Crop and rotation are one resampling
 here (two in openpi), and pixels outside of the picture are black. Source: openpi `models/model.py:
@@ -29,7 +29,7 @@ class Change(NamedTuple):
     """What happens to images; each field (B, N)."""
 
     side: Tensor  # of the crop, as a fraction of the image's
-    x: Tensor  # centre of the crop, where the image reaches from -1 to 1
+    x: Tensor  # centre of the crop, in coordinates from -1 to 1
     y: Tensor
     angle: Tensor  # radians, counterclockwise as the picture is seen
     brightness: Tensor
@@ -45,7 +45,7 @@ def change_of(uniform_FBN: Tensor, fixed: Sequence[bool]) -> Change:
     """
     u = 2 * uniform_FBN - 1
     moves = u.new_ones(len(fixed))
-    for camera, still in enumerate(fixed):  # set on the device: to copy a list there, the host would have to wait
+    for camera, still in enumerate(fixed):  # set on the device: the host would wait for the copy of a list
         moves[camera].mul_(not still)
     margin = (1 - CROP) * moves
     return Change(
@@ -70,13 +70,13 @@ def draw(seed: int, update: int, samples: Sequence[int], cameras: int) -> Tensor
 
 
 def apply(images_BNCHW: Tensor, change: Change) -> Tensor:
-    """Square images in [0, 1], changed each in its own way, in [0, 1]."""
+    """Apply to each image its own change. Images are square and in [0, 1], before and after."""
     batch = len(images_BNCHW)
     images = rearrange(images_BNCHW, "b n c h w -> (b n) c h w")
     side, x, y, angle, *factors = (rearrange(field.to(images.dtype), "b n -> (b n)") for field in change)
     cos, sin = side * angle.cos(), side * angle.sin()
     where = torch.stack([cos, -sin, x, sin, cos, y], dim=1).view(-1, 2, 3)
-    with torch.autocast(images.device.type, enabled=False):  # which would round coordinates to half a pixel
+    with torch.autocast(images.device.type, enabled=False):  # it would round coordinates to half a pixel
         grid = F.affine_grid(where, list(images.shape), align_corners=False)
     images = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     brightness, contrast, saturation = (factor[:, None, None, None] for factor in factors)

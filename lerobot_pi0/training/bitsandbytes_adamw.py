@@ -1,9 +1,9 @@
-"""bitsandbytes' 8-bit AdamW, with states that LeRobot can save and resume. Importing this module needs bitsandbytes.
+"""8-bit AdamW of bitsandbytes, with a state that LeRobot can save and resume. Importing this module needs bitsandbytes.
 
-    moment ≈ largest of its block of 256 · number of a code of 256 numbers        (arXiv 2110.02861)
+    moment ≈ largest magnitude in its block of 256 · one of 256 code values        (arXiv 2110.02861)
 
-Each weight has a byte for each of its two moments; a weight with fewer than 4096 numbers has float32 moments. LeRobot
-saves an optimizer's state as safetensors, which hold nothing but tensors, and no two of them in the same memory.
+Each number of a weight has two moments, of one byte each; weights with fewer than 4096 numbers have float32 moments.
+LeRobot saves an optimizer's state as safetensors. These can only hold tensors, and no two of them in the same memory.
 """
 
 from functools import cache
@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 @cache
 def code(signed: bool) -> list[float]:
-    """The number that each byte stands for: real numbers even under `FakeTensorMode`."""
+    """The code value of each byte: real numbers even under `FakeTensorMode`."""
     with unset_fake_temporarily():
         return functional.create_dynamic_map(signed).tolist()
 
@@ -38,7 +38,7 @@ class AdamW8bit(optim.AdamW8bit):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
-        """Load a state that was saved, then call the hooks, which bitsandbytes does not."""
+        """Load a saved state, then call torch's hooks, which bitsandbytes does not call."""
         super().load_state_dict(state_dict, move_to_device)
         for p, own in self.state.items():
             own["step"] = int(own["step"])

@@ -1,8 +1,9 @@
-"""Training on cached contexts (`context_cache`): the expert is trained, and the VLM is not in memory.
+"""Training on cached contexts (`context_cache`): the action expert is trained, and the VLM is not in memory.
 
 The prefix sees neither state, actions and noise nor the expert. So with a frozen VLM its keys and values depend on the
-frame alone. `lerobot-pi0 cache` computes them once (`context_store`); a batch's `index` finds them again. Samples come
-from the dataset that it writes beside them: LeRobot asks for no frame that is not there, and decodes no picture.
+frame alone. `lerobot-pi0 cache` computes them once for each frame (`context_store`), and writes a dataset next to them.
+Training reads this dataset: LeRobot then asks only for frames that are cached, and decodes no images. The `index` of a
+batch's sample says which context belongs to it.
 """
 
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ from .ema import sharding
 
 
 class CachedObservations(ObservationMaker):
-    """Makes observations whose images and prompt are known by their keys and values alone."""
+    """Makes observations with cached keys and values in place of images."""
 
     def __init__(self, config: PI0Config) -> None:
         super().__init__(config)
@@ -33,17 +34,17 @@ class CachedObservations(ObservationMaker):
 
     @cached_property
     def contexts(self) -> ContextCache:
-        """The cache, opened when it is first needed: memory is counted without one."""
+        """The cache, opened when it is first needed: `lerobot-pi0 plan` counts memory without one."""
         return ContextCache(self.place)
 
     def with_index(
         self, batch: Mapping[str, Any], device: torch.device, augment: Augment | None = None
     ) -> tuple[Observation, list[int] | None]:
-        """The observation, with the keys and values of its prefix, and the numbers of the samples.
+        """The observation with the keys and values of its prefix, and the indices of the samples.
 
         Raises:
-            ContextCacheError: a sample's context is not here, or was made from other cameras or another prompt.
-            ObservationError: as for any batch.
+            ContextCacheError: a sample has no context, or one from other cameras or another prompt.
+            ObservationError: as in `ObservationMaker.with_index`, or the batch has no `index`.
         """
         obs, index = super().with_index(batch, device)
         if index is None or len(index) != len(obs.state_BA):
@@ -57,7 +58,7 @@ class CachedObservations(ObservationMaker):
     def assemble(
         self, cameras: Mapping[str, Tensor], tokens_BL: Tensor, mask_BL: Tensor, state: Tensor, augment: Any = None
     ) -> Observation:
-        """An observation without images, which are black pixels that stand for the contexts' cameras."""
+        """An observation without images. The batch has black pixels as images, which only name the cameras."""
         if list(cameras) != self.contexts.manifest.cameras:
             compare(self.contexts.folder, {"cameras": self.contexts.manifest.cameras}, {"cameras": list(cameras)})
         images = state.new_empty(len(state), 0, 3, self.config.image_size, self.config.image_size)
@@ -65,10 +66,10 @@ class CachedObservations(ObservationMaker):
 
 
 def observations(config: PI0Config) -> ObservationMaker:
-    """What makes a policy's observations; with `context_cache` it reads contexts, and the options follow from that.
+    """The maker of a policy's observations. With `context_cache` it reads contexts, and this sets the options for it.
 
     Raises:
-        ValueError: an option does not go together with `context_cache`.
+        ValueError: an option cannot be combined with `context_cache`.
     """
     if not config.context_cache:
         return ObservationMaker(config)
@@ -90,16 +91,16 @@ def observations(config: PI0Config) -> ObservationMaker:
 
 
 def check(observe: ObservationMaker, digests: Mapping[str, str]) -> None:
-    """`ContextCache.check`, of a policy that has a cache."""
+    """`ContextCache.check`, if the policy has a cache."""
     if isinstance(observe, CachedObservations):
         observe.contexts.check(observe.config, digests)
 
 
 def take_features(config: PI0Config, features: dict[str, Any]) -> None:
-    """Look whether a dataset is that of the contexts, and let its actions have the shape of a step, not of a chunk.
+    """Check that a dataset belongs to the contexts, and set the shape of its actions to that of a step, not a chunk.
 
     Args:
-        features: LeRobot's description of the dataset; it then describes samples as a recorded dataset's does.
+        features: LeRobot's description of the dataset. It is changed to that of a recorded dataset.
 
     Raises:
         ContextCacheError: it is another dataset.

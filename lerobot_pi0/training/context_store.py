@@ -1,16 +1,16 @@
-"""The store of cached contexts: keys and values of images and prompt, which a frozen VLM makes once for each frame.
+"""Files of cached contexts: keys and values of images and prompt, which a frozen VLM computes once for each frame.
 
 A folder:
 
     contexts.json   what the contexts were made from (`Manifest`)
-    contexts.bin    a record for each frame, in the order of the dataset beside it
-    tokens.bin      int32: the prompt of each frame, with -1 behind it
-    digests.bin     uint64: XXH3 of each record; 0 while the record is not whole
-    dataset/        a LeRobot dataset of these frames: states, chunks of actions, tasks, and pictures of one black pixel
+    contexts.bin    a record for each frame, in the order of `dataset/`
+    tokens.bin      int32: the prompt of each frame, padded with -1
+    digests.bin     uint64: XXH3 of each record; 0 until the record is complete
+    dataset/        a LeRobot dataset of these frames: states, chunks of actions, tasks, and images of one black pixel
 
-Records have equal lengths, so that the frame with number `index` is one contiguous read, whose place needs no table.
-They are written where they belong while others are missing, which safetensors' library cannot do. The file is mapped
-into memory: what fits stays in the system's page cache, which all processes of a run share.
+All records have the same length, so a frame is one contiguous read at a place that follows from its `index`. Records
+can be written in any order, which safetensors' library does not allow. The file is mapped into memory: the part that
+fits stays in the system's page cache, which all processes of a run share.
 
 Axes: B batch, L layers, S tokens of the prefix, D head dim.
 """
@@ -37,15 +37,15 @@ MANIFEST, RECORDS, TOKENS, DIGESTS = "contexts.json", "contexts.bin", "tokens.bi
 DATASET = "dataset"
 FORMAT = 1
 LARGEST = 127
-"""The largest number of 8 bits. Tokens share a scale, and channels have their own: trained keys have channels that are
-larger than others, and per token these would take all others' precision. Of values either is as good."""
+"""The largest 8-bit number. Each channel has its own scale, which all tokens share: trained keys have a few channels
+with large numbers, and with a scale for each token the others would lose precision. For values both are as good."""
 
 VLM = ".paligemma."
-"""Part of the names of the VLM's parameters."""
+"""All names of the VLM's parameters contain this."""
 
 
 class ContextCacheError(ValueError):
-    """A folder of contexts that is not there, not whole, or not this run's; the message says what differs."""
+    """A folder of contexts is missing, incomplete, or does not belong to this run; the message says what differs."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,12 @@ class Manifest:
 
     @property
     def name(self) -> str:
-        """A digest of everything, by which the dataset knows its contexts."""
+        """A digest of all fields. The dataset stores it, so that it can be matched with its contexts."""
         return xxhash.xxh3_64_hexdigest(json.dumps(asdict(self), sort_keys=True).encode())
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Of a record's numbers: layers, keys and values, tokens, head dim."""
+        """Shape of a record's numbers: layers, keys and values, tokens, head dim."""
         return self.layers, 2, self.image_tokens + self.prompt_tokens, self.head_dim
 
     @property
@@ -87,15 +87,16 @@ class Manifest:
 
     @property
     def record_bytes(self) -> int:
-        """Bytes of a frame: its numbers; with 8 bits, a float32 for each channel of keys and values of a layer too."""
+        """Bytes of a frame: its numbers, and with 8 bits also a float32 scale for each channel of a layer's keys and
+        values."""
         return self.numbers_bytes + (4 * self.layers * 2 * self.head_dim if self.bits else 0)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """What a folder's contexts were made from.
+    """The manifest of a folder.
 
     Raises:
-        ContextCacheError: there is no cache, or it is another version's.
+        ContextCacheError: there is no cache, or another version has written it.
     """
     try:
         content = json.loads((folder / MANIFEST).read_text())
@@ -116,7 +117,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def digest_of_vlm(digests: Mapping[str, str]) -> str:
-    """One digest of a VLM's weights, from those of a policy's weights by name."""
+    """One digest of the VLM's weights, from the digests of all of a policy's weights by name."""
     own = {name: x for name, x in digests.items() if VLM in name}
     return xxhash.xxh3_64_hexdigest(json.dumps(own, sort_keys=True).encode())
 
@@ -125,10 +126,10 @@ def digest_of_vlm(digests: Mapping[str, str]) -> str:
 
 
 def pack(prefix: Sequence[KVCache], mask_BS: Tensor, manifest: Manifest) -> np.ndarray:
-    """Records, uint8 (B, bytes), of contexts; what no token sees is zero, so that nothing depends on a batch's padding.
+    """Contexts as records, uint8 (B, bytes). Padding is set to zero, so that records do not depend on the batch.
 
     Args:
-        prefix: per layer, as `PI0.encode_prefix` gives it.
+        prefix: keys and values per layer, as `PI0.encode_prefix` returns them.
         mask_BS: False on padding.
     """
     x_BL2SD = torch.stack([torch.stack(list(layer), dim=1) for layer in prefix], dim=1)
@@ -156,20 +157,20 @@ def unpack(records: Tensor, manifest: Manifest, tokens: int) -> list[KVCache]:
 
 
 class ContextWriter:
-    """Writes the records of a folder, in any order. A record counts once its digest is there, which is written last."""
+    """Writes the records of a folder, in any order. A record is complete when its digest is there, written last."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        """Begin a folder, or go on with one that was begun for the same.
+        """Begin a folder, or continue one that was begun with the same manifest.
 
         Raises:
-            ContextCacheError: the folder holds other contexts; says what differs.
+            ContextCacheError: the folder holds other contexts; the message says what differs.
             OSError: the folder cannot be written.
         """
         self.manifest = manifest
         folder.mkdir(parents=True, exist_ok=True)
         sizes = {RECORDS: manifest.record_bytes, TOKENS: 4 * manifest.prompt_tokens, DIGESTS: 8}
         if (folder / MANIFEST).exists():
-            self.manifest = read_manifest(folder)  # whose note of the checkpoint may be another place of the same one
+            self.manifest = read_manifest(folder)  # it may name another place of the same checkpoint
             wanted = {key: x for key, x in asdict(manifest).items() if key != "checkpoint"}
             compare(folder, asdict(self.manifest), wanted)
         else:
@@ -182,7 +183,7 @@ class ContextWriter:
         self._files = {name: os.open(folder / name, os.O_RDWR) for name in sizes}
 
     def is_whole(self, slot: int) -> bool:
-        """Whether a record is there, and is what was written: a machine that stops may lose what it had not stored."""
+        """Whether a record is there and undamaged: when a machine stops, data that is not on the disk yet is lost."""
         known = int.from_bytes(os.pread(self._files[DIGESTS], 8, 8 * slot), "little")
         size = self.manifest.record_bytes
         return known != 0 and known == _digest(os.pread(self._files[RECORDS], size, size * slot))
@@ -191,9 +192,9 @@ class ContextWriter:
         """Write consecutive records.
 
         Args:
-            slot: the number of the first.
+            slot: index of the first record.
             records: as `pack` makes them.
-            tokens: of their prompts, int32 (B, at most `prompt_tokens`), -1 on padding.
+            tokens: tokens of their prompts, int32 (B, at most `prompt_tokens`), -1 on padding.
         """
         width = self.manifest.prompt_tokens
         wide = np.full((len(tokens), width), -1, np.int32)
@@ -207,18 +208,18 @@ class ContextWriter:
                 left, offset = left[written:], offset + written
 
     def close(self) -> None:
-        """Force everything to the disk."""
+        """Write everything to the disk, and close the files."""
         for file in self._files.values():
             os.fsync(file)
             os.close(file)
 
 
 def _digest(record: Any) -> int:
-    return xxhash.xxh3_64_intdigest(record) or 1  # 0 stands for none
+    return xxhash.xxh3_64_intdigest(record) or 1  # 0 means: no record
 
 
 def compare(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raises ContextCacheError where contexts were made from something else than is wanted."""
+    """Raise ContextCacheError if contexts were not made from what is wanted; the message says what differs."""
     differing = [f"{key} {found[key]!r}, wanted {x!r}" for key, x in wanted.items() if found[key] != x]
     if differing:
         raise ContextCacheError(
@@ -228,7 +229,7 @@ def compare(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -
 
 
 class ContextCache:
-    """The contexts of a folder, to be read. Copies of it, and other processes, open the folder again."""
+    """The contexts of a folder, for reading. Copies of this object, also in other processes, open the folder again."""
 
     def __init__(self, folder: str | Path) -> None:
         """Open a folder.
@@ -261,10 +262,10 @@ class ContextCache:
             raise ContextCacheError(f"{self.folder / name} is missing or cut: cache the contexts again") from error
 
     def read(self, slots: Sequence[int], prompt: int, device: torch.device) -> list[KVCache]:
-        """Keys and values of some frames, per layer, each (B, S, D), with this many tokens of the prompt.
+        """Keys and values per layer of some frames, each (B, S, D), with `prompt` tokens of the prompt.
 
         Raises:
-            ContextCacheError: a frame is not here, or not what was written.
+            ContextCacheError: there is no such frame, or its record is damaged.
         """
         size = self.manifest.record_bytes
         records = torch.empty(len(slots), size, dtype=torch.uint8, pin_memory=device.type == "cuda")
@@ -275,7 +276,7 @@ class ContextCache:
                     f"--dataset.root={self.folder / DATASET}"
                 )
             start = slot * size // mmap.PAGESIZE * mmap.PAGESIZE
-            if hasattr(mmap, "MADV_WILLNEED"):  # the disk reads all of them while the first are being copied
+            if hasattr(mmap, "MADV_WILLNEED"):  # the disk reads all records while the first are copied
                 self._map.madvise(mmap.MADV_WILLNEED, start, (slot + 1) * size - start)
         for row, slot in zip(records.numpy(), slots, strict=True):
             np.copyto(row, self._records[slot])
@@ -291,7 +292,7 @@ class ContextCache:
         """Refuse prompts that are not those of the contexts.
 
         Raises:
-            ContextCacheError: names the first.
+            ContextCacheError: prompts differ; the message shows the first.
         """
         given = torch.where(mask_BL, tokens_BL, -1).cpu().numpy()
         stored = self._tokens[np.asarray(slots)]
@@ -310,17 +311,17 @@ class ContextCache:
         """Refuse contexts that were made from another VLM, or for other options.
 
         Args:
-            config: the options of the run, all of them settled.
-            digests: of the weights that the run leaves to its base, by name.
+            config: the options of the run, all of them resolved.
+            digests: digests of the weights that are not saved but left in the base checkpoint, by name.
 
         Raises:
-            ContextCacheError: says what differs.
+            ContextCacheError: the message says what differs.
         """
         compare(self.folder, asdict(self.manifest), made_from(config) | {"vlm_digest": digest_of_vlm(digests)})
 
 
 def made_from(config: PI0Config) -> dict[str, Any]:
-    """The fields of a manifest that a config's options decide."""
+    """The fields of a manifest that depend on a config's options."""
     gemma = config.architecture().vlm.gemma
     return {
         "dtype": config.dtype,

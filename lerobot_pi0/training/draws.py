@@ -23,7 +23,7 @@ def repeatable_draws(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Noise (B, K, T, A), time (B, K) and delay (B, K) that depend on seed, update and sample alone; on the CPU.
 
-    So a run that is resumed, or spread over several processes, draws the same as one process without interruption.
+    So a run that is resumed, or uses several processes (multi-GPU), has the same draws as one uninterrupted process.
 
     Args:
         samples: a number per observation, such as its index in the dataset.
@@ -41,14 +41,14 @@ def repeatable_draws(
 def sample_delay(
     shape: Sequence[int], most: int, device: torch.device, generator: torch.Generator | None = None
 ) -> Tensor:
-    """How many actions of a chunk are known already, uniform over 0 … `most` (arXiv 2512.05964, section III)."""
+    """How many actions at the start of a chunk are known, uniform over 0 … `most` (arXiv 2512.05964, section III)."""
     if most == 0:
         return torch.zeros(tuple(shape), dtype=torch.long, device=device)
     return torch.randint(most + 1, tuple(shape), device=device, generator=generator)
 
 
 def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Tensors of float32 or of small integers, from the CPU to a device; to a GPU in one copy that nobody waits for."""
+    """Copy float32 or small-integer tensors from the CPU to a device; to a GPU in one asynchronous copy."""
     if device.type != "cuda":
         return [x.to(device) for x in tensors]
     flat = torch.cat([x.reshape(-1).float() for x in tensors])

@@ -1,10 +1,9 @@
-"""The exponential moving average (EMA) of the trained weights, which evaluation and checkpoints use in their place.
+"""Exponential moving average (EMA) of the trained weights. Evaluation and checkpoints use it in place of the weights.
 
-    average ← decay · average + (1 - decay) · weights          after each step of the optimizer, from the first weights
+    average ← decay · average + (1 - decay) · weights     after each step of the optimizer; it starts at the weights
 
-openpi keeps it for all fine-tuning but LoRA (`training/config.py: ema_decay`). When a run is resumed, LeRobot restores
-the optimizer and nothing else of a policy. So the optimizer's state carries both the averages and the weights, and
-`model.safetensors` holds the averages.
+openpi keeps it for all fine-tuning except LoRA (`training/config.py: ema_decay`). `model.safetensors` holds the
+averages. When a run is resumed, LeRobot restores the optimizer, so its state holds both the averages and the weights.
 """
 
 from collections.abc import Iterable
@@ -20,7 +19,7 @@ AVERAGE, WEIGHTS = "average", "weights"
 
 def sharding() -> str | None:
     """What shards the weights over processes ("FSDP", "DEEPSPEED", …); None if nothing does."""
-    from accelerate.state import AcceleratorState  # too much for every command's start
+    from accelerate.state import AcceleratorState  # slow; not at the start of each command
 
     kind = AcceleratorState._shared_state.get("distributed_type")
     return str(getattr(kind, "value", kind)) if kind in SHARDED else None
@@ -29,7 +28,7 @@ def sharding() -> str | None:
 class Ema(list[nn.Parameter]):
     """The trained parameters and their averages.
 
-    It is a list of the parameters, because LeRobot hands the list that `get_optim_params` returns to the optimizer's
+    It is a list of the parameters, because LeRobot passes the list that `get_optim_params` returns to the optimizer's
     `build`, and there the averages are attached to the optimizer (`attach`).
     """
 
@@ -60,7 +59,7 @@ class Ema(list[nn.Parameter]):
             self.deployed = deployed
 
     def deployed_state(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
-        """The averages, each under its parameter's name in `parameters` (which may hold others)."""
+        """The averages by name. `parameters` gives the names; it may hold other parameters too."""
         if not self.averages:  # no optimizer was built yet
             return {}
         tensors = {id(p): p.data if self.deployed else average for p, average in zip(self, self.averages, strict=True)}
@@ -69,7 +68,7 @@ class Ema(list[nn.Parameter]):
     def _store(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         """Add weights and averages to a state that is about to be saved.
 
-        Before the first step they are equal, and nothing is added: torch does not load a state without moments.
+        Before the first step the two are equal, and nothing is added: torch does not load a state without moments.
         """
         for i, (p, average) in enumerate(zip(self, self.averages, strict=True)):
             if i in state["state"]:
@@ -78,7 +77,7 @@ class Ema(list[nn.Parameter]):
 
     @torch.no_grad()
     def _restore(self, optimizer: Optimizer) -> None:
-        """Take weights and averages out of a state that was loaded; a run without averages saved none."""
+        """Take weights and averages from a state that was loaded; a run without averages has saved none."""
         self.deploy(False)
         for p, average in zip(self, self.averages, strict=True):
             own = optimizer.state.get(p, {})

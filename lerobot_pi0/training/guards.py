@@ -1,7 +1,8 @@
-"""Guards against numbers that are not finite: a run stops before an optimizer takes NaN or infinity into the weights.
+"""Guards against NaN and infinity in training: a run stops before an optimizer step would put them into the weights.
 
-LeRobot steps the optimizer before a policy could look at the gradients. So they are checked in a hook that torch calls
-before the step of any optimizer. By then gradients are summed over processes, so that all processes stop.
+LeRobot calls the optimizer's step before a policy can look at the gradients. So a hook checks them, which torch calls
+before the step of any optimizer. At this point gradients are already averaged over all processes (multi-GPU), so all
+processes stop.
 """
 
 import math
@@ -16,14 +17,14 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 
 class DivergedError(FloatingPointError):
-    """A loss or a gradient that is not finite. The weights are those before the step."""
+    """A loss or a gradient is not finite. The weights are still those from before the step."""
 
 
 class Guards:
-    """Checks the losses of a network, and its gradients before an optimizer takes them."""
+    """Checks the losses of a network, and its gradients before an optimizer uses them."""
 
     def __init__(self, check_optimizer: Callable[[Optimizer], None]) -> None:
-        """Make guards that have seen no loss yet.
+        """Make guards that have not seen a loss yet.
 
         Args:
             check_optimizer: called before each step of an optimizer that holds weights of the network.
@@ -38,9 +39,10 @@ class Guards:
         """Check a loss, and from now on the gradients of `network`.
 
         Raises:
-            DivergedError: the loss is not finite; says for which samples, and which values of the batch cause it.
+            DivergedError: the loss is not finite; the message names the samples, and the values of the batch that
+                cause it.
         """
-        _guarded()[network] = self  # here and not in __init__, because a policy may be a copy of another
+        _guards_by_network()[network] = self  # here and not in __init__, because a policy may be a copy of another
         self._expects_gradients = per_sample_B.requires_grad
         self._index, self._keys = batch.get("index"), ", ".join(batch)
         if math.isfinite(loss):
@@ -55,10 +57,10 @@ class Guards:
         raise DivergedError(f"the loss of {self._samples(bad)} is not finite, and the step is not taken; {cause}")
 
     def check_gradients(self, network: nn.Module, optimizer: Optimizer) -> None:
-        """Check the gradients that `optimizer` is about to take.
+        """Check the gradients that `optimizer` is about to use.
 
         Raises:
-            DivergedError: a gradient of the network is not finite; says which batch it comes from.
+            DivergedError: a gradient of the network is not finite; the message names the samples of the batch.
         """
         if not self._expects_gradients:
             return
@@ -68,7 +70,7 @@ class Guards:
             self._check_optimizer(optimizer)
         grads = [p.grad for p in trained if p.grad is not None]
         self._expects_gradients = not trained
-        # One pass over all of them, and one synchronisation with the device.
+        # One pass over all gradients, and one synchronisation with the device.
         if grads and not bool(torch.nn.utils.get_total_norm(grads, float("inf")).isfinite()):
             raise DivergedError(
                 f"a gradient of {self._samples()} is not finite, and the step is not taken: look at these frames "
@@ -85,7 +87,7 @@ class Guards:
 
 
 @cache
-def _guarded() -> "WeakKeyDictionary[nn.Module, Guards]":
+def _guards_by_network() -> "WeakKeyDictionary[nn.Module, Guards]":
     """The guards of each network that has computed a loss; the first call registers torch's hook in this process."""
     guarded: WeakKeyDictionary[nn.Module, Guards] = WeakKeyDictionary()
 

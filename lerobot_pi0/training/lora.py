@@ -1,7 +1,8 @@
-"""What LoRA adapts by default: openpi's recipe (`models/gemma.py: gemma_2b_lora, gemma_300m_lora`).
+"""LoRA's default targets and ranks: openpi's recipe (`models/gemma.py: gemma_2b_lora, gemma_300m_lora`).
 
-Attention and MLP of VLM and expert, with rank and alpha of 16 in the VLM and of 32 in the expert; the projections of
-states and actions are trained whole. (openpi trains the vision tower too, which LeRobot's `--peft.*` leaves frozen.)
+Attention and MLP of VLM and expert get adapters, with rank and alpha of 16 in the VLM and of 32 in the expert; the
+projections of states and actions are trained without adapters. (openpi also trains the vision tower, which stays frozen
+with LeRobot's `--peft.*`.)
 """
 
 from typing import Any
@@ -15,7 +16,7 @@ def targets(depth: int, with_vlm: bool, vlm_is_rounded: bool = False) -> dict[st
     """peft's options for the expert and, if `with_vlm`, for those parts of the VLM's `depth` layers that π₀ uses.
 
     Raises:
-        ValueError: the VLM would be adapted, and is rounded.
+        ValueError: the VLM would get adapters, but it is rounded.
     """
     if with_vlm and vlm_is_rounded:
         raise ValueError(

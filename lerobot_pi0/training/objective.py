@@ -1,4 +1,4 @@
-"""The objective of training: from a batch to flow-matching losses, and the error of sampled chunks on held-out data.
+"""Training objective: flow-matching losses of a batch, and the error of sampled chunks on held-out data.
 
 Axes: B batch, N cameras, C channels, H height, W width, K flow samples, T steps of a chunk, A action dims.
 """
@@ -24,7 +24,7 @@ from . import augment, draws
 logger = logging.getLogger(__name__)
 
 HELD_OUT_SAMPLES = 4
-"""Flow samples K of a held-out loss, whatever K is in training, so that the losses of all runs can be compared."""
+"""Number of flow samples K for a held-out loss. It does not depend on K in training, so all runs can be compared."""
 
 
 NEAR_NOISE = 0.2
@@ -32,7 +32,7 @@ NEAR_NOISE = 0.2
 
 
 class NetworkCalls(Protocol):
-    """The calls of the network that a loss needs, as functions of the network."""
+    """The network calls that a loss needs, as functions of the network."""
 
     velocity: Callable[..., Tensor]
 
@@ -40,11 +40,11 @@ class NetworkCalls(Protocol):
         """`PI0.context` without the state's token."""
 
     def begin(self) -> None:
-        """Called before the first of the calls that belong together."""
+        """To be called before the first network call of a loss."""
 
 
 class Objective:
-    """Losses of batches. The network is an argument of each call; none is kept."""
+    """Losses of batches. The network is an argument of each call; it is never stored."""
 
     def __init__(
         self,
@@ -84,8 +84,8 @@ class Objective:
 
         With `rtc_training_max_delay` the first `delay` actions are known (arXiv 2512.05964): they enter without noise,
         at t = 0, and their errors are zero. The errors of the other actions are scaled so that the mean over T is the
-        mean over these. In training, `mask_padded_actions` leaves out the steps after the end of an episode; in
-        evaluation they are always left out.
+        mean over these other actions. In evaluation, steps after the end of an episode are left out; in training only
+        with `mask_padded_actions`.
         """
         cfg, device = self.config, _device(model)
         augmented = model.training and cfg.augment_images
@@ -140,7 +140,7 @@ class Objective:
         self._chunk_errors.report(self._joints)
 
     def chunk_error(self, model: PI0, batch: dict[str, Any], sample: Callable[..., Tensor]) -> float:
-        """Mean squared error of chunks for a held-out batch, sampled from noise that depends on the sample alone.
+        """Mean squared error of chunks for a held-out batch. Their noise depends on the sample alone.
 
         Args:
             sample: makes chunks (B, T, dims) from the network, an observation and noise.
@@ -155,7 +155,7 @@ class Objective:
         return self._chunk_errors.add(chunk, actions[..., : self._dims], valid)
 
     def _augment(self, images_BNCHW: Tensor, cameras: list[str], index: list[int] | None) -> Tensor:
-        """Images of these cameras, each changed at random: a function of seed, update, sample and camera."""
+        """Images of these cameras, each with a random change that depends on seed, update, sample and camera."""
         if index is not None:
             _check_index(index, len(images_BNCHW))
             every = list(self.config.image_features)
@@ -176,7 +176,7 @@ class Objective:
     def _draw(
         self, index: list[int] | None, shape_BTA: Sequence[int], device: torch.device, training: bool
     ) -> list[Tensor]:
-        """Noise (B, K, T, A), times (B, K) and delays (B, K): a function of seed, update and sample.
+        """Noise (B, K, T, A), times (B, K) and delays (B, K), which depend on seed, update and sample.
 
         In evaluation they depend on the sample alone, with a fixed K, LeRobot's distribution of times and no known
         actions, so that held-out losses of runs with different options can be compared. A batch without LeRobot's
@@ -202,7 +202,7 @@ class ChunkErrors:
     """Mean squared error of sampled chunks over the held-out samples of one evaluation.
 
     The held-out loss that LeRobot reports says little about what the robot will do. LeRobot discards the other
-    numbers that a policy returns, so this error is logged here. Where actions are normalised by mean and standard
+    numbers that a policy returns, so this error is logged here. If actions are normalised by mean and standard
     deviation, its unit is their variance: a policy that always predicts the dataset's mean has an error of 1. Steps
     after the end of an episode do not count.
     """
@@ -224,7 +224,7 @@ class ChunkErrors:
         return sum_A.mean().item() / max(steps, 1)
 
     def report(self, joints: Sequence[str]) -> None:
-        """Log the error over all batches since the last report, and begin anew."""
+        """Log the error over all batches since the last report, and start again from zero."""
         if self._sum_A is None:
             return
         errors = (self._sum_A / max(self._steps, 1)).tolist()
@@ -237,7 +237,7 @@ class ChunkErrors:
         if self._roughness is not None:
             ratios = self._roughness.ratios([1.0] * len(joints))
             each = ", ".join(f"{joint} {ratio:.2f}" for joint, ratio in zip(joints, ratios, strict=True))
-            logger.info("held out: sampled chunks are so many times as rough as recorded ones: %s", each)
+            logger.info("held out: roughness of sampled chunks divided by that of recorded ones: %s", each)
         self.__init__()  # type: ignore[misc]
 
 
@@ -246,13 +246,13 @@ def _device(model: PI0) -> torch.device:
 
 
 def _check_index(index: list[int], batch: int) -> None:
-    """A ValueError if LeRobot did not give each sample the number that it has in its dataset."""
+    """Raise ValueError if `index` does not have one number for each sample of the batch."""
     if len(index) != batch:
         raise ValueError(f"batch['index'] has {len(index)} numbers for {batch} samples")
 
 
 def _check_draws(actions_B1TA: Tensor, noise: Tensor, time: Tensor, delay: Tensor | None) -> None:
-    """Refuse draws of other shapes, which torch would broadcast without a word."""
+    """Refuse draws of wrong shapes, which torch would silently broadcast."""
     batch, _, *step = actions_B1TA.shape
     each = (batch, *noise.shape[1:2])
     if noise.shape != (*each, *step) or time.shape != each or (delay is not None and delay.shape != each):

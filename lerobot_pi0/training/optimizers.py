@@ -1,7 +1,8 @@
-"""Optimizers and schedules that LeRobot knows by name after `take_over`: averages, 8-bit moments, openpi's schedule.
+"""Optimizers and schedules that LeRobot knows by name after `take_over`: AdamW with averages (EMA) or 8-bit moments,
+and openpi's learning rate schedule.
 
-A run's `train_config.json` holds these names, and `--resume` builds the optimizer and the schedule from them. This
-module is imported at the start of every LeRobot command; bitsandbytes only when an optimizer is built with it.
+A run's `train_config.json` holds these names, and `--resume` builds the optimizer and the schedule from them. Every
+LeRobot command imports this module when it starts; bitsandbytes is imported only to build an 8-bit optimizer.
 """
 
 import math
@@ -22,10 +23,10 @@ class AveragedAdamWConfig(AdamWConfig):
     """AdamW whose state carries the averages of the weights (`ema_decay`)."""
 
     def build(self, params: Any) -> Optimizer:
-        """Build it over the parameters and averages that `PI0Policy.get_optim_params` returned.
+        """Build it for the parameters and averages that `PI0Policy.get_optim_params` returned.
 
         Raises:
-            ValueError: the policy does not average, though the run that is resumed did.
+            ValueError: the policy keeps no averages, but the run that is resumed does.
         """
         if not isinstance(params, Ema):
             raise ValueError(
@@ -39,14 +40,14 @@ class AveragedAdamWConfig(AdamWConfig):
 
 @dataclass
 class AdamW8bitConfig(AdamWConfig):
-    """AdamW whose moments take a byte each (`optimizer_8bit`); bitsandbytes computes it."""
+    """AdamW of bitsandbytes, whose moments take one byte each (`optimizer_8bit`)."""
 
     def build(self, params: Any) -> Optimizer:
         """Build it, and import bitsandbytes for it.
 
         Raises:
             ImportError: bitsandbytes is not installed.
-            ValueError: the weights are sharded over processes, and a checkpoint would hold the moments of one.
+            ValueError: the weights are sharded over processes, and a checkpoint would hold the moments of only one.
         """
         if kind := sharding():
             raise ValueError(
@@ -70,9 +71,9 @@ class AveragedAdamW8bitConfig(AveragedAdamWConfig, AdamW8bitConfig):
 
 
 def use_fused_kernel(optimizer: Optimizer, on: str = "cuda") -> None:
-    """Let AdamW update weights on CUDA by its fused kernel, unless somebody chose another.
+    """Let AdamW use its fused kernel for weights on CUDA, unless the user chose another one.
 
-    torch's default there makes temporaries as large as the weights.
+    torch's default there allocates temporary tensors as large as the weights.
 
     Args:
         on: the type of the device.
@@ -83,7 +84,7 @@ def use_fused_kernel(optimizer: Optimizer, on: str = "cuda") -> None:
         if chosen or not all(p.device.type == on and p.is_floating_point() for p in parameters):
             continue
         group["fused"] = True
-        for p in parameters:  # of a run that is resumed: the fused kernel counts steps on the device
+        for p in parameters:  # in a resumed run: the fused kernel counts steps on the device
             state = optimizer.state.get(p, {})
             if "step" in state:
                 state["step"] = state["step"].to(p.device, torch.float32)

@@ -1,4 +1,4 @@
-"""One training run of a policy: which weights are trained, in which dtypes, how they are averaged and guarded."""
+"""A training run of a policy: which weights are trained, in which dtypes, how they are averaged and guarded."""
 
 import logging
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ PartSizes = dict[str, tuple[int, int]]
 
 
 class Run:
-    """What training keeps between steps. The network is an argument of each call; no network is stored.
+    """The state of training between steps. The network is an argument of each call; it is never stored.
 
     Methods that only need parameters take the policy, because sharding (FSDP) may move parameters from the network to
     the module around it.
@@ -74,7 +74,7 @@ class Run:
             raise ValueError(f"vlm_quantization does not go together with {kind}: leave it out, or train under DDP")
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context in which the network is called, as `choose_autocast` found it."""
+        """The context in which the network is called, as `choose_autocast` decided."""
         device = torch.device(self.config.device).type
         return torch.autocast(device, torch.bfloat16) if self._autocasts else nullcontext()
 
@@ -208,6 +208,6 @@ def _count(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
 
 
 def _freeze_unread(model: PI0) -> None:
-    """Freeze what π₀ has but never reads: it has no gradient."""
+    """Freeze `PI0.unread_parameters`, which get no gradient."""
     for p in model.unread_parameters():
         p.requires_grad_(False)

@@ -192,7 +192,7 @@ def test_no_names_are_told_of(stored, caplog):
     """Catches an option without effect that nobody hears of."""
     config = relative_config(stored)
     check_relative_names(config)
-    assert "relative_exclude_joints is without effect" in caplog.text
+    assert "relative_exclude_joints has no effect" in caplog.text
     assert relative_mask(config, DIMS).all()
 
 
@@ -244,10 +244,10 @@ def test_the_state_has_other_joints_than_the_actions(state, answer, caplog):
     config = relative_config(NAMES, relative_exclude_joints=["gripper"])
     meta = both(state, NAMES)
     if answer == "refused":
-        with pytest.raises(ValueError, match=r"pairs them by place.*Record both in one order"):
+        with pytest.raises(ValueError, match=r"pairs them by position.*Record both in one order"):
             check_pairing(config, meta)
         return
     check_pairing(config, meta)
-    assert ("name their joints otherwise" in caplog.text) == (answer == "warned of")
+    assert ("different names for their joints" in caplog.text) == (answer == "warned of")
     config.use_relative_actions = False
     check_pairing(config, both(NAMES[::-1], NAMES))

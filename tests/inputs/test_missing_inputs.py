@@ -128,7 +128,7 @@ def test_no_state(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         losses, policy, pre, post = trained(data, tmp_path / "policy")
     assert losses.isfinite().all()
-    assert "the policy learns from pictures and the task alone" in caplog.text
+    assert "the policy learns from images and the task alone" in caplog.text
     assert post(policy.select_action(pre(observation(None)))).shape == (1, 6)
     with_state = ObservationMaker(tiny_config(CAMERAS[:1]))
     batch = make_batch(cameras=CAMERAS[:1], size=64)
@@ -150,7 +150,7 @@ def test_depth_cameras(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         losses, policy, pre, _ = trained(data, tmp_path / "policy")
     assert losses.isfinite().all()
-    assert "depth cameras are left out, as π₀ takes colours: observation.images.front_depth" in caplog.text
+    assert "depth cameras are left out, because π₀ takes colour images: observation.images.front_depth" in caplog.text
     assert list(policy.config.image_features) == ["observation.images.front"]
     seen = observation(6) | {"observation.images.front_depth": torch.ones(1, 1, 16, 24)}
     noise = torch.zeros(1, CHUNK, 32)
@@ -200,9 +200,9 @@ def test_words_about_chunks():
     for key, many in ((OBS_STATE, batch[OBS_STATE][:, None]), (CAMERAS[0], batch[CAMERAS[0]][:, None])):
         with pytest.raises(ObservationError) as error:
             make(batch | {key: many}, CPU)
-        assert "adds the batch axis" not in str(error.value)
+        assert "adds the batch dimension" not in str(error.value)
     for key, single in ((OBS_STATE, batch[OBS_STATE][0]), (CAMERAS[0], batch[CAMERAS[0]][0])):
-        with pytest.raises(ObservationError, match="LeRobot's preprocessor adds the batch axis of a single"):
+        with pytest.raises(ObservationError, match="LeRobot's preprocessor adds the batch dimension of a single"):
             make(batch | {key: single}, CPU)
 
 

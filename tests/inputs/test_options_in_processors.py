@@ -344,7 +344,7 @@ def test_a_depth_camera_takes_no_slot(tmp_path, caplog, names):
     policy, *_ = begin(saved_base(tmp_path), config, meta, names)
     assert list(policy.config.image_features) == [names.get(CAMERAS[0], CAMERAS[0])]
     assert caplog.text.count("depth cameras are left out") == 1
-    assert "is not seen" not in caplog.text
+    assert "is not used" not in caplog.text
 
 
 def test_a_mistyped_rename_target(tmp_path, caplog):

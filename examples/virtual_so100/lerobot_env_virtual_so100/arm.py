@@ -1,8 +1,8 @@
-"""The arm as LeRobot's `so100_follower` sees it: six joint positions in, six joint targets out.
+"""The simulated arm in the units of LeRobot's `so100_follower`: six joint positions, six joint targets, kinematics.
 
-Units at this boundary are those that `lerobot-record` writes with the follower's default `use_degrees=True`:
-degrees for the five arm joints, zero in the middle of the calibrated range, and 0 (closed) to 100 (open) for the
-gripper. Inside, MuJoCo has radians.
+The units are those that `lerobot-record` writes with the follower's default `use_degrees=True`: degrees for the five
+arm joints, zero in the middle of the calibrated range, and 0 (closed) to 100 (open) for the gripper. MuJoCo itself
+uses radians.
 """
 
 import mujoco
@@ -17,8 +17,8 @@ _APPROACH_AXIS = 0  # of that site: x runs along the fingers
 _WRIST, _ROLL = 3, 4  # indices of wrist_flex and wrist_roll
 _PAN_AXIS_X = 0.0388  # m, where the pan axis stands
 _IK_DAMPING, _IK_ITERATIONS = 1e-4, 15
-_IK_TILT_WEIGHT = 0.03  # m of distance that are worth 1 rad of tilt: position first
-_IK_SEED = np.radians([0.0, -30.0, 40.0, 70.0, 0.0])  # elbow up, fingers down: the branch to stay on
+_IK_TILT_WEIGHT = 0.03  # m of position error that count as much as 1 rad of tilt: position matters more
+_IK_SEED = np.radians([0.0, -30.0, 40.0, 70.0, 0.0])  # elbow up, fingers down: solutions stay of this kind
 
 
 class Arm:
@@ -34,7 +34,7 @@ class Arm:
         self._stiffness = model.actuator_gainprm[self._ctrl, 0]
         self._site = model.site(_SITE).id
         self._point = grasp_point_offset(model, self._site)
-        self._scratch = mujoco.MjData(model)  # kinematics of postures the arm is not in
+        self._scratch = mujoco.MjData(model)  # for the kinematics of other postures
 
     # Units ---------------------------------------------------------------------------------------------------
 
@@ -85,7 +85,7 @@ class Arm:
         self.data.ctrl[self._ctrl] = np.clip(self.to_radians(target), self._range[:, 0], self._range[:, 1])
 
     def hold(self, units: np.ndarray) -> np.ndarray:
-        """Targets (6,) that keep the arm in a posture: position motors sag by torque / stiffness."""
+        """Targets (6,) that hold the arm in a posture against gravity: motors sag by torque / stiffness."""
         scratch = self._pose(self.to_radians(units))
         sag = np.degrees(scratch.qfrc_bias[self._dofs] / self._stiffness)
         return np.asarray(units) + np.append(sag[:-1], 0.0)
@@ -104,7 +104,7 @@ class Arm:
     def reach(self, point: np.ndarray, gripper: float, near: np.ndarray | None = None) -> np.ndarray:
         """Posture (6,) with the grasp point at `point` (3,) m, fingers down, jaws along y, `gripper` 0..100.
 
-        `near` (6,) is a posture to start the search from, which makes it quick along a path. The wrist cannot
+        `near` (6,) is a posture from which the search starts, which makes it quick along a path. The wrist cannot
         point the fingers straight down above 0.07 m: there the point is kept and the gripper tilts. Jaws are
         aligned with the world's y axis to a few degrees, to straddle axis-aligned cubes.
         """

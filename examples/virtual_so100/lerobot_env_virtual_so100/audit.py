@@ -1,4 +1,4 @@
-"""Audit of a bus: the goals that reached the servos, compared with the actions in a dataset."""
+"""Audit of a servo bus: the goals that reached the servos, compared with the actions in a dataset."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from .constants import JOINTS
 
 
 def goals(log: Path) -> np.ndarray:
-    """Goal positions (N, 6) in ticks that came over an arm's bus, in their order."""
+    """Goal positions (N, 6) in ticks that came over an arm's bus, in the order in which they came."""
     lines = (json.loads(line) for line in log.read_text().splitlines())
     return np.array([[line["goal"][str(n)] for n in range(1, 7)] for line in lines if "goal" in line]).reshape(-1, 6)
 
@@ -18,7 +18,7 @@ def goals(log: Path) -> np.ndarray:
 def to_ticks(actions: np.ndarray, role: str = "follower") -> np.ndarray:
     """Actions (N, 6), degrees and 0..100 -> the ticks (N, 6), not rounded, that LeRobot sends for them.
 
-    LeRobot cuts the gripper to 0..100 and the fractions off; it does not cut degrees, the servo does.
+    LeRobot clips the gripper to 0..100, and drops the fraction of each tick. It does not clip degrees; the servo does.
     """
     ticks = np.empty((len(actions), 6))
     for column, name in enumerate(JOINTS):
@@ -39,7 +39,7 @@ def unmeant(log: Path, actions: np.ndarray, role: str = "follower") -> np.ndarra
     meant, left = to_ticks(np.asarray(actions, np.float64), role), 0
     strangers = []
     for goal in goals(log):
-        # int() of a float32 action that was a float64 may fall on the other side of a tick.
+        # LeRobot truncated a float64, and the dataset holds a float32: the two may differ by one tick.
         same = np.flatnonzero((np.abs(np.trunc(meant[left:]) - goal) <= 1).all(axis=1))
         if len(same):
             left += int(same[0]) + 1
@@ -49,7 +49,7 @@ def unmeant(log: Path, actions: np.ndarray, role: str = "follower") -> np.ndarra
 
 
 def recorded_actions(root: Path) -> np.ndarray:
-    """All actions (N, 6) of a dataset, in their order."""
+    """All actions (N, 6) of a dataset, in order."""
     import pyarrow.dataset
 
     table = pyarrow.dataset.dataset(root / "data").to_table(columns=["index", "action"]).sort_by("index")

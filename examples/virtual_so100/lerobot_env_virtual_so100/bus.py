@@ -1,9 +1,10 @@
-"""An arm's servo bus on a pseudo-terminal: Feetech's protocol 0, in a process that nothing else can delay.
+"""Emulated servo bus of an arm on a pseudo-terminal: Feetech's protocol 0, in a process of its own.
 
 Packets to the servos: FF FF id length instruction parameters… checksum; from them the same with an error byte in place
-of the instruction. LeRobot gives a servo 51 ms to answer and never flushes its input: what comes later is taken for the
-answer to its next question. Hence the process, and hence `late` among the faults. A `stepped` bus needs no luck: its
-time passes only when it is told to (`VirtualBus.elapse`).
+of the instruction. LeRobot waits 51 ms for a servo's reply and never flushes its input: if a reply comes later, LeRobot
+takes it for the reply to its next request. So the bus has its own process, which nothing else can delay, and `late` is
+one of the faults. A `stepped` bus does not depend on the load of the machine: its time passes only in
+`VirtualBus.elapse`.
 """
 
 import contextlib
@@ -29,9 +30,9 @@ _REGISTERS_LOGGED = {40: "torque", 42: "goal"}
 
 
 def processes() -> multiprocessing.context.BaseContext:
-    """Where the bench's processes come from: a server that has imported the package, and neither threads nor MuJoCo.
+    """The multiprocessing context for the processes of a cell: a fork server without threads and without MuJoCo.
 
-    Importing LeRobot takes 10 s, and a GL context does not survive a fork.
+    The server has imported this package: importing LeRobot takes 10 s, and a GL context does not survive a fork.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([f"{__package__}.bus"])
@@ -39,9 +40,9 @@ def processes() -> multiprocessing.context.BaseContext:
 
 
 def at_once(priority: int) -> None:
-    """Give the calling process real-time priority, where the system allows that.
+    """Give the calling process real-time priority, if the system allows it.
 
-    Real servos and gravity never wait for a processor. Servos (2) come before gravity (1).
+    Real servos and gravity never wait for a processor. Servos have priority 2, the physics has 1.
     """
     with contextlib.suppress(OSError, AttributeError):  # macOS has no such function
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(priority))
@@ -54,7 +55,7 @@ def packet(number: int, code: int, parameters: bytes = b"") -> bytes:
 
 
 class Receiver:
-    """Cuts what comes over the line into packets."""
+    """Splits the bytes that arrive into packets."""
 
     def __init__(self, clock: Callable[[], float]):
         """`clock` gives seconds."""
@@ -63,9 +64,9 @@ class Receiver:
         self._last = 0.0
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """Whole packets, header to checksum, whose checksum may still be wrong.
+        """Complete packets, from header to checksum; the checksum may still be wrong.
 
-        A packet that stops halfway is given up, or a spoilt length would swallow what is sent next.
+        A packet that stops halfway is dropped; otherwise a corrupt length would swallow the packets after it.
         """
         now = self._clock()
         self._buffer = data if now - self._last > _PACKET_TIMEOUT else self._buffer + data
@@ -101,7 +102,7 @@ class Servos:
         return {servo.number: servo for servo in self.all if servo.number not in self.silent}
 
     def handle(self, number: int, instruction: int, parameters: bytes) -> list[bytes]:
-        """Replies, in the order in which they are sent. Servos that are not there say nothing."""
+        """Replies, in the order in which they are sent. Servos that do not exist or are silent do not reply."""
         servos = self._answering()
         if instruction == SYNC_READ:
             asked = [servos[n] for n in parameters[2:] if n in servos]
@@ -150,16 +151,16 @@ class _Port:
         return self._master
 
     def inject(self, faults: Faults) -> None:
-        """From now on, or `after` the next goal position, these faults and no others."""
+        """Set the faults that apply from now on, or from `faults.after` s after the next goal position."""
         self._faults, self._line, self._due, self._first_goal = faults, Line(Faults()), True, None
         self._servos.silent.clear()
         self._servos.shafts.jammed[:] = 0
         for servo in self._servos.all:
             servo.voltage_error = False
-        self._arm_faults()
+        self._start_faults()
 
-    def _arm_faults(self) -> None:
-        """Let the faults begin when their time has come."""
+    def _start_faults(self) -> None:
+        """Start the faults if their time has come."""
         faults = self._faults
         if not self._due or (
             faults.after and (self._first_goal is None or self._clock() - self._first_goal < faults.after)
@@ -180,15 +181,15 @@ class _Port:
             self._log.write(json.dumps({"t": self._clock(), **entry}) + "\n")
 
     def receive(self) -> None:
-        """Take what LeRobot sent, and line up the answers."""
+        """Read what LeRobot sent, and queue the replies."""
         for raw in self._receiver.feed(os.read(self._master, 4096)):
-            self._arm_faults()
+            self._start_faults()
             raw, fault = self._line.command(raw)
             if not intact(raw):
                 self._write_log(fault=fault or "bad checksum", packet=raw.hex())
                 continue
             number, instruction, parameters = raw[2], raw[4], raw[5:-1]
-            self._note(number, instruction, parameters)
+            self._log_writes(number, instruction, parameters)
             for reply in self._servos.handle(number, instruction, parameters):
                 self._answer(reply)
         self.send()
@@ -203,7 +204,7 @@ class _Port:
         arriving, delay, fault = self._line.reply(reply)
         if fault:
             self._write_log(fault=fault, servo=reply[2])
-        due = max(self._clock() + delay, self._out[-1][0] if self._out else 0.0)  # nothing overtakes on a wire
+        due = max(self._clock() + delay, self._out[-1][0] if self._out else 0.0)  # replies keep their order
         self._out.append((due, arriving))
 
     def send(self) -> None:
@@ -216,11 +217,11 @@ class _Port:
 
     @property
     def wait(self) -> float | None:
-        """Seconds of real time until something is due; None: nothing is, or the time is not real."""
+        """Seconds of real time until the next reply is due; None if there is none, or if the bus is stepped."""
         return max(0.0, self._out[0][0] - self._clock()) if self._out and not self._clock.stepped else None
 
-    def _note(self, number: int, instruction: int, parameters: bytes) -> None:
-        """Log goals and torque: {"goal": {id: ticks}} as they were sent, before the servos' limits."""
+    def _log_writes(self, number: int, instruction: int, parameters: bytes) -> None:
+        """Log written goals and torque: {"goal": {id: ticks}} as they were sent, before the servos' limits."""
         if self._log is None and self._first_goal is not None:
             return
         writes: dict[int, bytes] = {}
@@ -237,7 +238,7 @@ class _Port:
         self._write_log(**{name: {n: int.from_bytes(data, "little") for n, data in writes.items()}})
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the pseudo-terminal."""
         os.close(self._master)
         os.close(self._slave)
 
@@ -245,7 +246,7 @@ class _Port:
 def serve(pipe, shafts: Shafts, log: Path | None, stepped: bool) -> None:
     """Main function of a bus's process: serve the port until the pipe closes.
 
-    What was written to the port before an order was given is handled before the order.
+    Packets that were written to the port before an order was given are handled before it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # control-C is for the command at the other end
     at_once(2)
@@ -276,17 +277,17 @@ def serve(pipe, shafts: Shafts, log: Path | None, stepped: bool) -> None:
 
 
 class VirtualBus:
-    """One arm's bus, seen from outside: `port` is what `--robot.port` or `--teleop.port` takes.
+    """One arm's bus, seen from outside: `port` is the value for `--robot.port` or `--teleop.port`.
 
-    Use it as a context manager; the process also ends with the one that made it.
+    Use it as a context manager; its process also ends with the process that made it.
     """
 
     def __init__(
         self, shafts: Shafts | None = None, log: Path | None = None, link: Path | None = None, stepped: bool = False
     ):
-        """`shafts` are allocated unless given; goals, torque and faults go to the file `log`; `link` names the port.
+        """Start the bus. Goals, torque and faults are written to the file `log`; `link` becomes a link to the port.
 
-        The time of a `stepped` bus passes in `elapse` alone.
+        `shafts` are allocated if not given. The time of a `stepped` bus passes only in `elapse`.
         """
         context = processes()
         self.shafts = shafts or Shafts.allocate(context)
@@ -306,11 +307,11 @@ class VirtualBus:
         return self._pipe.recv()
 
     def inject(self, faults: Faults) -> None:
-        """These faults from now on; `Faults()` mends everything."""
+        """Set the faults that apply from now on; `Faults()` removes them all."""
         self._order("inject", faults)
 
     def elapse(self, seconds: float) -> float:
-        """Let time pass on a stepped bus; returns its time in s. All that was sent to the servos before is handled.
+        """Let time pass on a stepped bus, after everything that was sent before is handled; returns its time in s.
 
         Raises:
             RuntimeError: for a bus in real time.
@@ -322,11 +323,11 @@ class VirtualBus:
         return self._order("elapse", seconds)
 
     def registers(self, number: int, address: int, length: int = 1) -> bytes:
-        """What stands in a servo's memory."""
+        """Bytes of a servo's memory."""
         return self._order("registers", number, address, length)
 
     def program(self, number: int, address: int, data: bytes) -> None:
-        """Change a servo's memory behind the bus, read-only registers too: another model, another firmware."""
+        """Change a servo's memory without the bus, read-only registers too (for another model or firmware)."""
         self._order("program", number, address, data)
 
     def calibrate(self, registers: dict[int, dict[int, bytes]]) -> None:

@@ -1,8 +1,9 @@
-"""Calibration of the two virtual arms: how ticks of the encoders, joint angles and LeRobot's units belong together.
+"""Calibration of the two virtual arms: conversion between encoder ticks, joint angles and LeRobot's units.
 
-LeRobot's degree zero is the middle of a joint's calibrated range, the model's zero is straight: so the ranges lie
-symmetric around the middle of the turn, 2047.5 ticks. The gripper's 0 and 100 are the ends of its range. LeRobot counts
-4095 ticks a turn and the servo has 4096: 0.02 degrees at 90, less than half a tick.
+LeRobot's zero degrees is the middle of a joint's calibrated range, and the model's zero is the straight arm. So that
+the two agree, the ranges are symmetric around the middle of the turn, 2047.5 ticks. The gripper's 0 and 100 are the
+ends of its range. LeRobot counts 4095 ticks per turn and the servo has 4096: a difference of 0.02 degrees at 90, less
+than half a tick.
 """
 
 import json
@@ -17,7 +18,7 @@ ROLES = ("follower", "leader")
 # Where LeRobot looks for the files: the drivers' names are so_follower and so_leader, not so100_*.
 FOLDERS = {"follower": "robots/so_follower", "leader": "teleoperators/so_leader"}
 
-# Radians; those of the model's actuators. The wrist turns all around for LeRobot.
+# Radians, as of the model's actuators; but for LeRobot the wrist can make a whole turn.
 _RANGES = {
     "shoulder_pan": (-1.91986, 1.91986),
     "shoulder_lift": (-1.74533, 1.74533),
@@ -26,7 +27,7 @@ _RANGES = {
     "wrist_roll": (-np.pi, np.pi),
     "gripper": (-0.17453, 1.74533),
 }
-# How the horns happened to be screwed on: ticks, another set for each arm.
+# Homing offsets in ticks. They depend on how the horns were screwed on, so each arm has its own.
 _HOMING = {"follower": (112, -734, 913, -41, 1290, -388), "leader": (-1530, 267, -95, 802, -610, 44)}
 _MIDDLE = (TICKS - 1) / 2
 _TICKS_PER_RADIAN = TICKS / (2 * np.pi)

@@ -1,8 +1,8 @@
-"""The cell's cameras, published as LeRobot's ZMQ camera reads them.
+"""Network cameras of the cell, in the format that LeRobot's ZMQ camera reads.
 
 Every message is JSON with all cameras: `{"timestamps": {camera: s}, "images": {camera: base64 of a JPEG}}`. LeRobot
-decodes without swapping channels, so RGB is encoded as it is. Pictures of 64 pixels would lose the colours of small
-cubes to JPEG's usual halving of the colour channels: they are kept whole.
+decodes without swapping channels, so RGB is encoded as it is. JPEG usually halves the resolution of the colour
+channels; here it does not, because small cubes in pictures of 64 pixels would lose their colours.
 """
 
 import base64
@@ -25,7 +25,7 @@ _QUEUE = 2  # messages a slow reader may lag behind
 
 
 class Publisher:
-    """Publishes pictures on a port of its own choosing, or on `port`."""
+    """Publishes pictures on `port`, or on a free one."""
 
     def __init__(self, port: int | None = None):
         self._socket = zmq.Context.instance().socket(zmq.PUB)
@@ -53,14 +53,14 @@ class Publisher:
 
 
 def lerobot_cameras(port: int, size: int, fps: int) -> dict[str, dict]:
-    """What `--robot.cameras` takes for these cameras."""
+    """The value of `--robot.cameras` for these cameras."""
     common = {"type": "zmq", "server_address": HOST, "port": port, "width": size, "height": size, "fps": fps}
     return {name: {**common, "camera_name": name} for name in CAMERAS}
 
 
 @dataclass
 class View:
-    """What the cameras see, shared by the physics that writes and the cameras that read.
+    """Shared memory with what the cameras see: the physics writes it, the cameras read it.
 
     A RawArray of doubles: a counter that is odd while it is written to, the number of the scene, the number of the
     scene that was last published, then `qpos` and the goal's place.
@@ -79,7 +79,7 @@ class View:
 
     @property
     def scene(self) -> int:
-        """Number of the scene that stands there."""
+        """Number of the current scene."""
         return int(self._array[1])
 
     @property
@@ -101,7 +101,7 @@ class View:
         array[0] += 1
 
     def read(self, data) -> int:
-        """Copy what is shown into an MjData; the number of its scene."""
+        """Copy what is shown into an MjData; returns the number of its scene."""
         array = self._array
         while True:
             before = array[0]

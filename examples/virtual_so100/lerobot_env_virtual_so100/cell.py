@@ -1,10 +1,10 @@
-"""The virtual cell: two arms that LeRobot's commands take for real ones.
+"""Virtual cell: two simulated SO-100 arms that LeRobot's commands use like real ones.
 
     python -m lerobot_env_virtual_so100.cell
 
 Four processes share memory: the follower's bus, the leader's bus, the physics (in real time, with the person at the
-leader), and the cameras. LeRobot sees two serial ports and two network cameras and nothing else; scenes, the person and
-the simulator's ground truth are asked for here.
+leader), and the cameras. LeRobot sees only two serial ports and two network cameras. `Cell` sets up scenes, tells the
+person what to do, and reports the simulator's ground truth.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from .tasks import Layout, make_task
 IDS = {"follower": "virtual_follower", "leader": "virtual_leader"}
 _TICKS_A_SECOND = 100  # of the loop; physics runs at 500 Hz
 _LEADER_MOTOR_SPEED = 180.0  # degrees/s, when its motors move it
-_LATE = 0.2  # s that the simulation may lag behind the clock before it skips
+_LATE = 0.2  # s that the simulation may lag behind the clock before it skips this time
 _PUBLISHED_WITHIN = 60.0  # s; the machine may be busy
 
 
@@ -47,7 +47,7 @@ class Physics:
         self._strength = self._sim.model.actuator_forcerange.copy()  # this process's own model: it may change
         self._joints = [self._sim.data.joint(name) for name in calibration.calibration("follower")]
         self._leader = np.zeros(6)
-        self._held: np.ndarray | None = None  # the posture a person keeps the follower in until it is commanded
+        self._held: np.ndarray | None = None  # the follower is held here until it gets a command
         self._goals_seen = np.zeros(6)
         self._layout: Layout | None = None
         self._scene = self._ticks = 0
@@ -57,7 +57,8 @@ class Physics:
     # Orders ---------------------------------------------------------------------------------------------------
 
     def load(self, layout: Layout, place: bool) -> int:
-        """Set up a scene; with `place` both arms too, the follower held until it is commanded. Its number."""
+        """Set up a scene; with `place` also both arms, and hold the follower until it gets a command. Returns the
+        number of the scene."""
         self._layout, self._judgement = layout, {}
         if place:
             self._sim.load(layout)
@@ -77,7 +78,7 @@ class Physics:
         self._person.demonstrate(colour or self._layout.target)
 
     def bring(self, layout: Layout | None) -> None:
-        """Let the person bring the arm to the start of a scene; by default of the present one."""
+        """Let the person bring the arm to the start of a scene; by default of the current one."""
         self._person.bring((layout or self._layout).start(self._sim.arm))
 
     def rest(self) -> None:
@@ -110,12 +111,12 @@ class Physics:
         self._show()
 
     def elapse(self, seconds: float) -> None:
-        """Let so much time pass at once, rounded to steps of the loop."""
+        """Let this much time pass at once, rounded to steps of the loop."""
         for _ in range(round(seconds * _TICKS_A_SECOND)):
             self.tick()
 
     def _move_leader(self) -> None:
-        """The leader goes where its motors or the hand take it; a light arm, it stays where it is left."""
+        """Move the leader by its motors or by the person's hand. It is light: without them it stays where it is."""
         shafts = self._shafts["leader"]
         if shafts.torque.any():
             goal = self._sim.arm.to_units(calibration.to_radians(shafts.target, "leader"))
@@ -125,7 +126,7 @@ class Physics:
             self._leader = self._person.move(self._leader, 1 / _TICKS_A_SECOND)
 
     def _move_follower(self) -> None:
-        """Physics. Motors without torque do nothing; their gears' friction lets the arm sink slowly."""
+        """Advance the physics. Without torque, the friction of the gears lets the arm sink only slowly."""
         shafts, arm = self._shafts["follower"], self._sim.arm
         if self._held is not None and (shafts.goals > self._goals_seen).all():
             self._held = None
@@ -140,12 +141,13 @@ class Physics:
             self._judge()
 
     def _write_encoders(self) -> None:
-        """Tell the servos where both arms stand."""
+        """Tell the servos where both arms are."""
         for role, posture in (("leader", self._leader), ("follower", self._sim.arm.state)):
             self._shafts[role].encoder[:] = calibration.to_encoder(self._sim.arm.to_radians(posture), role)
 
     def _judge(self) -> None:
-        """Success as the task defines it, as long as the arm has torque: what it was when the command let go."""
+        """Judge success as the task defines it. This is called only while the arm has torque, so the judgement of the
+        moment when the command switched the torque off remains."""
         if self._layout is None:
             return
         self._task.observe(self._sim)
@@ -168,7 +170,7 @@ class Physics:
 
 
 def _serve_physics(pipe, task: str, shafts: dict[str, Shafts], view: View, seed: int, stepped: bool) -> None:
-    """Main function of the physics' process, until the pipe closes: in real time, or only in the order `elapse`."""
+    """Main function of the physics' process, until the pipe closes. Time is real, or passes only in `elapse`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     physics = Physics(task, shafts, view, seed)
     pipe.send(None)
@@ -181,7 +183,7 @@ def _serve_physics(pipe, task: str, shafts: dict[str, Shafts], view: View, seed:
                 physics.tick()
                 due += 1 / _TICKS_A_SECOND
                 late = time.monotonic() - due
-            if late > _LATE:  # the world stops for a while rather than running after the clock
+            if late > _LATE:  # skip this time; do not run faster to catch up
                 physics.skipped += late
                 due += late
             if pipe.poll(None if stepped else max(0.0, -late)):
@@ -200,10 +202,9 @@ class Cell:
     ):  # fmt: skip
         """Start the processes.
 
-        In a `stepped` cell no time passes for servos, physics and person but in `elapse`; the cameras go on publishing.
-
-        `folder` takes the ports' links, the buses' logs and the calibration files. Without `calibrated` the servos are
-        as they came from the factory, and `lerobot-calibrate` has to be run.
+        `folder` is for links to the ports, logs of the buses and calibration files. Without `calibrated` the servos
+        have their factory settings, and `lerobot-calibrate` has to be run. In a `stepped` cell, time for servos,
+        physics and person passes only in `elapse`; the cameras publish as usual.
         """
         self.folder, self.task = folder.absolute(), make_task(task)
         self._image_size, self._camera_fps = image_size, camera_fps
@@ -212,7 +213,7 @@ class Cell:
         calibration.write_files(self.folder / "calibration", IDS)
         self.buses = {
             role: VirtualBus(log=self.log(role), link=self.folder / role, stepped=stepped) for role in calibration.ROLES
-        }  # its first use starts the server that the other processes come from
+        }  # the first one starts the fork server, from which the other processes come
         shafts = {role: bus.shafts for role, bus in self.buses.items()}
         for role, bus in self.buses.items():
             if calibrated:
@@ -242,7 +243,7 @@ class Cell:
     def load(self, layout: Layout, place: bool = True) -> None:
         """Set up a scene, and return when the cameras show it.
 
-        With `place` both arms stand at its start, the follower held there until a goal reaches it; else they stay.
+        With `place` both arms are put at its start, and the follower is held there until a goal reaches it.
         """
         scene, until = self._order("load", layout, place), time.monotonic() + _PUBLISHED_WITHIN
         while self.view.published < scene:
@@ -261,7 +262,7 @@ class Cell:
         self._order("demonstrate", colour)
 
     def bring(self, layout: Layout | None = None) -> None:
-        """Let the person bring the follower to the start of a scene, by default of the present one."""
+        """Let the person bring the follower to the start of a scene, by default of the current one."""
         self._order("bring", layout)
 
     def rest(self) -> None:
@@ -274,7 +275,7 @@ class Cell:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What LeRobot's commands need in their environment."""
+        """Environment variables that LeRobot's commands need."""
         return {"HF_LEROBOT_CALIBRATION": str(self.folder / "calibration")}
 
     @property
@@ -344,7 +345,7 @@ def serve(config: CellConfig) -> None:
         for name, value in cell.environment.items():
             print(f"export {name}={shlex.quote(value)}")
         print(f"\nFOLLOWER: {shlex.join(cell.robot)}\n\nLEADER:   {shlex.join(cell.teleop)}\n")
-        print("ENTER: next scene, d: let the person at the leader do the task, s: say how it stands, q: quit\n")
+        print("ENTER: next scene, d: let the person at the leader do the task, s: show the judgement, q: quit\n")
         seed = config.seed
         _next_scene(cell, config.split, seed)
         while (key := input().strip()) != "q":

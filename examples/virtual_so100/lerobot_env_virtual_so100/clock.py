@@ -1,14 +1,14 @@
 """The clock of the virtual servos and of the virtual cell: real time, or time that passes on request.
 
-Real arms need real time, and a busy machine has none to give: LeRobot waits 51 ms for a reply, and a process may wait
-longer than that for a processor. What passes on request is the same on every machine.
+LeRobot waits 51 ms for a servo's reply, and on a busy machine a process may wait longer than that for a processor.
+Time that passes on request gives the same result on every machine.
 """
 
 import time
 
 
 class Clock:
-    """Seconds as `time.monotonic` counts them; a `stepped` clock begins at 0 and moves in `elapse` alone."""
+    """Seconds as `time.monotonic` counts them. A `stepped` clock begins at 0 and moves only in `elapse`."""
 
     def __init__(self, stepped: bool = False):
         self.stepped = stepped

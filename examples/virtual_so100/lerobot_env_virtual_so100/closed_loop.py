@@ -1,7 +1,7 @@
-"""Success through LeRobot's drivers, beside controls on the same scenes.
+"""Success rates through LeRobot's drivers: a policy, and controls on the same scenes.
 
-The policy drives the virtual follower by `lerobot-rollout`; the controls take the same serial port and LeRobot's own
-driver class. Everything is judged by the simulator when the arm loses its torque.
+The policy drives the virtual follower through `lerobot-rollout`; the controls use the same serial port and LeRobot's
+own driver class. The simulator judges each episode at the moment when the arm loses its torque.
 """
 
 import time
@@ -18,7 +18,7 @@ from .way import Way
 
 
 def follower(cell: Cell):
-    """LeRobot's driver of the virtual follower, connected; without cameras, which the controls do not look through."""
+    """LeRobot's driver of the virtual follower, connected; without cameras, which the controls do not use."""
     from lerobot.robots.so_follower import SO100Follower, SO100FollowerConfig
 
     from .calibration import FOLDERS
@@ -35,7 +35,7 @@ def follower(cell: Cell):
 
 
 def drive(cell: Cell, layout: Layout, act: Callable[[int], np.ndarray], fps: int) -> dict:
-    """One episode of actions (6,) sent by LeRobot's driver at `fps`; the judgement."""
+    """Send the actions (6,) of one episode through LeRobot's driver at `fps`; returns the judgement."""
     cell.load(layout)
     robot = follower(cell)
     try:
@@ -68,7 +68,7 @@ CONTROLS = {"zero action": _zero, "random action": _random}
 
 
 def controls(cell: Cell, layouts: list[Layout], fps: int) -> dict[str, list[dict]]:
-    """Judgements by control: policies that cannot know."""
+    """Judgements by control. Controls are policies that cannot know the task."""
     return {
         name: [drive(cell, layout, prepare(cell, layout), fps) for layout in tqdm(layouts, desc=name, unit="ep")]
         for name, prepare in CONTROLS.items()
@@ -76,10 +76,10 @@ def controls(cell: Cell, layouts: list[Layout], fps: int) -> dict[str, list[dict
 
 
 def policy(way: Way, layouts: list[Layout], path: Path, *options: str) -> list[dict]:
-    """Judgements of a policy, each scene a run of `lerobot-rollout`."""
+    """Judgements of a policy; each scene is a run of `lerobot-rollout`."""
     return [way.rollout(layout, path, *options) for layout in tqdm(layouts, desc="lerobot-rollout", unit="ep")]
 
 
 def replays(way: Way, root: Path, repo_id: str, episodes: int) -> list[dict]:
-    """Judgements of recorded episodes, each a run of `lerobot-replay`."""
+    """Judgements of recorded episodes; each is a run of `lerobot-replay`."""
     return [way.replay(root, repo_id, index) for index in tqdm(range(episodes), desc="lerobot-replay", unit="ep")]

@@ -1,4 +1,4 @@
-"""LeRobot's commands, run as they are, with nobody at the keyboard: a pseudo-terminal presses the keys."""
+"""LeRobot's commands as subprocesses, unchanged and without a person: keys are pressed through a pseudo-terminal."""
 
 import os
 import pty
@@ -15,7 +15,7 @@ PATIENCE = 600.0  # s that anything may take on a busy machine
 
 @contextmanager
 def _control_c_works() -> Iterator[None]:
-    """Processes that are started here take control-C, even where this one was put in the background and does not."""
+    """Processes started in this block react to control-C, even if this process runs in the background and does not."""
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     if ignored:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -27,14 +27,14 @@ def _control_c_works() -> Iterator[None]:
 
 
 class CommandError(RuntimeError):
-    """A command ended with an error, or did not say what it should have; the message ends with its last lines."""
+    """A command failed, or did not print what was expected. The message ends with the last lines of its output."""
 
 
 class Command:
-    """A running command. Its output goes to a file, which is also where its progress is read."""
+    """A running command. Its output goes to a file, from which its progress is read too."""
 
     def __init__(self, arguments: list[str], log: Path, environment: dict[str, str]):
-        """Start it. `environment` is added to this process's."""
+        """Start it. `environment` is added to the environment variables of this process."""
         self.arguments, self.log = arguments, log
         log.parent.mkdir(parents=True, exist_ok=True)
         self._keyboard, terminal = pty.openpty()
@@ -55,22 +55,22 @@ class Command:
         return self._process.poll() is None
 
     def output(self) -> str:
-        """All it has said so far."""
+        """All its output so far."""
         return self.log.read_text(errors="replace")
 
     def press(self, key: str) -> None:
-        """A key on its keyboard."""
+        """Press a key on its keyboard."""
         os.write(self._keyboard, key.encode())
 
     def says(self, text: str) -> bool:
-        """Whether `text` has appeared since it was last waited for."""
+        """Whether `text` has appeared after the text that `wait_for` found last."""
         return text in self.output()[self._read :]
 
     def wait_for(self, text: str) -> None:
-        """Wait until it says something that it has not yet been waited for to say.
+        """Wait until `text` appears in the output, after the text that was found last.
 
         Raises:
-            CommandError: it ended without.
+            CommandError: the command ended, or ran for too long, without printing it.
         """
         until = time.monotonic() + PATIENCE
         while not self.says(text):
@@ -83,7 +83,7 @@ class Command:
         self._read = self.output().index(text, self._read) + len(text)
 
     def interrupt(self) -> None:
-        """Control-C."""
+        """Send control-C."""
         self._process.send_signal(signal.SIGINT)
 
     def stop(self) -> None:
@@ -93,7 +93,7 @@ class Command:
         self._process.wait()
 
     def finish(self, check: bool = True) -> int:
-        """Wait for its end; the exit status.
+        """Wait for its end; returns the exit status.
 
         Raises:
             CommandError: the status is not 0, unless `check` is off.

@@ -1,4 +1,4 @@
-"""The options of `--env.type=virtual_so100` and what LeRobot makes of them."""
+"""Options of `--env.type=virtual_so100`, and the environments that LeRobot makes from them."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,14 +24,14 @@ class VirtualSO100Env(EnvConfig):
     """A simulated SO-100 with two cameras.
 
     Attributes:
-        task: "reach" (the cube that the instruction names, of three) or "pick_place" (cube onto the disc).
+        task: "reach" (go to the one of three cubes that the instruction names) or "pick_place" (cube onto the disc).
         fps: control steps a second; must be that of the data a policy was trained on.
         episode_length: steps after which an episode ends; by default the task's (2.8 s, 13 s).
         image_size: height and width of the cameras' images in pixels; that of the training data.
         split: stream of scenes, "train", "validation" or "test". Data is recorded from the first two; they share
             no scene with "test" whatever the seeds.
-        instruction: "named" prompts for the scene's target, "swapped" for another cube of the same scene. Success
-            is judged at the cube that the prompt names.
+        instruction: with "named" the prompt names the scene's target, with "swapped" another cube of the same scene.
+            Success means the cube that the prompt names.
         results: file to which every finished episode appends one JSON line (ground truth of the simulator).
         render_size: height of the frames of evaluation videos in pixels.
     """
@@ -83,10 +83,10 @@ class VirtualSO100Env(EnvConfig):
         }
 
     def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict:
-        """{type: {0: vector environment}} as LeRobot wants it.
+        """{type: {0: vector environment}}, as LeRobot expects it.
 
-        Unlike the base class's, a finished environment keeps its last observation until the next rollout: no
-        scene is built only to be thrown away, and the last frame of a video shows the end of its episode.
+        Unlike with the base class, a finished environment keeps its last observation until the next rollout: no
+        scene is built only to be discarded, and the last frame of a video shows the end of its episode.
         """
         make = freeze_after_episode_end(partial(_make_env, **self.gym_kwargs))
         options = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}

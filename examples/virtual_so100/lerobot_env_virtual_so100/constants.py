@@ -1,4 +1,4 @@
-"""Names shared by the environment's registration (which must import in no time) and the simulation."""
+"""Constants shared by the environment's registration (whose import must be fast) and the simulation."""
 
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
 CAMERAS = ("front", "left")

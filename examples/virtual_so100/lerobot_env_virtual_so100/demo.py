@@ -1,10 +1,10 @@
-"""The demo: record demonstrations, train π₀, and evaluate it and controls on unseen scenes.
+"""Demo of the whole workflow: record demonstrations, train π₀, and evaluate it and controls on unseen scenes.
 
     python -m lerobot_env_virtual_so100.demo [--task=pick_place --episodes=… --steps=…]
 
-LeRobot's own commands do the work, each in a process of its own; what is printed at the end was counted from the
-simulator's state, episode by episode. The folder of the run keeps the dataset, the checkpoint, a video, a plot of the
-losses and the scores.
+LeRobot's own commands do the work, each in a process of its own. The scores that are printed at the end are counted
+from the simulator's state, episode by episode. The folder of the run keeps the dataset, the checkpoint, a video, a plot
+of the losses, and the scores.
 """
 
 import json
@@ -32,7 +32,7 @@ HELD_OUT_NAME = "local/virtual_so100_held_out"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What one task takes by default."""
+    """Default numbers for one task."""
 
     episodes: int
     steps: int
@@ -53,23 +53,23 @@ class DemoConfig:
 
     # What the arm learns: reach (the cube that the instruction names) or pick_place.
     task: str = "reach"
-    # Demonstrations to record; by default as many as the task takes.
+    # Demonstrations to record; by default the task's number.
     episodes: int | None = None
-    # Training steps; by default as many as the task takes.
+    # Training steps; by default the task's number.
     steps: int | None = None
-    # Observations a training step.
+    # Observations per training step.
     batch_size: int = 16
     # Noise and time draws per observation.
     flow_samples: int = 1
     # Peak learning rate.
     learning_rate: float = 8e-4
-    # Actions executed before the policy looks again; by default the task's.
+    # Actions executed before the next observation is used; by default the task's number.
     n_action_steps: int | None = None
     # Scenes to evaluate on.
     scenes: int = 100
     # Seed of training, and of the order of the data.
     seed: int = 1000
-    # Folder of the run; a dataset that is there already is used again, everything else is made anew.
+    # Folder of the run. A dataset that is already there is used again; everything else is overwritten.
     output: Path = Path("outputs/demo")
 
     def __post_init__(self) -> None:
@@ -89,7 +89,7 @@ class DemoConfig:
 
     @property
     def held_out(self) -> Path:
-        """Where a few demonstrations are that training does not see."""
+        """Folder of a few demonstrations that training does not see."""
         return self.output / f"{self.task}_held_out"
 
     @property
@@ -104,18 +104,18 @@ class DemoConfig:
 
 
 def _environment() -> dict[str, str]:
-    """Offline, without a screen, and with the commands of this interpreter first."""
+    """Environment variables of the commands: offline, no display, and this interpreter's folder first in PATH."""
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if sys.platform != "darwin":  # which renders without a screen by itself
+    if sys.platform != "darwin":  # macOS renders without a display by itself
         quiet["MUJOCO_GL"] = os.environ.get("MUJOCO_GL", "egl")
     return {**os.environ, **quiet, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
 def _check_rendering() -> None:
-    """Stop here, and not after minutes, where pictures cannot be made.
+    """Stop now, and not after minutes, if this machine cannot render images.
 
     Raises:
-        SystemExit: says what to install.
+        SystemExit: it cannot; the message says what to install.
     """
     check = f"from {__package__}.scene import check_rendering; check_rendering()"
     done = subprocess.run([sys.executable, "-c", check], env=_environment(), capture_output=True, text=True)
@@ -127,7 +127,7 @@ def _run(title: str, command: list[str], log: Path, **environment: str) -> float
     """Run a command, keep its output in a file, show its progress bar. Returns seconds.
 
     Raises:
-        SystemExit: it failed; says where the output is.
+        SystemExit: it failed; the message says where its output is.
     """
     print(f"\n== {title}\n   {' '.join(command)}", flush=True)
     started = time.perf_counter()
@@ -150,7 +150,7 @@ def _run(title: str, command: list[str], log: Path, **environment: str) -> float
 
 
 def _show_progress(chunk: bytes) -> None:
-    """The newest progress bar or training line of a command's output, on one line that is written over."""
+    """Show the newest progress bar or training line of a command's output, in place of the one before."""
     for line in re.split(r"[\r\n]+", chunk.decode(errors="replace")):
         if "it/s" in line or "s/it" in line or "ep/s" in line or "s/ep" in line or "step/s" in line or "loss:" in line:
             text = line.strip().split("] ")[-1] if "loss:" in line else line.strip()
@@ -158,12 +158,12 @@ def _show_progress(chunk: bytes) -> None:
 
 
 def record(config: DemoConfig) -> float:
-    """Write the demonstrations, unless they are there."""
+    """Write the demonstrations, unless they exist; returns seconds."""
     return _record(config, config.dataset, f"--episodes={config.episodes}")
 
 
 def record_held_out(config: DemoConfig) -> float:
-    """Write a few more, of scenes that training does not see: `open-loop` asks about those."""
+    """Write a few more demonstrations, of scenes that training does not see, for `open-loop`; returns seconds."""
     options = [f"--episodes={min(HELD_OUT, config.episodes)}", "--split=validation", f"--repo_id={HELD_OUT_NAME}"]
     return _record(config, config.held_out, *options)
 
@@ -182,7 +182,7 @@ def _log(config: DemoConfig, name: str) -> Path:
 
 
 def training_options(config: DemoConfig) -> dict[str, object]:
-    """What `lerobot-train` is told: the small preset, from random weights."""
+    """Options of `lerobot-train`: the small preset, from random weights."""
     return {
         "policy.type": "pi0",
         "policy.paligemma_variant": "tiny",
@@ -192,11 +192,11 @@ def training_options(config: DemoConfig) -> dict[str, object]:
         "policy.n_action_steps": config.n_action_steps,
         "policy.optimizer_lr": config.learning_rate,
         "policy.optimizer_betas": "[0.9, 0.999]",
-        # Three of five times beyond 0.95 at first. An arm's chunk ends in many equal actions, whose mean shows through
-        # any but the strongest noise: at LeRobot's times the network reads it there and learns not to look. Once it
-        # looks, LeRobot's times make its chunks smooth.
+        # At first, three of five times are above 0.95. An arm's chunk ends with many equal actions, whose mean can be
+        # seen through all but the strongest noise: at LeRobot's times the network reads it there and ignores the
+        # images. Once it uses them, LeRobot's times make its chunks smooth.
         "policy.time_sampling_warmup_steps": round(RECIPES[config.task].near_noise * config.steps),
-        # The arm's own six dimensions: noise in padded ones would be most of what the small expert sees.
+        # Only the arm's own six dims: with padding, most of the small expert's input would be noise in padded dims.
         "policy.max_state_dim": len(JOINTS),
         "policy.max_action_dim": len(JOINTS),
         "policy.scheduler_warmup_steps": min(100, config.steps),
@@ -222,8 +222,8 @@ def train(config: DemoConfig) -> float:
     shutil.rmtree(config.run, ignore_errors=True)
     options = training_options(config)
     command = ["lerobot-train", *(f"--{name}={value}" for name, value in options.items())]
-    # A step of this size is too short to be shared: a second thread gains nothing, and waits for the first where other
-    # programs run. The other core loads data.
+    # A step of this size is too short for two threads: the second gains nothing, and on a busy machine they wait for
+    # each other. The other core loads data.
     threads = os.environ.get("OMP_NUM_THREADS", "1")
     return _run(f"{config.steps} training steps", command, _log(config, "train"), OMP_NUM_THREADS=threads)
 
@@ -256,7 +256,7 @@ def evaluate(config: DemoConfig, instruction: str) -> tuple[dict, float]:
 
 
 def losses(log: str) -> list[tuple[int, float]]:
-    """(step, loss) of each line that lerobot-train logged, counted: LeRobot writes steps from a thousand on as 1K."""
+    """(step, loss) of each line that lerobot-train logged. Steps are counted: LeRobot writes 1000 and more as 1K."""
     found = re.findall(r"step:\d+K? .*?loss:([\d.]+)", log)
     return [(LOG_EVERY * (i + 1), float(loss)) for i, loss in enumerate(found)]
 
@@ -289,7 +289,7 @@ def table(rows: dict[str, dict]) -> str:
 
 
 def open_loop_command(config: DemoConfig) -> str:
-    """The command that reports what the trained policy reacts to."""
+    """The command that reports to which inputs the trained policy reacts."""
     tool, report = Path(sys.executable).with_name("lerobot-pi0"), config.output / "open_loop"
     return (
         f"{tool} open-loop --policy.path={config.policy} --dataset.repo_id={HELD_OUT_NAME} "
@@ -298,7 +298,7 @@ def open_loop_command(config: DemoConfig) -> str:
 
 
 def demo(config: DemoConfig) -> dict[str, dict]:
-    """Everything; returns the scores by policy."""
+    """Do all steps of the demo; returns the scores by policy."""
     _check_rendering()
     seconds = {"demonstrations": record(config) + record_held_out(config), "training": train(config)}
     plot_losses(config)
@@ -324,7 +324,7 @@ def demo(config: DemoConfig) -> dict[str, dict]:
     parts = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     print(f"\n{total / 60:.1f} minutes: {parts}.")
     print(f"{config.output}: named.mp4, losses.png, scores.json, train/checkpoints/last/pretrained_model")
-    print(f"\nWhat it looks at and listens to, half a minute:\n{open_loop_command(config)}")
+    print(f"\nDoes it use its images and the instruction? Half a minute:\n{open_loop_command(config)}")
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Demonstrations: which episodes a scene gives, and how the expert is disturbed while it shows them."""
+"""Demonstrations of the scripted expert: which episodes a scene gives, and how the expert is disturbed in them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -10,11 +10,11 @@ from .experts import make_expert
 from .simulation import Simulation
 from .tasks import Layout, make_task, scene_rng
 
-# The disturbance is executed and not recorded: the data shows the way back from where a policy may stray.
+# The disturbance is executed but not recorded: so the data shows how to return from places where a policy may drift.
 _NOISE_DEGREES, _NOISE_MEMORY = 2.0, 0.7
 _NOISE_SECONDS = {"reach": 0.3, "pick_place": 1.2}
-# Of scenes of reach, how many show one, two and three cubes: where they are is learned from the first, words from the
-# last.
+# Shares of the reach scenes that show one, two and three cubes. A policy learns positions from scenes with one cube,
+# and words from scenes with three.
 _CUBES_SHOWN = (0.15, 0.35, 0.5)
 _ATTEMPTS = 5
 
@@ -26,7 +26,7 @@ def _episodes_rng(split: str, seed: int) -> np.random.Generator:
 def cubes_shown(task: str, split: str, seed: int) -> list[str]:
     """The cubes on the table of a demonstrated scene, each of which gives an episode.
 
-    A policy that saw one instruction a scene would learn the scene, not the words.
+    A policy that saw one instruction per scene would learn the scene, not the words.
     """
     cubes = make_task(task).spec.cubes
     if len(cubes) == 1:
@@ -38,7 +38,7 @@ def cubes_shown(task: str, split: str, seed: int) -> list[str]:
 
 @dataclass
 class Episode:
-    """One demonstration of T steps: states and actions (T, 6), images (T, H, W, 3) uint8 a camera."""
+    """One demonstration of T steps: states and actions (T, 6), and for each camera images (T, H, W, 3) uint8."""
 
     layout: Layout
     prompt: str
@@ -48,7 +48,7 @@ class Episode:
 
 
 class Demonstrator:
-    """Makes the episodes of scenes, the same ones whenever it is asked."""
+    """Makes the episodes of scenes; the same scene always gives the same episodes."""
 
     def __init__(self, task: str, fps: int, image_size: int, split: str):
         self._task = make_task(task)
@@ -58,10 +58,10 @@ class Demonstrator:
         self._image_size, self._split = image_size, split
 
     def scene(self, seed: int) -> Iterator[Episode]:
-        """The episodes of one scene, one for each cube, in an order of its own.
+        """The episodes of one scene, one for each cube, in random order.
 
-        All start from the same posture: pictures and joints equal, words different. In every second scene that is
-        around home, in the others anywhere above the table, which is what a policy sees when it looks again.
+        All start from the same posture: images and joints are equal, only the words differ. In every second scene this
+        posture is near home; in the others it is anywhere above the table, as when a policy computes its next chunk.
         """
         rng = _episodes_rng(self._split, seed)
         shown = cubes_shown(self._task.name, self._split, seed)
@@ -72,7 +72,7 @@ class Demonstrator:
             yield self._demonstrate(replace(layout, target=str(colour), phrase=phrase), rng)
 
     def _demonstrate(self, layout: Layout, rng: np.random.Generator) -> Episode:
-        """One successful episode; what fails under its disturbance is tried again with another."""
+        """One successful episode. If the expert fails, it tries again with another disturbance."""
         for _ in range(_ATTEMPTS):
             episode = self._roll_out(layout, rng)
             if self._task.success(self._sim, layout.target):

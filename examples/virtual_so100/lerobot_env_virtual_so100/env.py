@@ -1,4 +1,4 @@
-"""The cell as a gymnasium environment, with the interface that `lerobot-eval` calls."""
+"""Gymnasium environment of one simulated arm, with the interface that `lerobot-eval` calls."""
 
 import json
 from pathlib import Path
@@ -16,10 +16,10 @@ class VirtualSO100GymEnv(gym.Env):
     """One arm, one episode at a time.
 
     Observations: `agent_pos` (6,) float32 in degrees and 0..100 for the gripper, and `pixels` with one uint8
-    image (H, W, 3) a camera. Actions: joint targets (6,) in the same units. The reward is 1 in the step that
-    ends an episode with success. The final info has `is_success` and, for whoever wants more than a rate,
-    `instructed` (the cube that the prompt named), `target` (the scene's own), `ended_at` (the cube at which the episode
-    ended, or "none") and `distance` (m, to the instructed cube or of the cube to the goal).
+    image (H, W, 3) for each camera. Actions: joint targets (6,) in the same units. The reward is 1 in the step that
+    ends an episode with success. The final info has `is_success` and more: `instructed` (the cube that the prompt
+    named), `target` (the scene's own), `ended_at` (the cube at which the episode ended, or "none") and `distance`
+    (m, from the grasp point to the instructed cube, or from the cube to the goal).
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": FPS}
@@ -44,7 +44,7 @@ class VirtualSO100GymEnv(gym.Env):
         self.render_mode = render_mode
         self._task = make_task(task)
         if instruction == "swapped" and len(self._task.spec.cubes) < 2:
-            raise ValueError(f"instruction='swapped' needs more than one cube, which task {task!r} has not")
+            raise ValueError(f"instruction='swapped' needs more than one cube, and task {task!r} has only one")
         self._max_episode_steps = episode_length or episode_steps(task, fps)
         self._swapped = instruction == "swapped"
         self._split, self._image_size, self._render_size = split, image_size, render_size
@@ -72,7 +72,7 @@ class VirtualSO100GymEnv(gym.Env):
 
     @property
     def task_description(self) -> str:
-        """The instruction of the present episode."""
+        """The instruction of the current episode."""
         return self._task.instruction(self.instructed, self.layout.phrase)
 
     @property
@@ -81,7 +81,7 @@ class VirtualSO100GymEnv(gym.Env):
         return self.layout.other if self._swapped else self.layout.target
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
-        """Build the scene of `seed` (one drawn at random without) or the `layout` given in `options`."""
+        """Set up the scene of `seed` (a random one without a seed), or the `layout` given in `options`."""
         super().reset(seed=seed)
         scene = int(self.np_random.integers(2**31)) if seed is None else seed
         self.layout = (options or {}).get("layout") or self._task.sample(self._split, scene)
@@ -91,7 +91,7 @@ class VirtualSO100GymEnv(gym.Env):
         return self._observation(), self._info(False)
 
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
-        """Move towards joint targets (6,) for one control step. Raises ValueError for any that are not finite."""
+        """Move towards joint targets (6,) for one control step. Raises ValueError if one is not finite."""
         if self.layout is None:
             raise RuntimeError("step() before reset(): the environment has no scene yet")
         action = np.asarray(action, np.float64)
@@ -103,7 +103,7 @@ class VirtualSO100GymEnv(gym.Env):
         at_goal = self._task.success(self.simulation, self.instructed)
         truncated = self._steps >= self._max_episode_steps
         terminated = at_goal and self._task.ends_on_success
-        # Judged at the end alone: passing by is not arriving, and lerobot-eval takes any step's success for good.
+        # Only the end counts: passing by is not arriving, and lerobot-eval would count success in any step.
         success = at_goal and (terminated or truncated)
         info = self._info(success)
         if terminated or truncated:
@@ -132,7 +132,7 @@ class VirtualSO100GymEnv(gym.Env):
         }
 
     def _log(self, info: dict) -> None:
-        """Append the finished episode to the results file, one write a line: workers may share the file."""
+        """Append the finished episode to the results file, with one write per line: workers may share the file."""
         if self._results is None:
             return
         record = {

@@ -1,9 +1,9 @@
-"""Scripted experts: what the demonstrations show.
+"""Scripted experts, whose motions are recorded as demonstrations.
 
-They are made to be imitated by a policy without memory. An action is a function of the joint positions and the
-scene (of the phase too, in pick-and-place, where every change of phase is visible in the joints or in the cube);
-steps are bounded, so far from the goal the action says the direction and near it the goal itself; targets
-include what the motors sag under gravity, so the goal is reached and held with no residual motion.
+A policy without memory has to be able to imitate them. So an action depends only on the joint positions and the scene
+(in pick-and-place also on the phase, but each change of phase is visible in the joints or in the cube). Steps are
+bounded: far from the goal the action gives the direction, near it the goal itself. Targets compensate for the sag of
+the motors under gravity, so the arm reaches the goal and comes to rest there.
 """
 
 import numpy as np
@@ -12,17 +12,18 @@ from lerobot_env_so101.scripted.pick_place import Phase, PickPlaceController, ph
 from .scene import CUBE_HALF
 
 _REACH_CLEARANCE = 0.014  # m above the cube's top: the fingertips, 7 mm below the grasp point, touch nothing
-_REACH_HOVER = 0.055  # m above the cube's top while still aside of it: clear of all cubes
-_DESCEND_INNER, _DESCEND_OUTER = 0.012, 0.06  # m aside of the cube between which height is lost
+_REACH_HOVER = 0.055  # m above the cube's top before the arm is above it: higher than all cubes
+_DESCEND_INNER, _DESCEND_OUTER = 0.012, 0.06  # m of horizontal distance between which the arm descends
 _REACH_SPEED = 180.0  # degrees/s
-_TRAVEL_RANGE = 0.03  # m aside of the cube
+_TRAVEL_RANGE = 0.03  # m of horizontal distance
 _ARRIVED = 0.006  # m between the grasp point and where it should be
 _HOLD_SECONDS = 0.2
-_OPEN_FAR, _OPEN_NEAR, _OPEN_RANGE = 24.0, 55.0, 0.12  # gripper, and m aside over which it opens
-_OPEN_ENOUGH, _OPENING_SPEED = 20.0, 30.0  # gripper from which the arm moves, and gripper / s until then
+_OPEN_FAR, _OPEN_NEAR, _OPEN_RANGE = 24.0, 55.0, 0.12  # gripper positions; m of horizontal distance in which it opens
+_OPEN_ENOUGH = 20.0  # gripper position at which the arm begins to move
+_OPENING_SPEED = 30.0  # gripper units / s until then
 
 
-def _towards(arm, goal: np.ndarray, max_step: float) -> np.ndarray:
+def _step_towards(arm, goal: np.ndarray, max_step: float) -> np.ndarray:
     """Joint targets (6,) one step nearer to a posture: no joint moves more than `max_step` degrees."""
     state = arm.state
     gap = goal - state
@@ -33,12 +34,12 @@ def _towards(arm, goal: np.ndarray, max_step: float) -> np.ndarray:
 
 
 class ReachExpert:
-    """To a posture above the named cube, coming down on it from above and opening the jaws on the way.
+    """Moves to a posture above the named cube: comes down from above, and opens the jaws on the way.
 
-    Before it moves, it rests and opens its jaws a little. What is seen then, and nothing but that, tells where the arm
-    will go: its posture does not, and does soon when it moves. Where such frames are few, a small policy never learns
-    to look. The jaws show how long it will still rest: a rest that nothing shows ends at a moment that a policy without
-    memory can only guess, and the steps of its chunks then guess different moments.
+    Before it moves, it rests and opens its jaws a little. In these frames only images and instruction tell where to go;
+    once the arm moves, its posture soon tells it too. With few such frames, a small policy never learns to use the
+    images. The jaws show how long the rest will last. If nothing showed it, a policy without memory could only guess
+    when the arm starts, and each step of a chunk would guess another moment.
     """
 
     def __init__(self, sim, fps: int):
@@ -59,39 +60,39 @@ class ReachExpert:
 
     @property
     def settled(self) -> bool:
-        """Whether the end was shown for a moment. No longer: what tells the instructions apart is the way there, and
-        chunks that reach beyond the episode repeat its last action anyway."""
+        """Whether the arm has stayed at the goal for a moment. A longer rest would not help: the way there shows what
+        an instruction means, and chunks that reach beyond the episode repeat its last action anyway."""
         return self._held >= self._hold_steps
 
     @property
     def travelling(self) -> bool:
-        """Whether there is room for a disturbance: not at rest, nor near the end, which has to be shown clean."""
-        return not self._resting and self._aside() > _TRAVEL_RANGE
+        """Whether the arm may be disturbed: not at rest, and not near the end, which has to be shown undisturbed."""
+        return not self._resting and self._horizontal_distance() > _TRAVEL_RANGE
 
     @property
     def _resting(self) -> bool:
         return bool(self._sim.arm.state[-1] < _OPEN_ENOUGH)
 
-    def _aside(self) -> float:
-        """Horizontal distance to go in m."""
+    def _horizontal_distance(self) -> float:
+        """Remaining horizontal distance in m."""
         return float(np.linalg.norm((self._point - self._sim.arm.grasp_point)[:2]))
 
     def act(self) -> np.ndarray:
-        """Joint targets (6,) for the present state."""
+        """Joint targets (6,) for the current state."""
         if self._resting:
             posture = self._sim.arm.state
             posture[-1] = min(posture[-1] + self._opening_step, _OPEN_FAR)
             return self._sim.arm.hold(posture)
-        aside = self._aside()
+        distance = self._horizontal_distance()
         self._held += bool(np.linalg.norm(self._point - self._sim.arm.grasp_point) < _ARRIVED)
-        height = np.clip((aside - _DESCEND_INNER) / (_DESCEND_OUTER - _DESCEND_INNER), 0.0, 1.0)
+        height = np.clip((distance - _DESCEND_INNER) / (_DESCEND_OUTER - _DESCEND_INNER), 0.0, 1.0)
         goal = self._low + height * (self._high - self._low)
-        goal[-1] = _OPEN_NEAR + (_OPEN_FAR - _OPEN_NEAR) * min(1.0, aside / _OPEN_RANGE)
-        return _towards(self._sim.arm, goal, self._max_step)
+        goal[-1] = _OPEN_NEAR + (_OPEN_FAR - _OPEN_NEAR) * min(1.0, distance / _OPEN_RANGE)
+        return _step_towards(self._sim.arm, goal, self._max_step)
 
 
-# The cube stands this far from the fixed jaw when it is straddled: the closing jaw pushes it home. Without
-# it the fixed jaw would come down on the cube's edge.
+# Offset in m of the cube between the open jaws, away from the fixed jaw, which would otherwise come down on the cube's
+# edge. The closing jaw then pushes the cube against the fixed one.
 _STRADDLE = np.array([0.0, -0.007, 0.0])
 _GRIPPER_OPEN, _GRIPPER_CLOSED = 75.0, 0.0
 _FAST, _CAREFUL = 90.0, 35.0  # degrees/s
@@ -106,9 +107,9 @@ _STRADDLED_PHASES = (Phase.HOVER, Phase.DESCEND)
 class PickPlaceExpert:
     """lerobot-env-so101's phases (hover, descend, close, lift, traverse, lower, open, retreat) in joint targets.
 
-    Its controller says which phase it is and where the grasp point should go; its Cartesian increments are not
-    used, since they accumulate a hidden target that no camera shows. Between descending and closing the open
-    jaws dwell around the cube, so that closing starts from a picture of its own.
+    Its controller decides the phase and where the grasp point should go. Its Cartesian increments are not used, since
+    they add up to a target that no camera shows. Between descending and closing, the open jaws wait around the cube,
+    so that closing starts from an image of its own.
     """
 
     def __init__(self, sim, fps: int):
@@ -133,12 +134,12 @@ class PickPlaceExpert:
 
     @property
     def travelling(self) -> bool:
-        """Whether there is room for a disturbance: only on the way to the cube, nowhere near a contact."""
+        """Whether the arm may be disturbed: only on the way to the cube or the goal, never near a contact."""
         far = np.abs(self._posture - self._sim.arm.state)[:-1].max() > _TRAVEL_DEGREES
         return bool(far) and self._controller.phase in (Phase.HOVER, Phase.TRAVERSE)
 
     def act(self) -> np.ndarray:
-        """Joint targets (6,) for the present state; advances the phase when its goal is met."""
+        """Joint targets (6,) for the current state; goes to the next phase when the goal of this one is reached."""
         sim = self._sim
         grasp, cube = sim.arm.grasp_point, sim.cube(self._colour)
         goal = np.array([*sim.data.mocap_pos[0, :2], CUBE_HALF])
@@ -160,7 +161,7 @@ class PickPlaceExpert:
             self._posture = sim.arm.reach(point, gripper, near=sim.arm.state)
         self._posture[-1] = gripper
         speed = _CAREFUL if phase in _CAREFUL_PHASES else _FAST
-        return _towards(sim.arm, self._posture, speed / self._fps)
+        return _step_towards(sim.arm, self._posture, speed / self._fps)
 
 
 def make_expert(task: str, sim, fps: int) -> ReachExpert | PickPlaceExpert:

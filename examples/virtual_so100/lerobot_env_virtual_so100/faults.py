@@ -1,4 +1,4 @@
-"""What can go wrong between a computer and its servos, by option."""
+"""Faults between a computer and its servos, as options: lost, late and corrupt packets, and broken servos."""
 
 import random
 from dataclasses import dataclass
@@ -6,19 +6,19 @@ from dataclasses import dataclass
 
 @dataclass
 class Faults:
-    """Faults of one bus; the defaults are a healthy one.
+    """Faults of one bus. With the defaults there are none.
 
     Attributes:
         drop: share of the servos' replies that are lost.
-        late: share of the replies that come `delay` s late. What follows on the line waits behind them.
+        late: share of the replies that come `delay` s late. The replies after them wait behind them.
         corrupt: share of the replies with a flipped bit.
         corrupt_commands: share of the packets to the servos with a flipped bit.
         missing: id of a servo that falls silent, as with a loose cable.
-        jammed: id of a servo whose shaft is held fast.
+        jammed: id of a servo whose shaft cannot turn.
         voltage: id of a servo that reports an input voltage error.
-        after: s after the next goal position from which on all this happens, so that a command connects first.
-        limit: how many replies and commands are spoilt at most.
-        seed: of the draws.
+        after: the faults begin this many s after the next goal position, so that a command can connect first.
+        limit: largest number of replies and commands with a fault.
+        seed: seed of the random draws.
     """
 
     drop: float = 0.0
@@ -42,7 +42,7 @@ class Faults:
 
 
 class Line:
-    """The wires: loses, delays and spoils packets as `faults` say."""
+    """The wires between computer and servos, which lose, delay and corrupt packets as `faults` say."""
 
     def __init__(self, faults: Faults):
         self.faults = faults
@@ -56,19 +56,19 @@ class Line:
         return hit
 
     def _flip(self, packet: bytes) -> bytes:
-        """One bit flipped, behind the header."""
+        """The packet with one random bit flipped, not in the header."""
         spoilt = bytearray(packet)
         spoilt[self._random.randrange(2, len(spoilt))] ^= 1 << self._random.randrange(8)
         return bytes(spoilt)
 
     def command(self, packet: bytes) -> tuple[bytes, str | None]:
-        """A packet as the servos receive it, and the fault that struck."""
+        """A packet as the servos receive it, and its fault, if any."""
         if self._strikes(self.faults.corrupt_commands):
             return self._flip(packet), "corrupt command"
         return packet, None
 
     def reply(self, packet: bytes) -> tuple[bytes, float, str | None]:
-        """What arrives of a servo's reply (maybe nothing), seconds later than it should, and the fault."""
+        """What arrives of a servo's reply (maybe nothing), its delay in s, and its fault, if any."""
         if self._strikes(self.faults.drop):
             return b"", 0.0, "dropped reply"
         if self._strikes(self.faults.late):

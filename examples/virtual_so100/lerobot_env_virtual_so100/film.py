@@ -1,4 +1,4 @@
-"""A video of what the cell's arms do, and a picture of the cell.
+"""Video of the arm in a running cell, and picture of a cell.
 
 python -m lerobot_env_virtual_so100.film --output=docs/cell.png
 """
@@ -19,7 +19,7 @@ from .tasks import make_task
 
 @contextmanager
 def film(view: View, spec: SceneSpec, path: Path, fps: int = 10, size: int = 224):
-    """Film both cameras side by side, in real time, until the block ends; an MP4."""
+    """Film both cameras side by side, in real time, until the block ends, and write an MP4 file."""
     over, frames = threading.Event(), []
 
     def shoot() -> None:
@@ -64,7 +64,7 @@ def _write(path: Path, frames: list[np.ndarray], fps: int) -> None:
 
 @dataclass
 class PictureConfig:
-    """A picture of the cell, both cameras side by side, the expert at the cube."""
+    """A picture of the cell: both cameras side by side, the arm at the cube."""
 
     # PNG file.
     output: Path

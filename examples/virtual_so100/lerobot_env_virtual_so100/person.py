@@ -1,7 +1,7 @@
-"""The person at the leader arm: moves it by hand so that the follower does the task, about as people do.
+"""Simulated person at the leader arm, who moves it by hand so that the follower does the task, much as people do.
 
-What to do is the scripted expert's, which looks at the follower and the scene. A person is slower to look than the arm
-is to move, pauses now and then, is a little off, and sometimes heads for the wrong place and turns around.
+The scripted expert, which sees the follower and the scene, decides what to do. Unlike the expert, the person looks only
+ten times a second, pauses now and then, is not exact, and sometimes starts towards a wrong place and turns around.
 """
 
 import numpy as np
@@ -12,13 +12,13 @@ from .simulation import Simulation
 LOOKS_A_SECOND = 10
 _OFF_DEGREES, _OFF_MEMORY = 1.0, 0.9  # wandering of the hand
 _PAUSES_A_SECOND, _PAUSE_SECONDS = 0.25, (0.2, 0.6)
-_MISTAKE_SHARE, _MISTAKE_SECONDS, _MISTAKE_DEGREES = 0.3, 0.5, 15.0  # of the episodes; on the way alone
+_MISTAKE_SHARE, _MISTAKE_SECONDS, _MISTAKE_DEGREES = 0.3, 0.5, 15.0  # share of episodes; only on the way
 _HAND_SPEED = 120.0  # degrees/s, and gripper units
 _THERE = 4.0  # degrees between the follower and where it was to be brought
 
 
 class Person:
-    """Moves the leader: `hand` (6,) is where, in degrees and 0..100; None leaves it alone."""
+    """Moves the leader towards `hand` (6,), in degrees and 0..100; None if the person does not hold it."""
 
     def __init__(self, task: str, simulation: Simulation, seed: int = 0):
         self._expert = make_expert(task, simulation, LOOKS_A_SECOND)
@@ -85,7 +85,7 @@ class Person:
         return aim + self._off
 
     def move(self, leader: np.ndarray, seconds: float) -> np.ndarray:
-        """Where the leader (6,) is after the hand has moved it for a moment."""
+        """Where the leader (6,) is after the hand has moved it for `seconds`."""
         if self.hand is None:
             return leader
         step = _HAND_SPEED * seconds

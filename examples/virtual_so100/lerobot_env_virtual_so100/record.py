@@ -1,13 +1,13 @@
-"""Write demonstrations of the scripted expert as a LeRobotDataset.
+"""Recording of the scripted expert's demonstrations as a LeRobotDataset.
 
     python -m lerobot_env_virtual_so100.record --root=DIR --episodes=600
 
 Features, names and units are those of `lerobot-record` with an SO-100 and two cameras (`--dataset.video=false`):
-the same function of LeRobot makes them. Images are stored in the parquet files, several small ones, for
-`lerobot-train --dataset.streaming=true`: that reads each frame once, 1.2 ms a sample here. Without streaming, LeRobot
-decodes the images of all 50 frames of an action chunk to get at their actions (23 ms), and from videos a sample
-takes 9 ms. Beside LeRobot's own files,
-`meta/scenes.jsonl` says for each episode which scene it shows, so that it can be replayed.
+the same function of LeRobot makes them. Images are stored in many small parquet files, for
+`lerobot-train --dataset.streaming=true`. This reads each frame once, and a sample takes 1.2 ms here. Without streaming,
+LeRobot decodes the images of all 50 frames of an action chunk to get their actions (23 ms); from videos a sample takes
+9 ms. In addition to LeRobot's own files, `meta/scenes.jsonl` describes the scene of each episode, so that it can be
+replayed.
 """
 
 import json
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from .constants import CAMERAS, EPISODE_SECONDS, FPS, IMAGE_SIZE, JOINTS, SPLITS
 
 logger = logging.getLogger(__name__)
-_DATA_FILE_MB = 2  # size at which a parquet file is full: streaming shuffles among files and shares them out
+_DATA_FILE_MB = 2  # size at which a parquet file is full; small, because streaming shuffles and distributes whole files
 SCENES_FILE = "meta/scenes.jsonl"
 ROBOT_TYPE = "so_follower"  # what `lerobot-record --robot.type=so100_follower` writes: the driver's class
 
@@ -77,12 +77,12 @@ def dataset_features(image_size: int) -> dict:
 
 
 def _quiet() -> None:
-    """Keep the progress display readable, in every process, before LeRobot's dataset code is imported."""
+    """Keep the progress display readable. To be called in every process, before LeRobot's dataset code is imported."""
     import datasets
 
-    datasets.disable_progress_bars()  # one an episode otherwise
-    logging.getLogger("lerobot.datasets").setLevel(logging.WARNING)  # a line a file
-    # Two pages on a machine without ffmpeg's libraries, which a dataset without videos never needs.
+    datasets.disable_progress_bars()  # otherwise one per episode
+    logging.getLogger("lerobot.datasets").setLevel(logging.WARNING)  # otherwise one line per file
+    # Otherwise two pages on a machine without ffmpeg's libraries, which a dataset without videos never needs.
     logging.getLogger("lerobot.utils.import_utils").setLevel(logging.ERROR)
 
 
@@ -94,7 +94,7 @@ def write_shard(config: RecordConfig, root: Path, seeds: range, progress) -> Non
 
     from .demonstrations import Demonstrator
 
-    torch.set_num_threads(1)  # a process a core
+    torch.set_num_threads(1)  # one process per core
     dataset = LeRobotDataset.create(
         config.repo_id,
         fps=config.fps,
@@ -127,7 +127,7 @@ def _episodes(config: RecordConfig, seeds: Iterable[int]) -> Iterator[int]:
 
 
 def _shards(config: RecordConfig) -> list[tuple[Path, range]]:
-    """Folder and scenes of each worker: consecutive, so that joined they are in the order of the seeds."""
+    """Folder and scenes of each worker. Scenes are consecutive, so the joined dataset is in the order of the seeds."""
     totals = accumulate(_episodes(config, count(config.seed)))
     scenes = next(i for i, total in enumerate(totals, start=1) if total >= config.episodes)
     workers = min(config.workers, scenes)
@@ -140,7 +140,7 @@ def join(repo_id: str, roots: list[Path], target: Path) -> None:
     """Make one dataset of several with equal features, at `target`."""
     from lerobot.datasets.aggregate import aggregate_datasets
 
-    # File by file: packing them into larger ones would mean to write them again and again.
+    # Keep the files as they are: packing them into larger ones would rewrite them again and again.
     aggregate_datasets(
         [repo_id] * len(roots),
         repo_id,
@@ -150,14 +150,14 @@ def join(repo_id: str, roots: list[Path], target: Path) -> None:
         concatenate_data=False,
     )
     for file in sorted((target / "meta" / "episodes").glob("chunk-*/file-*.parquet")):
-        _say_where_it_is(file)
+        _correct_file_index(file)
     scenes = "".join((root / SCENES_FILE).read_text() for root in roots)
     (target / SCENES_FILE).write_text(scenes)
 
 
-def _say_where_it_is(file: Path) -> None:
-    """Let each episode of a metadata file name this file. LeRobot packs them into one, names others that are not there,
-    and fails when such a dataset is joined with another."""
+def _correct_file_index(file: Path) -> None:
+    """Let each episode in a metadata file name this file. LeRobot packs episodes of several files into one, but lets
+    them name files that do not exist, and then fails when such a dataset is joined with another."""
     import pandas
 
     episodes = pandas.read_parquet(file)
@@ -188,7 +188,7 @@ def record(config: RecordConfig) -> None:
     _quiet()
     shards = _shards(config)
     folder = shards[0][0].parent
-    shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted run
+    shutil.rmtree(folder, ignore_errors=True)  # may be left from an interrupted run
     total = sum(sum(_episodes(config, seeds)) for _, seeds in shards)
     start = time.perf_counter()
     try:

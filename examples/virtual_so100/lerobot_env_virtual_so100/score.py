@@ -1,11 +1,11 @@
-"""Score controls in the simulator, and policies from what `lerobot-eval` left behind.
+"""Success rates of controls in the simulator, and of policies from the results file of `lerobot-eval`.
 
     python -m lerobot_env_virtual_so100.score --dataset=DIR --episodes=100 --output=controls.json
     python -m lerobot_env_virtual_so100.score --controls='[]' --results=results.jsonl
 
-A success rate says something only beside those of policies that cannot know: random actions and the mean action must
-fail, the expert and the replay of recorded demonstrations must succeed. Every number comes from the simulator's
-state; nothing is rendered.
+A success rate means something only in comparison with controls: random actions and the mean action must fail, the
+expert and the replay of recorded demonstrations must succeed. Every number comes from the simulator's state; nothing is
+rendered.
 """
 
 import json
@@ -29,13 +29,13 @@ _NEED_DATASET = ("mean", "replay")
 class ScoreConfig:
     """Score controls in the simulator, or the results of an evaluation."""
 
-    # What is asked: reach or pick_place.
+    # Task: reach or pick_place.
     task: str = "reach"
     # Which controls: random, mean, expert, replay.
     controls: list[str] = field(default_factory=lambda: ["random", "mean", "expert"])
-    # Dataset whose mean action is held and whose episodes are replayed.
+    # Dataset whose mean action is sent (mean) and whose episodes are replayed (replay).
     dataset: Path | None = None
-    # Scenes, or recorded episodes, a control.
+    # Scenes, or recorded episodes, for each control.
     episodes: int = 100
     # First scene; give lerobot-eval the same --seed to compare on equal scenes.
     seed: int = 1000
@@ -58,7 +58,7 @@ class ScoreConfig:
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a success rate, as fractions. Raises ValueError without trials."""
+    """Wilson's 95 % interval of a success rate, as fractions. Raises ValueError if there are no trials."""
     if trials < 1:
         raise ValueError("no trials: there is no success rate")
     rate, z2 = successes / trials, _Z95**2
@@ -68,7 +68,7 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
 
 
 def summary(outcomes: list[dict]) -> dict:
-    """Success rate with its interval, and where the episodes ended, of the final infos of episodes."""
+    """Success rate with its interval, and where the episodes ended, from the final infos of episodes."""
     wins = sum(outcome["is_success"] for outcome in outcomes)
     at_target = sum(outcome["ended_at"] == outcome["target"] for outcome in outcomes)
     return {

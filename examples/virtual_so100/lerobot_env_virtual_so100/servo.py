@@ -1,4 +1,4 @@
-"""A Feetech STS3215: its registers, and what they do to the shaft.
+"""Emulated servo, a Feetech STS3215: its registers, and their effect on the shaft.
 
 Positions are ticks, 4096 a turn. The encoder sits on the shaft; what the servo calls its position is
 `encoder - homing offset`, wrapped into one turn. 16-bit registers are little-endian, signed ones sign and magnitude.
@@ -33,9 +33,9 @@ _FACTORY = {
 }  # fmt: skip
 
 HOMING_SIGN, POSITION_SIGN = 11, 15  # bits
-_UNWRAPPED = 0x10  # bit of PHASE: positions go on beyond one turn
+_UNWRAPPED = 0x10  # bit of PHASE: positions continue beyond one turn
 ERROR_VOLTAGE, ERROR_OVERLOAD = 0x01, 0x20
-_BLOCKED_TICKS = 60  # a goal this far away is being pushed for
+_BLOCKED_TICKS = 60  # if the goal is farther away than this, the servo pushes
 _MOVED_TICKS = 3
 
 
@@ -56,12 +56,12 @@ def from_magnitude(word: int, sign_bit: int) -> int:
 class Shafts:
     """The mechanics of six servos, in memory that bus and cell share: rows of six float64.
 
-    encoder: where the shafts are (ticks); the cell writes it. target: where the servos drive them to (ticks of the
-    encoder); torque: with what share of their strength, 0 is limp; jammed: 1 where a fault holds the shaft; goals: how
-    often a goal arrived. The bus writes all of these.
+    The cell writes `encoder`, where the shafts are (ticks). The bus writes the others: `target`, where the servos drive
+    the shafts (ticks of the encoder); `torque`, with what fraction of their strength, 0 for limp; `jammed`, 1 where a
+    fault holds the shaft; `goals`, how often a goal arrived.
     """
 
-    memory: object  # a RawArray of 30 doubles: it travels to other processes, arrays would be copied
+    memory: object  # a RawArray of 30 doubles: processes share it, while a numpy array would be copied
 
     @classmethod
     def allocate(cls, context) -> "Shafts":
@@ -95,7 +95,7 @@ class Servo:
 
     @property
     def number(self) -> int:
-        """The id that it answers to."""
+        """The servo's id on the bus."""
         return self._memory[ID]
 
     @property
@@ -121,13 +121,13 @@ class Servo:
         return position if self._memory[PHASE] & _UNWRAPPED else position % TICKS
 
     def read(self, address: int, length: int) -> bytes:
-        """Bytes of the memory table, measured values as of now."""
+        """Bytes of the memory table, with the values measured now."""
         self._watch_load()
         self._poke(POSITION, to_magnitude(self.position, POSITION_SIGN))
         return bytes(self._memory[address : address + length])
 
     def write(self, address: int, data: bytes) -> None:
-        """Write registers and let them act; what is read-only stays."""
+        """Write registers and apply their effects; read-only registers are not changed."""
         self._watch_load()
         was_on = self._memory[TORQUE_ENABLE]
         for offset, value in enumerate(data):
@@ -157,7 +157,7 @@ class Servo:
             self._pending = None
 
     def _switch(self, was_on: bool) -> None:
-        """Torque on: stiff where it stands, whatever the goal was. Off: limp, and an overload is forgotten."""
+        """Torque on: hold the present position, whatever the goal was. Off: go limp, and clear an overload error."""
         if self._memory[TORQUE_ENABLE] and not was_on:
             self._poke(GOAL, to_magnitude(self.position, POSITION_SIGN))
             self._aim()
@@ -166,7 +166,7 @@ class Servo:
         self._apply_torque()
 
     def _aim(self) -> None:
-        """Drive to the goal, within the limits (both zero: no limits); in position mode alone."""
+        """Drive to the goal, within the limits (both zero: no limits); only in position mode."""
         goal, low, high = from_magnitude(self.word(GOAL), POSITION_SIGN), self.word(MIN_LIMIT), self.word(MAX_LIMIT)
         if self._memory[MODE] == 0:
             self._shafts.target[self._index] = (min(max(goal, low), high) if low or high else goal) + self._homing
@@ -181,7 +181,7 @@ class Servo:
         self._rested = (float(self._shafts.encoder[self._index]), self._clock())
 
     def _watch_load(self) -> None:
-        """Protect a shaft that has been pushing in vain: an error bit, and little torque from then on."""
+        """Overload protection: if the servo has pushed for long without moving, set an error bit and reduce torque."""
         encoder, target = float(self._shafts.encoder[self._index]), float(self._shafts.target[self._index])
         place, since = self._rested
         pushing = self._memory[TORQUE_ENABLE] and abs(target - encoder) > _BLOCKED_TICKS

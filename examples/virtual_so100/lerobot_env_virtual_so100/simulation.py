@@ -1,4 +1,4 @@
-"""One simulated cell in motion: a model's MjData, its arm, its cubes, and the clock."""
+"""Physics simulation of one cell with MuJoCo: its state, its arm, its cubes, and its cameras' images."""
 
 import mujoco
 import numpy as np
@@ -7,14 +7,14 @@ from .arm import Arm
 from .scene import CUBE_HALF, PHYSICS_DT, SceneSpec, build_model, shared_rig
 from .tasks import Layout
 
-_AWAY = 3.0  # m, where no camera sees the cubes that a scene has not
+_AWAY = 3.0  # m; cubes that are not in a scene are put here, where no camera sees them
 
 
 class Simulation:
     """Physics of one cell. Reset with a layout, then advance with joint targets."""
 
     def __init__(self, spec: SceneSpec, fps: int):
-        """`fps` control steps a second; physics runs at 500 Hz, so it must divide into whole steps."""
+        """`fps`: control steps a second. Physics runs at 500 Hz; a control step is rounded to whole physics steps."""
         self.spec = spec
         self._substeps = round(1.0 / (fps * PHYSICS_DT))
         if fps < 1 or self._substeps < 1:
@@ -24,14 +24,14 @@ class Simulation:
         self.arm = Arm(self.model, self.data)
 
     def load(self, layout: Layout) -> None:
-        """Place cubes and goal as the layout says and the arm, at rest, in its starting posture."""
+        """Place cubes and goal as the layout says, and the arm at rest in its starting posture."""
         mujoco.mj_resetData(self.model, self.data)
         self.arrange(layout)
         self.arm.place(layout.start(self.arm))
         mujoco.mj_forward(self.model, self.data)
 
     def arrange(self, layout: Layout) -> None:
-        """Place cubes and goal alone, at rest; the arm stays as it is."""
+        """Place only cubes and goal, at rest; the arm stays as it is."""
         for i, colour in enumerate(self.spec.cubes):
             x, y, yaw = layout.cubes.get(colour, (_AWAY + i, _AWAY, 0.0))
             quat = (np.cos(yaw / 2), 0.0, 0.0, np.sin(yaw / 2))

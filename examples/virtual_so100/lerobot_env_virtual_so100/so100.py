@@ -1,9 +1,9 @@
-"""The whole way of a user with two SO-100 arms on a machine without hardware, and a table of what it led to.
+"""A user's whole workflow with two SO-100 arms, on a machine without hardware, and a table of success rates.
 
     python -m lerobot_env_virtual_so100.so100 [--policy=… --scenes=…]
 
-LeRobot's commands do everything: calibrate, teleoperate, record, train, rollout, replay. The demonstrations of the
-person at the leader are few, because they take real time; the simulator's own, with the same features, make up for it.
+LeRobot's commands do everything: calibrate, teleoperate, record, train, rollout, replay. The person at the leader gives
+only a few demonstrations, because they take real time; the simulator adds its own, with the same features.
 """
 
 import json
@@ -39,7 +39,7 @@ class SO100Config:
     simulated: int | None = None
     # Training steps; by default the demo's number.
     steps: int | None = None
-    # A trained policy: nothing is trained then.
+    # Folder of a trained policy; with it, nothing is trained.
     policy: Path | None = None
     # Unseen scenes to roll the policy out on.
     scenes: int = 24
@@ -47,7 +47,7 @@ class SO100Config:
     seed: int = 5000
     # Inference of lerobot-rollout: sync or rtc.
     inference: str = "sync"
-    # Folder of the run; made anew.
+    # Folder of the run; it is overwritten.
     output: Path = Path("outputs/so100")
 
     def __post_init__(self):
@@ -75,7 +75,7 @@ class _Training(demo.DemoConfig):
 
 
 def training(config: SO100Config) -> demo.DemoConfig:
-    """What is trained, and how."""
+    """The options of training."""
     options = {"steps": config.steps, "episodes": config.simulated or None}
     return _Training(task=config.task, output=config.output, **{k: v for k, v in options.items() if v is not None})
 
@@ -97,7 +97,7 @@ def _say(title: str, judgements: list[dict]) -> None:
 
 
 def demonstrate(config: SO100Config, way: Way) -> list[dict]:
-    """Calibrate, teleoperate and record; the judgements of the recorded episodes."""
+    """Calibrate, teleoperate and record; returns the judgements of the recorded episodes."""
     print("\n== lerobot-calibrate, from the files", flush=True)
     way.calibrate()
     layouts = [way.cell.task.sample("train", 10_000 + index) for index in range(config.episodes)]
@@ -110,7 +110,8 @@ def demonstrate(config: SO100Config, way: Way) -> list[dict]:
 
 
 def roll_out(config: SO100Config, way: Way, policy: Path) -> dict[str, dict]:
-    """Base, episodic, dagger; then the scenes and their controls. Summaries by name."""
+    """Roll the policy out on all scenes (strategy base), then episodic and dagger, then the controls. Returns summaries
+    by name."""
     task = way.cell.task
     layouts = [task.sample("test", config.seed + index) for index in range(config.scenes)]
     options = [f"--inference.type={config.inference}"]
@@ -134,7 +135,7 @@ def roll_out(config: SO100Config, way: Way, policy: Path) -> dict[str, dict]:
 
 
 def fast_path(config: SO100Config, policy: Path) -> dict[str, dict]:
-    """The same policy and scenes in `lerobot-eval`, without drivers, buses and real time."""
+    """Evaluate the same policy on the same scenes in `lerobot-eval`: without drivers, buses and real time."""
     recipe = replace(training(config), scenes=config.scenes)
     results = config.output / "fast.jsonl"
     results.unlink(missing_ok=True)
@@ -150,7 +151,7 @@ def fast_path(config: SO100Config, policy: Path) -> dict[str, dict]:
 
 
 def so100(config: SO100Config) -> dict[str, dict]:
-    """Everything; returns the summaries by policy and control."""
+    """Do the whole workflow; returns the summaries by policy and control."""
     shutil.rmtree(config.output, ignore_errors=True)
     started = time.perf_counter()
     folder = config.output / "cell"

@@ -1,7 +1,7 @@
-"""What is asked of the arm: where things stand, what the instruction says, when it is done.
+"""Tasks for the arm: scenes, instructions, and criteria of success.
 
-A scene is drawn from (split, seed) alone. The splits are separate streams of one seed sequence, so no scene of
-an evaluation can be in the data, whatever seeds are given on either side.
+A scene depends on (split, seed) alone. The splits are separate streams of one seed sequence, so no scene of an
+evaluation can be in the data, whatever seeds are used for the two.
 """
 
 from dataclasses import dataclass
@@ -14,21 +14,22 @@ from .constants import SPLITS
 from .scene import CUBE_HALF, SceneSpec
 
 REACH_SUCCESS_DISTANCE = 0.03  # m, grasp point to the centre of the cube's top
-# How lerobot-env-so101's pick-and-place environment judges, its private numbers repeated.
-_MIN_CARRY_RISE = 0.03  # m above the table: pushed there does not count
+# The criterion of lerobot-env-so101's pick-and-place environment. Its numbers are private, so they are repeated here.
+_MIN_CARRY_RISE = 0.03  # m above the table, which the cube has to reach: to push it does not count
 _MAX_REST_SPEED = 0.01  # m/s
 _MIN_OPENING = 50.0  # of 100: the jaws have let go
 
 _HOME_POINT = (0.19, 0.0, 0.13)  # m, grasp point at the start
 _HOME_NOISE = np.array([8.0, 6.0, 6.0, 6.0, 8.0, 8.0])  # half widths, degrees and gripper units
 _HOME_GRIPPER = 15.0
-# Starts anywhere above the table: what a policy sees when it is on its way, or lost.
+# Starts anywhere above the table: a policy gets there when it is on its way, or lost.
 _WIDE_LOW, _WIDE_HIGH = (0.14, -0.15, 0.075), (0.29, 0.15, 0.18)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One scene: poses (x, y, yaw) of the cubes that are there, goal (x, y), start of the arm, and who is meant."""
+    """One scene: poses (x, y, yaw) of its cubes, goal (x, y), start of the arm, the cube that the instruction names
+    (`target`), and another one (`other`)."""
 
     split: str
     seed: int
@@ -48,7 +49,7 @@ class Layout:
 
 
 def scene_rng(split: str, seed: int) -> np.random.Generator:
-    """The generator that a scene is drawn from. Raises ValueError for an unknown split."""
+    """The random generator of a scene. Raises ValueError for an unknown split."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
     return np.random.default_rng([SPLITS.index(split), seed])
@@ -63,7 +64,7 @@ def _start(rng: np.random.Generator, wide: bool) -> dict:
     return {"start_point": point, "start_noise": noise, "start_gripper": float(rng.uniform(0.0, 60.0))}
 
 
-def _apart(rng: np.random.Generator, low, high, count: int, distance: float) -> list[np.ndarray]:
+def _points_apart(rng: np.random.Generator, low, high, count: int, distance: float) -> list[np.ndarray]:
     """`count` points in a box, each at least `distance` from the others."""
     while True:  # a few rounds: the box holds far more than `count` such points
         points = rng.uniform(low, high, size=(count, 2))
@@ -85,7 +86,7 @@ class Reach:
     def sample(self, split: str, seed: int, wide_start: bool = False) -> Layout:
         """Draw the scene of (split, seed): all three cubes, as evaluation has them."""
         rng = scene_rng(split, seed)
-        points = _apart(rng, self._LOW, self._HIGH, len(self.spec.cubes), self._SPACING)
+        points = _points_apart(rng, self._LOW, self._HIGH, len(self.spec.cubes), self._SPACING)
         yaws = rng.uniform(-np.pi / 4, np.pi / 4, size=len(points))
         cubes = {
             colour: (float(p[0]), float(p[1]), float(yaw))
@@ -131,7 +132,7 @@ class PickPlace:
     def sample(self, split: str, seed: int, wide_start: bool = False) -> Layout:
         """Draw the scene of (split, seed)."""
         rng = scene_rng(split, seed)
-        cube, goal = _apart(rng, self._LOW, self._HIGH, 2, self._SPACING)
+        cube, goal = _points_apart(rng, self._LOW, self._HIGH, 2, self._SPACING)
         phrase = int(rng.integers(len(self.phrases)))
         cubes = {"red": (float(cube[0]), float(cube[1]), 0.0)}
         goal = (float(goal[0]), float(goal[1]))
@@ -142,7 +143,7 @@ class PickPlace:
         return self.phrases[phrase].format(colour)
 
     def begin(self, sim) -> None:
-        """Forget the last episode."""
+        """Forget the previous episode."""
         self._carried = False
 
     def observe(self, sim) -> None:

@@ -1,10 +1,10 @@
-"""The way of a user with two SO-100 arms, one function for each of LeRobot's commands.
+"""LeRobot's commands in the order in which a user with two SO-100 arms runs them, one function for each command.
 
     calibrate -> teleoperate -> record -> train -> rollout (base, episodic, dagger; sync, rtc) -> replay
 
-The commands are LeRobot's, unchanged; what a person would do meanwhile (move the leader, set up the scene, press the
-keys) is asked of the cell and of `Command`. Success is the simulator's, at the moment when the arm lost its torque or
-the episode ended.
+The commands are LeRobot's, unchanged. What a person would do meanwhile is done by the cell (move the leader, set up the
+scene) and by `Command` (press keys). The simulator judges success, at the moment when the arm loses its torque or the
+episode ends.
 """
 
 import json
@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 NEXT, PAUSE, CORRECT = "n", " ", "\t"
 _QUIET = ["--play_sounds=false", "--display_data=false"]
 _TRIES = 3
-"""LeRobot waits 51 ms for a servo's reply while it connects, and tries once: a busy machine may let it miss one."""
-_NO_LIMIT = 600  # s an episode or a reset may take: `NEXT` ends them
+"""While LeRobot connects, it waits 51 ms for a servo's reply, and tries only once: a busy machine may be too slow."""
+_NO_LIMIT = 600  # s that an episode or a reset may take: `NEXT` ends them earlier
 
 
 class Way:
@@ -39,19 +39,19 @@ class Way:
         log = logs / f"{len(list(logs.glob('*.txt'))) + 1:03d}_{arguments[0]}.txt"
         return Command([str(argument) for argument in arguments], log, self.cell.environment)
 
-    def _until_done(self, command: Command) -> None:
-        """Wait for the person; an error of the command's comes first."""
+    def _wait_for_person(self, command: Command) -> None:
+        """Wait until the person is done. Raises CommandError if the command ends before, or this takes too long."""
         until = time.monotonic() + PATIENCE
         while self.cell.status()["busy"]:
             if not command.running:
                 raise command.failure("ended while the person was busy")
             if time.monotonic() > until:
                 command.stop()
-                raise command.failure("ran on while the person could not get done")
+                raise command.failure(f"still runs, but the person was not done within {PATIENCE:.0f} s")
             time.sleep(0.05)
 
     def instruction(self, layout: Layout) -> str:
-        """What the person says, or the policy is told."""
+        """The instruction of a scene."""
         return self.cell.task.instruction(layout.target, layout.phrase)
 
     # Without a policy -----------------------------------------------------------------------------------------
@@ -65,19 +65,19 @@ class Way:
             command.finish()
 
     def teleoperate(self, layout: Layout) -> dict:
-        """The person does the task through both arms; the judgement."""
+        """Let the person do the task through both arms; returns the judgement."""
         self.cell.load(layout)
         command = self._command("lerobot-teleoperate", *self.cell.robot, *self.cell.teleop, f"--fps={self.fps}",
                                 "--display_data=false")  # fmt: skip
         command.wait_for("Teleop loop time")
         self.cell.demonstrate()
-        self._until_done(command)
+        self._wait_for_person(command)
         command.interrupt()
         command.finish()
         return self.cell.status()["judgement"]
 
     def record(self, layouts: list[Layout], root: Path, repo_id: str) -> list[dict]:
-        """One episode for each scene, by `lerobot-record`; the judgements.
+        """Record one episode for each scene with `lerobot-record`; returns the judgements.
 
         A run of the command has one instruction, so scenes are recorded in groups, the later ones with `--resume`.
         """
@@ -104,7 +104,7 @@ class Way:
         for index in range(len(layouts)):
             command.wait_for("Recording episode")
             self.cell.demonstrate()
-            self._until_done(command)
+            self._wait_for_person(command)
             judgements.append(self.cell.status()["judgement"])
             command.press(NEXT)
             if index + 1 < len(layouts):
@@ -115,9 +115,9 @@ class Way:
         return judgements
 
     def _reset(self, command: Command, layout: Layout) -> None:
-        """Set up the next scene while nothing is recorded: the arm first, which might stand where a cube will."""
+        """Set up the next scene while nothing is recorded. The arm moves first: it might be where a cube will be."""
         self.cell.bring(layout)
-        self._until_done(command)
+        self._wait_for_person(command)
         self.cell.load(layout, place=False)
 
     def _dataset(self, root: Path, repo_id: str, words: str, episodes: int) -> list[str]:
@@ -127,11 +127,11 @@ class Way:
                 "--dataset.video=false", "--dataset.push_to_hub=false"]  # fmt: skip
 
     def replay(self, root: Path, repo_id: str, episode: int) -> dict:
-        """Replay a recorded episode in its own scene, by `lerobot-replay`; the judgement."""
+        """Replay a recorded episode in its own scene with `lerobot-replay`; returns the judgement."""
         scene = json.loads((root / SCENES_FILE).read_text().splitlines()[episode])
         scene.pop("task")
         self.cell.load(Layout(**scene))
-        # lerobot-replay does not look, and does not know network cameras.
+        # lerobot-replay needs no cameras, and does not know network cameras.
         self._command("lerobot-replay", *self.cell.blind, "--play_sounds=false", f"--dataset.repo_id={repo_id}",
                       f"--dataset.root={root}", f"--dataset.episode={episode}").finish()  # fmt: skip
         return self.cell.status()["judgement"]
@@ -148,8 +148,8 @@ class Way:
         return episode_steps(self.cell.task.name, self.fps) / self.fps
 
     def rollout(self, layout: Layout, policy: Path, *options: str) -> dict:
-        """One scene with `--strategy.type=base`; the judgement. More options go to the command as they are."""
-        # The arm stays where the policy brought it: the way home is not the policy's.
+        """One scene with `--strategy.type=base`; returns the judgement. `options` are passed to the command."""
+        # The arm stays where the policy brought it: the motion home would not be the policy's.
         arguments = ["--strategy.type=base", f"--duration={self.seconds}", "--return_to_initial_position=false"]
         for tries_left in reversed(range(_TRIES)):
             self.cell.load(layout)
@@ -159,11 +159,11 @@ class Way:
             except CommandError as error:
                 if not tries_left or not self.cell.status()["held"]:
                     raise
-                logger.warning("the arm was not moved yet, so it is tried again: %s", error)
+                logger.warning("the arm has not moved yet, so the command is run again: %s", error)
         return self.cell.status()["judgement"]
 
     def episodic(self, layouts: list[Layout], policy: Path, root: Path, repo_id: str, *options: str) -> list[dict]:
-        """Scenes of one instruction in one run with `--strategy.type=episodic`, recorded; the judgements.
+        """Record scenes of one instruction in one run with `--strategy.type=episodic`; returns the judgements.
 
         LeRobot brings the arm back to where it was at first, so all episodes start from the first scene's posture.
         """
@@ -192,9 +192,9 @@ class Way:
         return judgements
 
     def dagger(self, layout: Layout, policy: Path, root: Path, repo_id: str, autonomous: float = 1.0) -> dict:
-        """The policy begins, the person takes over with the leader and finishes; the judgement of the correction.
+        """The policy begins, then the person takes over with the leader and finishes the task.
 
-        `--strategy.type=dagger` records the correction as an episode.
+        `--strategy.type=dagger` records this correction as an episode. Returns its judgement.
         """
         words = self.instruction(layout)
         self.cell.load(layout)
@@ -211,7 +211,7 @@ class Way:
         command.press(CORRECT)
         command.wait_for("Entering correction mode")
         self.cell.demonstrate()
-        self._until_done(command)
+        self._wait_for_person(command)
         judgement = self.cell.status()["judgement"]
         command.press(CORRECT)
         command.wait_for("Correction 1/1 saved")
