@@ -68,14 +68,16 @@ def open_meta(options: DatasetOptions, whole: bool = True) -> FolderMetadata:
 
 def _download(options: DatasetOptions, whole: bool) -> Path:
     """Raises ToolError if it cannot be downloaded."""
-    kind = LeRobotDataset if whole else LeRobotDatasetMetadata
+    where = {"root": options.root, "revision": options.revision}
     try:
-        return Path(kind(options.repo_id, root=options.root, revision=options.revision).root)
+        if whole:
+            return Path(LeRobotDataset(options.repo_id, video_backend=video_backend(), **where).root)
+        return Path(LeRobotDatasetMetadata(options.repo_id, **where).root)
     except Exception as error:  # what is raised depends on which of many things fails
-        where = f"{options.root} holds no dataset (no folder `meta`)" if options.root else "it is not on this machine"
+        found = f"{options.root} holds no dataset (no folder `meta`)" if options.root else "it is not on this machine"
         remedy = "name the folder that holds `meta` and `data`: --dataset.root=FOLDER"
         raise ToolError(
-            f"the dataset {options.repo_id} cannot be read: {where}, and the Hub says {short(error)}; {remedy}"
+            f"the dataset {options.repo_id} cannot be read: {found}, and the Hub says {short(error)}; {remedy}"
         ) from error
 
 

@@ -217,6 +217,9 @@ def test_the_report(data, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == content
     page = (tmp_path / "a/report.html").read_text()
     assert page.count('src="data:image/png;base64,') == 4 and "http" not in page
+    body = re.search(r"body {(.*?)}", page, re.DOTALL)[1]
+    assert "width=device-width" in page and "overflow-wrap: anywhere" in body, "a path leaves the screen of a phone"
+    assert page.count("<table>") == page.count('<div class="wide"><table>') == 1
     assert re.findall(r"<p>Episode (\d+):", page) == [str(e) for e in content["episodes"][:2]]
     assert len(content["error by step"]["policy"]) == CHUNK and {*content["error by joint"]} == {"pan", "lift", "grip"}
     again = open_loop(tmp_path / "policy", data, tmp_path / "b", "--plots=2", "--observations=18", "--batch_size=4")
