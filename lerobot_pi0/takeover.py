@@ -15,8 +15,7 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.optim import LRSchedulerConfig, OptimizerConfig
 from lerobot.processor import DataProcessorPipeline, NormalizerProcessorStep
 
-from .configuration_pi0 import PI0Config, encode_set
-from .training import optimizers
+from .configuration_pi0 import PI0Config, encode_set, optimizers
 
 TAKEOVER_VARIABLE = "LEROBOT_PI0_TAKEOVER"
 

@@ -79,7 +79,8 @@ def run(options: Options) -> None:
     config = checked(options)
     meta = open_meta(options.dataset)
     need_whole(meta)
-    dataset, columns = open_dataset(options.dataset, meta, return_uint8=True)
+    dataset, recording = open_dataset(options.dataset, meta, return_uint8=True)
+    columns = recording.columns
     device, config.device = torch.device(str(config.device)), "cpu"  # the VLM alone goes to the device
     try:
         policy = make_policy(config, ds_meta=dataset.meta, rename_map=options.rename_map).eval()
