@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .checkpoints.checkpoint import Checkpoint
-from .checkpoints.configs import resolve
+from .checkpoints.configs import check_without_checkpoint, resolve
 from .checkpoints.model_card import make_card
 from .checkpoints.names import VLM
 from .checkpoints.origin import Origin
@@ -68,9 +68,7 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
             ValueError: options, features or statistics do not go together.
         """
         vlm = getattr(config, "vlm_path", None)  # a config of another class is refused below, by name
-        if option := next((x for x in ("vlm_quantization", "context_cache") if getattr(config, x, None)), None):
-            way_out = "give --policy.path or --policy.pretrained_path, or leave it out"
-            raise ValueError(f"{option} goes with the VLM of a checkpoint, and there is none: {way_out}")
+        check_without_checkpoint(config)
         self._build(config, dataset_stats, dataset_meta, {"start": vlm}, vlm is not None)
         self._initialise(name for name, _ in self.named_parameters() if vlm is None or not name.startswith(VLM))
         if vlm is not None:
@@ -182,8 +180,8 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         saved = checkpoint.settle(config, dataset_meta, dataset_stats is not None or dataset_meta is not None)
         statistics = partial(checkpoint.normalisation, config)  # read only if a bound needs them
         policy = cls.empty(config, dataset_stats, dataset_meta, saved, True, statistics)  # type: ignore[arg-type]
-        absents = absent.without_numbers(policy)
-        missing = checkpoint.check(dict(policy.named_parameters()), strict, policy.config, absents)
+        wanted, needed = dict(policy.named_parameters()), absent.without_numbers(policy)
+        missing = checkpoint.check(wanted, strict, policy.config, needed)
         policy._initialise(missing)
         digests = checkpoint.read(policy, torch.device(policy.config.device), policy.config.save_expert_only)
         context_cache.check(policy.observe, digests)

@@ -96,6 +96,22 @@ def _text(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
+def check_without_checkpoint(config: Any) -> None:
+    """Refuse options of a policy that is built without a checkpoint and cannot have them.
+
+    Args:
+        config: of any class: another than π₀'s is refused elsewhere.
+
+    Raises:
+        ValueError: an option goes with the VLM of a checkpoint.
+    """
+    if option := next((x for x in ("vlm_quantization", "context_cache") if getattr(config, x, None)), None):
+        raise ValueError(
+            f"{option} goes with the VLM of a checkpoint, and there is none: give --policy.path or "
+            "--policy.pretrained_path, or leave it out"
+        )
+
+
 def resolve(config: PI0Config, saved: Mapping[str, Any], vlm_is_pretrained: bool) -> None:
     """`PI0Config.resolve`, with the checkpoint's file named where its options and the run's do not go together.
 

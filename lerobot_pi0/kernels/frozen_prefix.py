@@ -21,8 +21,11 @@ backward pass cannot use, is large."""
 
 
 def replay_prefix(graphs: CudaGraphs, model: PI0, obs: Observation) -> Prefix | None:
-    """`PI0.encode_prefix` from a graph; None where there is none to be had, or the VLM is trained."""
-    if not on_gpu(obs.state_BA.device) or _tokens(model, obs) > LARGEST_PREFIX or not _is_frozen(model.paligemma):
+    """`PI0.encode_prefix` from a graph; None where there is none to be had, the VLM is trained, or the observation has
+    brought its prefix (cached contexts)."""
+    if obs.prefix is not None or not on_gpu(obs.state_BA.device):
+        return None
+    if _tokens(model, obs) > LARGEST_PREFIX or not _is_frozen(model.paligemma):
         return None
 
     def stacked(images: Tensor, tokens: Tensor, mask: Tensor, padded: bool) -> Tensor:
@@ -30,8 +33,8 @@ def replay_prefix(graphs: CudaGraphs, model: PI0, obs: Observation) -> Prefix | 
         with torch.no_grad(), attention_order(images.device):
             return torch.stack([x for layer in model.encode_prefix(seen)[0] for x in layer])
 
-    images, tokens, mask, _, padded = obs
-    flat = graphs(model.paligemma, stacked, (images, tokens, mask, padded))
+    mask = obs.token_mask_BL
+    flat = graphs(model.paligemma, stacked, (obs.images_BNCHW, obs.tokens_BL, mask, obs.padded))
     cache = [KVCache(keys, values) for keys, values in zip(flat[::2], flat[1::2], strict=True)]
     return cache, F.pad(mask, (flat.shape[2] - mask.shape[1], 0), value=True)
 

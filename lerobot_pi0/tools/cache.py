@@ -79,13 +79,14 @@ def run(options: Options) -> None:
     config = checked(options)
     meta = open_meta(options.dataset)
     need_whole(meta)
-    dataset, columns = open_dataset(options.dataset, meta, return_uint8=True)
+    dataset, recording = open_dataset(options.dataset, meta, return_uint8=True)
+    columns = recording.columns
     device, config.device = torch.device(str(config.device)), "cpu"  # the VLM alone goes to the device
     try:
         policy = make_policy(config, ds_meta=dataset.meta, rename_map=options.rename_map).eval()
         preprocessor = preprocessor_for(config, dataset.meta.stats, options.rename_map)
-        manifest, rows = planned(options, config, dataset, columns, preprocessor)
-        manifest = Manifest(**manifest, vlm_digest=digest_of_vlm(policy.origin.digests))
+        known, rows = planned(options, config, dataset, columns, preprocessor)
+        manifest = Manifest(**known, vlm_digest=digest_of_vlm(policy.origin.digests))
         check_disk(options.output, manifest)
         with locked_folder(options.output):
             writer = ContextWriter(options.output, manifest)
@@ -184,7 +185,7 @@ def fitting(episode: np.ndarray, most: int) -> int:
 def check_disk(folder: Path, manifest: Manifest) -> None:
     """Raises ToolError where the disk has no room for what is missing."""
     there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    begun = sum(file.stat().st_blocks * 512 for file in folder.glob("*.bin"))
+    begun = sum(getattr(file.stat(), "st_blocks", 0) * 512 for file in folder.glob("*.bin"))
     needed, free = manifest.frames * manifest.record_bytes - begun, shutil.disk_usage(there).free
     if needed > free:
         raise ToolError(

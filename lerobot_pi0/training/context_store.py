@@ -180,13 +180,16 @@ class ContextWriter:
             part = folder / f"{MANIFEST}.part"
             part.write_text(json.dumps(asdict(manifest), indent=4) + "\n")
             part.replace(folder / MANIFEST)
-        self._files = {name: os.open(folder / name, os.O_RDWR) for name in sizes}
+        self._files = {name: (folder / name).open("r+b") for name in sizes}
 
     def is_whole(self, slot: int) -> bool:
         """Whether a record is there and undamaged: when a machine stops, data that is not on the disk yet is lost."""
-        known = int.from_bytes(os.pread(self._files[DIGESTS], 8, 8 * slot), "little")
-        size = self.manifest.record_bytes
-        return known != 0 and known == _digest(os.pread(self._files[RECORDS], size, size * slot))
+        known = int.from_bytes(self._read(DIGESTS, slot, 8), "little")
+        return known != 0 and known == _digest(self._read(RECORDS, slot, self.manifest.record_bytes))
+
+    def _read(self, name: str, slot: int, size: int) -> bytes:
+        self._files[name].seek(size * slot)
+        return self._files[name].read(size)
 
     def write(self, slot: int, records: np.ndarray, tokens: np.ndarray) -> None:
         """Write consecutive records.
@@ -202,16 +205,15 @@ class ContextWriter:
         digests = np.array([_digest(record) for record in records], np.uint64)
         sizes = (self.manifest.record_bytes, 4 * width, 8)
         for name, content, size in zip((RECORDS, TOKENS, DIGESTS), (records, wide, digests), sizes, strict=True):
-            left, offset = memoryview(np.ascontiguousarray(content)).cast("B"), size * slot
-            while left:
-                written = os.pwrite(self._files[name], left, offset)
-                left, offset = left[written:], offset + written
+            self._files[name].seek(size * slot)
+            self._files[name].write(np.ascontiguousarray(content).data)
+            self._files[name].flush()
 
     def close(self) -> None:
         """Write everything to the disk, and close the files."""
         for file in self._files.values():
-            os.fsync(file)
-            os.close(file)
+            os.fsync(file.fileno())
+            file.close()
 
 
 def _digest(record: Any) -> int:

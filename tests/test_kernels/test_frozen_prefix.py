@@ -100,6 +100,18 @@ def test_large_batches(monkeypatch):
     assert Recorder.made == 1
 
 
+def test_a_prefix_that_is_known():
+    """Catches a graph of a VLM that is not in memory: an observation of cached contexts has its keys and values."""
+    graphed, plain = policies()
+    batch, (noise, time) = make_batch(prompt=(9, 9)), draws(0, 2)
+    obs = plain.observe(batch, torch.device("cpu"))
+    known = obs._replace(prefix=plain.model.encode_prefix(obs)[0])
+    actions = plain.observe.actions(batch, torch.device("cpu"))[:, None]
+    found = graphed.objective.errors(graphed.model, known, actions, noise, time)
+    assert torch.equal(found, plain.objective.errors(plain.model, obs, actions, noise, time))
+    assert Recorder.made == 0
+
+
 def test_sharded_weights():
     """Catches a graph of weights that a process holds only while it computes a layer."""
     graphed, _ = policies()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from cached_world import CHUNK, EPISODES, FRAMES, SIZES, batches, cache, norm, run_of, step, write_policy, write_world
 from conftest import CAMERAS, PEFT_CLI, relative, tiny_config
-from lerobot.datasets import LeRobotDataset
+from lerobot.datasets import EpisodeAwareSampler, LeRobotDataset
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from lerobot_pi0 import PI0Policy
@@ -98,6 +98,10 @@ def test_some_frames(world):
         for key in (ACTION, OBS_STATE, IS_PAD, "timestamp", "frame_index", "episode_index", "task_index", "task"):
             assert np.array_equal(np.asarray(ours[key]), np.asarray(theirs[key])), key
         assert ours["index"] == slot
+    part = LeRobotDataset("test/tiny", root=world / "third/dataset", episodes=[1])  # as eval_split chooses episodes
+    ends = (part.meta.episodes[f"dataset_{end}_index"] for end in ("from", "to"))
+    sampler = EpisodeAwareSampler(*ends, [1], absolute_to_relative_idx=part.absolute_to_relative_idx)
+    assert [int(part[i]["index"]) for i in sampler] == [3, 4]
     whole, third = ContextCache(world / "float32"), ContextCache(world / "third")
     device = torch.device("cpu")
     for mine, theirs in zip(third.read(range(7), 13, device), whole.read(rows, 13, device), strict=True):
