@@ -69,10 +69,8 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         """
         vlm = getattr(config, "vlm_path", None)  # a config of another class is refused below, by name
         if option := next((x for x in ("vlm_quantization", "context_cache") if getattr(config, x, None)), None):
-            raise ValueError(
-                f"{option} goes with the VLM of a checkpoint, and there is none: give "
-                "--policy.path or --policy.pretrained_path, or leave it out"
-            )
+            remedy = "give --policy.path or --policy.pretrained_path, or leave it out"
+            raise ValueError(f"{option} goes with the VLM of a checkpoint, and there is none: {remedy}")
         self._build(config, dataset_stats, dataset_meta, {"start": vlm}, vlm is not None)
         self._initialise(name for name, _ in self.named_parameters() if vlm is None or not name.startswith(VLM))
         if vlm is not None:
@@ -155,8 +153,7 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
             self.model.enable_gradient_checkpointing()
         self._run.choose_autocast(self)
         kernels.join(self.model)
-        if self.config.compile_model and self.config.cuda_graphs:
-            kernels.compile_layers(self.model, self.config.compile_mode)
+        kernels.compile_layers(self.model, self.config.compile_mode if self.config.compile_model else None)
         return self.eval()
 
     @classmethod
@@ -185,10 +182,8 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         saved = checkpoint.settle(config, dataset_meta, dataset_stats is not None or dataset_meta is not None)
         statistics = partial(checkpoint.normalisation, config)  # read only if a bound needs them
         policy = cls.empty(config, dataset_stats, dataset_meta, saved, True, statistics)  # type: ignore[arg-type]
-        missing = checkpoint.check(
-            dict(policy.named_parameters()), strict, policy.config, absent.without_numbers(policy)
-        )
-        policy._initialise(missing)
+        parameters, numberless = dict(policy.named_parameters()), absent.without_numbers(policy)
+        policy._initialise(checkpoint.check(parameters, strict, policy.config, numberless))
         digests = checkpoint.read(policy, torch.device(policy.config.device), policy.config.save_expert_only)
         context_cache.check(policy.observe, digests)
         policy.origin = Origin.of(checkpoint.source, saved, digests, policy.origin.statistics)

@@ -30,8 +30,8 @@ def replay_prefix(graphs: CudaGraphs, model: PI0, obs: Observation) -> Prefix | 
         with torch.no_grad(), attention_order(images.device):
             return torch.stack([x for layer in model.encode_prefix(seen)[0] for x in layer])
 
-    images, tokens, mask, _, padded = obs
-    flat = graphs(model.paligemma, stacked, (images, tokens, mask, padded))
+    mask = obs.token_mask_BL
+    flat = graphs(model.paligemma, stacked, (obs.images_BNCHW, obs.tokens_BL, mask, obs.padded))
     cache = [KVCache(keys, values) for keys, values in zip(flat[::2], flat[1::2], strict=True)]
     return cache, F.pad(mask, (flat.shape[2] - mask.shape[1], 0), value=True)
 
