@@ -150,8 +150,7 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
             self.model.enable_gradient_checkpointing()
         self._run.choose_autocast(self)
         kernels.join(self.model)
-        if self.config.compile_model and self.config.cuda_graphs:
-            kernels.compile_layers(self.model, self.config.compile_mode)
+        kernels.compile_layers(self.model, self.config.compile_mode if self.config.compile_model else None)
         return self.eval()
 
     @classmethod
@@ -180,9 +179,8 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         saved = checkpoint.settle(config, dataset_meta, dataset_stats is not None or dataset_meta is not None)
         statistics = partial(checkpoint.normalisation, config)  # read only if a bound needs them
         policy = cls.empty(config, dataset_stats, dataset_meta, saved, True, statistics)  # type: ignore[arg-type]
-        wanted, needed = dict(policy.named_parameters()), absent.without_numbers(policy)
-        missing = checkpoint.check(wanted, strict, policy.config, needed)
-        policy._initialise(missing)
+        parameters, numberless = dict(policy.named_parameters()), absent.without_numbers(policy)
+        policy._initialise(checkpoint.check(parameters, strict, policy.config, numberless))
         digests = checkpoint.read(policy, torch.device(policy.config.device), policy.config.save_expert_only)
         context_cache.check(policy.observe, digests)
         policy.origin = Origin.of(checkpoint.source, saved, digests, policy.origin.statistics)

@@ -386,5 +386,5 @@ def test_the_table_of_memory():
     }
     text = (ROOT / "README.md").read_text()
     for mode, (trained, frozen) in modes.items():
-        assert f"| {mode} | {trained / 1e9:.2f} B | {(20 * trained + 2 * frozen) / 2**30:.1f} GiB |" in text
+        assert f"| {mode} | {trained / 1e9:.2f} B | {(16 * trained + 2 * frozen) / 2**30:.1f} GiB |" in text
     assert f"{2 * total / 2**30:.1f} GiB of weights" in text

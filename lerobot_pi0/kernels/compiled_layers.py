@@ -32,15 +32,15 @@ def _compiled(function: Callable[..., Any], mode: str) -> Callable[..., Any]:
     return compiled(function, mode)
 
 
-def compile_layers(model: PI0, mode: str) -> None:
-    """Let the layers of all stacks be compiled when they run on CUDA without autograd.
+def compile_layers(model: PI0, mode: str | None) -> None:
+    """Let the layers of all stacks be compiled when they run on CUDA without autograd, and nobody compiles around them.
 
     Args:
-        mode: torch.compile's.
+        mode: torch.compile's; None compiles nothing.
     """
     for module in model.modules():
         if isinstance(module, Layer | SiglipEncoderLayer):
-            module.compile_mode = WITHOUT_GRAPHS.get(mode, mode)
+            module.compile_mode = WITHOUT_GRAPHS.get(mode, mode) if mode else None
 
 
 class Layer(cuda_layers.Layer):
