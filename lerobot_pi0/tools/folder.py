@@ -56,7 +56,7 @@ class Columns(NamedTuple):
     episode: np.ndarray
     frame: np.ndarray
     task: np.ndarray
-    index: np.ndarray
+    place: np.ndarray
     file: np.ndarray
     row: np.ndarray
 
@@ -70,7 +70,7 @@ class Columns(NamedTuple):
 
 NUMBERS = {
     "timestamp": "timestamp", "episode": "episode_index", "frame": "frame_index", "task": "task_index",
-    "index": "index",
+    "place": "index",
 }  # fmt: skip
 """Columns of one number per frame: our name, and the dataset's."""
 

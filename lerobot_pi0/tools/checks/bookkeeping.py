@@ -3,7 +3,8 @@
 Axes: N frames, D dims of state or action, E episodes.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from lerobot.datasets.utils import DEFAULT_TASKS_PATH as TASKS
@@ -16,7 +17,7 @@ from .subject import ERROR, WARNING, Finding, Subject
 
 AGAIN = "copy the dataset again; LeRobot would take other frames, or stop"
 
-STATISTIC = {"min": np.min, "max": np.max, "mean": np.mean}
+STATISTIC: dict[str, Callable[..., Any]] = {"min": np.min, "max": np.max, "mean": np.mean}
 """Which statistics of an episode are compared with its frames."""
 
 CLOSE = 1e-3
@@ -27,7 +28,7 @@ def places(subject: Subject) -> Iterable[Finding]:
     """Frames, episodes and tasks that are not in the place where LeRobot looks for them."""
     meta, damaged = subject.dataset.meta, {damage.file for damage in subject.dataset.damage}
     if subject.all_episodes and not any(file.startswith("data/") for file in damaged):
-        yield from _misplaced("row", "of the data", "index", subject.columns.index)
+        yield from _misplaced("row", "of the data", "index", subject.columns.place)
     if not any(file.startswith(EPISODES_DIR) for file in damaged):
         yield from _misplaced("row", f"of {EPISODES_DIR}", "episode_index", meta.episodes["episode_index"].to_numpy())
         yield from _ranges(subject)
@@ -51,13 +52,15 @@ def _ranges(subject: Subject) -> Iterator[Finding]:
     meta, fps = subject.dataset.meta, float(subject.dataset.meta.fps)
     numbers, first, lengths = np.unique(subject.columns.episode, return_index=True, return_counts=True)
     wrong: dict[str, list[int]] = {}
-    for number, begin, length in zip(numbers.tolist(), subject.columns.index[first], lengths.tolist(), strict=True):
+    for number, begin, length in zip(numbers.tolist(), subject.columns.place[first], lengths.tolist(), strict=True):
         row = meta.row_of(number) or {}
         if (row.get("dataset_from_index"), row.get("dataset_to_index")) != (begin, begin + length):
             wrong.setdefault("dataset_from_index and dataset_to_index", []).append(number)
         for key in meta.video_keys:
-            times = [row.get(f"videos/{key}/{edge}_timestamp") for edge in ("from", "to")]
-            if None not in times and not abs((times[1] - times[0]) * fps - length) <= 1:  # NaN too
+            begins, ends = (row.get(f"videos/{key}/{edge}_timestamp") for edge in ("from", "to"))
+            if begins is None or ends is None:
+                continue  # which `files` reports
+            if not abs((ends - begins) * fps - length) <= 1:  # NaN too
                 wrong.setdefault(f"from_timestamp and to_timestamp of {key}", []).append(number)
     for number, tasks in _tasks(subject).items():
         named = (meta.row_of(number) or {}).get("tasks")
