@@ -135,8 +135,7 @@ def float8_rows(x_RK: Tensor) -> tuple[Tensor, Tensor]:
 def float8_product(x_MK: Tensor, scale_M1: Tensor, weight_NK: Tensor, scale_N1: Tensor, bias: Tensor | None) -> Tensor:
     """The product of FP8 tensors times both scales, bfloat16 (M, N): by the card, or on a CPU the same in float32."""
     if not _on_cpu(x_MK) and all(n % FLOAT8_MULTIPLE == 0 for n in weight_NK.shape):
-        scales = {"scale_a": scale_M1, "scale_b": scale_N1.t(), "out_dtype": torch.bfloat16}
-        return torch._scaled_mm(x_MK, weight_NK.t(), bias=bias, **scales)
+        return torch._scaled_mm(x_MK, weight_NK.t(), scale_M1, scale_N1.t(), bias=bias, out_dtype=torch.bfloat16)
     y_MN = (x_MK.float() @ weight_NK.float().t()) * scale_M1 * scale_N1.t()
     return (y_MN if bias is None else y_MN + bias.float()).bfloat16()
 
