@@ -1,7 +1,7 @@
 """Comparison of `lerobot-pi0 check` with other programs that search LeRobot datasets for faults.
 
     pip install --target=outputs/peers lerobot-doctor==0.2.0 lerobot-lint==0.1.1 --no-deps
-    python scripts/doctors.py --peers=outputs/peers --clean outputs/demo/reach_2500 --output=outputs/doctors
+    python scripts/doctors.py --peers=outputs/peers --clean=outputs/demo/reach_2500 --output=outputs/doctors
 
 The tests' code puts one fault into a good dataset. The fault counts as found if a program prints a message about it (a
 word of the fault's subject is in the message) that it does not print for the good dataset. Each message about a good
