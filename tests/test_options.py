@@ -40,6 +40,7 @@ ALLOWED = {
     "time_sampling_beta_beta": [2],
     "time_sampling_scale": [0.5, 0.999],
     "time_sampling_offset": [0, 0.001],
+    "time_sampling_warmup_steps": [0, 1000],
     "empty_cameras": [0, 2],
     **{name: [0, 1] for name in OF_TRAINING},
 }
@@ -47,6 +48,7 @@ REFUSED = {
     "flow_samples": ([0, -1], "has to be at least 1"),
     "ema_decay": ([-0.1, 1, 1.5, math.nan], "has to be at least 0 and below 1; openpi's is 0.99"),
     "solver_tolerance": ([0, -1, math.nan], "has to be more than 0"),
+    "time_sampling_warmup_steps": ([-1], "has to be at least 0"),
     "max_action_step": ([0, -1, math.nan], "has to be more than 0, or inf for no bound"),
     "action_range_margin": ([-0.1, math.nan], "has to be 0 or more, or inf for no bound"),
     "num_inference_steps": ([0], "has to be at least 1"),
@@ -74,7 +76,7 @@ DEFAULTS = {
     "rtc_training_max_delay": 0, "ema_decay": 0.0, "augment_images": False, "clean_prompts": False,
     "mask_padded_actions": False, "optimizer_8bit": False, "recipe": "lerobot", "text_tokenizer_name": "bytes",
     "vlm_path": None, "vlm_quantization": None, "rtc_guidance": None, "max_action_step": None,
-    "action_range_margin": None, "context_cache": None,
+    "action_range_margin": None, "context_cache": None, "time_sampling_warmup_steps": 0,
 }  # fmt: skip
 """The values that version 0.1.0 uses for options that nobody sets."""
 
