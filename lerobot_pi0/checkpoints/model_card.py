@@ -43,7 +43,7 @@ def make_card(
         "start": _start(config, base, on_hub),
         "trained": ", ".join(f"{part} {_millions(own)} M of {_millions(n)} M" for part, (n, own) in parameters.items()),
         "dataset": _dataset(dataset, dataset_meta),
-        "training": _training(train),
+        "training": _training(train, config),
         "instructions": _instructions(tasks),
         "normalisation": ", ".join(f"{k.lower()} {v.value}" for k, v in config.normalization_mapping.items()),
         "actions": _actions(config),
@@ -116,11 +116,11 @@ def _dataset(dataset: str | None, meta: Any) -> str:
     return f"{dataset}: {meta.total_episodes} episodes, {meta.total_frames} frames at {meta.fps} Hz, {meta.robot_type}"
 
 
-def _training(train: Any) -> str:
+def _training(train: Any, config: PI0Config) -> str:
     if train is None:
         return "unknown"
     optimizer = getattr(train.optimizer, "lr", None)
-    contexts = ", on cached contexts: the VLM was frozen" if getattr(train.policy, "context_cache", None) else ""
+    contexts = ", on cached contexts: the VLM was frozen" if config.context_cache else ""
     return f"{train.steps} steps, batch {train.batch_size}, learning rate {optimizer}, seed {train.seed}{contexts}"
 
 
