@@ -43,12 +43,9 @@ class Way(NamedTuple):
 
 
 WAYS = (
-    Way("LoRA, frozen VLM", vlm="int8"),
     Way("LoRA, frozen VLM"),
-    Way("frozen VLM", vlm="int8", bits=8),
     Way("frozen VLM", bits=8),
     Way("frozen VLM"),
-    Way("frozen vision tower", bits=8),
     Way("everything", bits=8),
     Way("everything"),
 )

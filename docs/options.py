@@ -61,7 +61,13 @@ def rows() -> list[str]:
 
 def page() -> str:
     """The whole page."""
-    lines = [TOP, "| option | default | openpi | run | what it does, and where to read more |", "|---|---|---|---|---|", *rows(), ""]
+    lines = [
+        TOP,
+        "| option | default | openpi | run | what it does, and where to read more |",
+        "|---|---|---|---|---|",
+        *rows(),
+        "",
+    ]
     lines += ["## LeRobot's options with another default", "", "| option | |", "|---|---|"]
     lines += [f"| `{name}` | {explanation(name)} |" for name in OVERRIDDEN]
     lines += ["", "## Sizes", "", "| option | values |", "|---|---|"]

@@ -49,7 +49,7 @@ def test_every_way_has_a_line():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("index", [1, 3, 4])
+@pytest.mark.parametrize("index", [0, 1, 2])
 def test_the_memory_of_cards(index):
     """Catches a table that `plan` would not write any more: full size, minutes."""
     hardware = writer("hardware")

@@ -38,8 +38,9 @@ def screen(verb: str, does: str, module: Any) -> str:
     for example in examples(module.__doc__)[:2]:
         lines += ["", *(f"    {line}" for line in example.splitlines())]
     lines += ["", *(line for name, text in described(module.Options) for line in _entry(name, text))]
-    more = "lists the options of LeRobot's that are behind …, too, and says how it works"
-    return "\n".join([*lines, "", f"`lerobot-pi0 {verb} {EVERYTHING}` {more}."])
+    return "\n".join(
+        [*lines, "", f"`lerobot-pi0 {verb} {EVERYTHING}` says how it works, and lists what stands behind …"]
+    )
 
 
 def everything(module: Any, args: list[str]) -> str:
@@ -53,31 +54,34 @@ def examples(text: str) -> list[str]:
     return [textwrap.dedent(re.sub(r"\n {4}", "\n", example)) for example in found]
 
 
-def described(options: type, prefix: str = "") -> Iterator[tuple[str, str]]:
+def described(options: type, prefix: str = "", needed: bool = True) -> Iterator[tuple[str, str]]:
     """Options of a verb and what they are for. LeRobot's own groups of options are one line each."""
     hints = get_type_hints(options)
     for field in dataclasses.fields(options):
         kinds = _kinds(hints[field.name])
         group = next((x for x in kinds if dataclasses.is_dataclass(x)), None)
         if group is not None and group.__module__.startswith(__package__):
-            yield from described(group, f"{prefix}{field.name}.")
+            yield from described(group, f"{prefix}{field.name}.", needed=_is_required(field))
             continue
         text = " ".join(get_attribute_docstring(options, field.name).comment_above.split())
         grouped = group is not None or (field.name == "policy" and not prefix)
         name = f"--{prefix}{field.name}{'.…' if grouped else ''}"
-        yield name, text if grouped else f"{text}{_default(field)}"
+        yield name, text if grouped else f"{text}{_default(field, needed)}"
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
-def _default(field: dataclasses.Field) -> str:
-    value = field.default
-    if field.default_factory is not dataclasses.MISSING:
-        value = field.default_factory()
-    if value is dataclasses.MISSING:
-        return " Required."
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _default(field: dataclasses.Field, needed: bool) -> str:
+    if _is_required(field):
+        return " Required." if needed else ""
+    made = field.default_factory is not dataclasses.MISSING
+    value = field.default_factory() if made else field.default  # type: ignore[misc]
     return "" if value in (None, [], {}) else f" ({str(value).lower() if isinstance(value, bool) else value})"
 
 
