@@ -24,9 +24,7 @@ from conftest import stats, tiny_config, write_dataset
 from lerobot.configs import parser
 from lerobot.utils.import_utils import register_third_party_plugins
 
-from lerobot_pi0 import PI0Config, PI0Policy, make_pi0_pre_post_processors, tools
-from lerobot_pi0.network.pi0 import PI0
-from lerobot_pi0.training import lora
+from lerobot_pi0 import PI0Policy, make_pi0_pre_post_processors, tools
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "examples/virtual_so100/README.md"])
@@ -44,8 +42,13 @@ ELSEWHERE = {
     "make so100": "tests/virtual_so100/test_so100.py::test_the_whole_way",
     "python benchmarks/bench.py": "tests/test_bench.py::test_accounting",
     "python docs/architecture.py": "tests/test_examples.py::test_the_picture",
+    "python docs/options.py": "tests/test_pages.py::test_the_page_of_options",
+    "python docs/hardware.py": "tests/test_pages.py::test_the_memory_of_cards",
     "python -m lerobot_env_virtual_so100.record": "tests/virtual_so100/test_virtual_so100.py::test_dataset_reloads",
     "python -m lerobot_env_virtual_so100.score": "tests/test_examples.py::test_the_demo",
+    "python -m lerobot_env_virtual_so100.two_instructions": (
+        "tests/virtual_so100/test_two_instructions.py::test_the_picture"
+    ),
     "python -m lerobot_env_virtual_so100.cell": (
         "tests/virtual_so100/test_cell.py::test_scenes_change_before_anybody_looks"
     ),
@@ -321,7 +324,8 @@ def known_options() -> set[str]:
     classes = [config_class(module) for module in COMMANDS.values()]
     classes += [importlib.import_module(verb).Options for verb in verbs]
     classes += [
-        config_class(f"lerobot_env_virtual_so100.{name}") for name in ("record", "score", "demo", "so100", "cell")
+        config_class(f"lerobot_env_virtual_so100.{name}")
+        for name in ("record", "score", "demo", "so100", "cell", "two_instructions")
     ]
     classes += [config_class("lerobot.async_inference.robot_client")]
     found = {"--policy.path", "--help", "--teleop.type"}
@@ -359,32 +363,3 @@ def test_quoted_messages_are_real():
     for message in re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE):
         for part in message.split("…"):
             assert part.strip(" ':") in said, f"nothing says {message!r}"
-
-
-def test_the_table_of_memory():
-    """Catches a number in the README's table of memory that is not the result of the stated arithmetic."""
-    config = PI0Config(device="cpu")
-    with torch.device("meta"):
-        model = PI0(config.architecture(), config.image_size)
-
-    def count(parameters) -> int:
-        return sum(p.numel() for p in parameters)
-
-    total, unread = count(model.parameters()), count(model.unread_parameters())
-    adapted = [
-        module
-        for name, module in model.named_modules()
-        if re.fullmatch(lora.targets(model.vlm.cfg.depth, with_vlm=False)["target_modules"], f"model.{name}")
-    ]
-    adapters = sum(2 * 16 * (m.in_features + m.out_features) for m in adapted)  # --peft.r=16: 32 in the expert
-    adapters += sum(count(getattr(model, name).parameters()) for name in lora.PROJECTIONS)
-    modes = {
-        "LoRA, frozen VLM": (adapters, total),
-        "frozen VLM (the default)": (own := total - count(model.paligemma.parameters()), total - own),
-        "frozen vision tower": (own := total - unread - count(model.vision.parameters()), total - own),
-        "everything": (total - unread, unread),
-    }
-    text = (ROOT / "README.md").read_text()
-    for mode, (trained, frozen) in modes.items():
-        assert f"| {mode} | {trained / 1e9:.2f} B | {(16 * trained + 2 * frozen) / 2**30:.1f} GiB |" in text
-    assert f"{2 * total / 2**30:.1f} GiB of weights" in text

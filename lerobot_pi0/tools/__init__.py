@@ -19,6 +19,7 @@ from lerobot.utils.utils import init_logging
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.quoting import plain
+from . import usage
 
 logger = logging.getLogger(__name__)
 
@@ -40,17 +41,6 @@ class ToolError(RuntimeError):
     """A verb cannot do what was asked. The message says what to do instead; it is shown without a traceback."""
 
 
-def usage() -> str:
-    """The text of `lerobot-pi0 --help`."""
-    width = max(map(len, VERBS))
-    verbs = "\n".join(f"  {verb:{width}}  {line}" for verb, line in VERBS.items())
-    return (
-        f"usage: lerobot-pi0 VERB [--option=value …]\n\n{verbs}\n\n"
-        "`lerobot-pi0 VERB --help` lists the options of a verb. Training, evaluation and robots are LeRobot's own\n"
-        "commands: lerobot-train, lerobot-eval, lerobot-rollout with --policy.type=pi0."
-    )
-
-
 def parse(options: type, args: list[str], prog: str) -> Any:
     """Parse the options of a verb, which are written as for LeRobot's commands.
 
@@ -59,8 +49,10 @@ def parse(options: type, args: list[str], prog: str) -> Any:
 
     Raises:
         DecodingError: the value of an option is not valid.
+        ValueError: there is no such option.
         ToolError: there is no such checkpoint.
     """
+    usage.check_names(options, args)
     flags = {f"--{field.name}" for field in fields(options) if field.type is bool}
     args = [f"{arg}=true" if arg in flags else arg for arg in args]
     path = parser.get_path_arg("policy", args)
@@ -103,19 +95,20 @@ def read_config(path: str, overrides: list[str]) -> Any:
 def main(args: Sequence[str] | None = None) -> int:
     """Run a verb. Returns the exit status: 0, 1 after an error with an explanation, 2 for a wrong command line."""
     verb, *rest = [*(sys.argv[1:] if args is None else args)] or ["--help"]
-    if verb in ("-h", "--help"):
-        print(usage())
+    if verb in usage.HELP:
+        print(usage.overview(VERBS))
         return 0
     if verb not in VERBS:
-        print(f"lerobot-pi0: {verb!r} is not a verb\n\n{usage()}", file=sys.stderr)
+        near = usage.nearest(verb, VERBS)
+        print(f"lerobot-pi0: {verb!r} is not a verb{near}\n\n{usage.overview(VERBS)}", file=sys.stderr)
         return 2
     if verb in WITHOUT_DEVICE and any(arg.startswith("--policy.") for arg in rest):
         rest = ["--policy.device=cpu", *rest]
     init_logging()
     module = importlib.import_module(f"{__name__}.{verb.replace('-', '_')}")
-    if {"-h", "--help"} & {*rest}:
-        print(module.__doc__)
-        parser.print_scoped_help(module.Options, rest)  # draccus lists the options of every policy and robot
+    if {*usage.HELP, usage.EVERYTHING} & {*rest}:
+        every = usage.EVERYTHING in rest
+        print(usage.everything(module, rest) if every else usage.screen(verb, VERBS[verb], module))
         return 0
     try:
         options = parse(module.Options, rest, prog=f"lerobot-pi0 {verb}")

@@ -4,6 +4,7 @@
         --dataset.repo_id=you/cubes --output=contexts
     lerobot-train --policy.type=pi0 --policy.pretrained_path=lerobot/pi0_base --policy.dtype=bfloat16 \\
         --policy.context_cache=contexts --dataset.repo_id=you/cubes --dataset.root=contexts/dataset
+    lerobot-pi0 cache --policy.path=you/pi0_cubes --dataset.repo_id=you/cubes --gb=100
 
 A context is what the VLM makes of the pictures and the prompt of a frame: keys and values of each layer. A frozen VLM
 makes the same ones in every epoch. The folder gets a record for each frame, and a LeRobot dataset of these frames

@@ -1,6 +1,7 @@
 """`lerobot-pi0 convert`: a checkpoint of openpi becomes a complete LeRobot checkpoint.
 
     lerobot-pi0 convert --source=checkpoints/pi0_libero/my_run/29999 --output=pi0_libero
+    lerobot-pi0 convert --source=pi0_aloha/9999 --asset_id=trossen --cameras=[cam_high,cam_left_wrist,cam_right_wrist]
 
 Weights, config and both processors are written; the result loads with this plugin and with LeRobot's own π₀.
 The source is a folder of openpi's JAX training or releases (`params/`, `assets/`) or of its PyTorch training
@@ -27,6 +28,7 @@ from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.processor import NormalizerProcessorStep
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 from torch import Tensor
+from tqdm import tqdm
 
 from ..checkpoints.errors import CorruptCheckpointError, MismatchedCheckpointError
 from ..checkpoints.matching import check_tensors
@@ -271,7 +273,12 @@ def read_state(source: OpenpiCheckpoint, config: PI0Config) -> dict[str, Tensor]
         CheckpointError: names or shapes are not the network's, or a tensor is broken.
     """
     check_tensors(source.root, network_parameters(config), source.found)
-    state = dict(source.tensors(getattr(torch, config.dtype)))
+    numbers = sum(torch.Size(stored.shape).numel() for stored in source.found.values())
+    state = {}
+    with tqdm(total=numbers, desc="parameters", unit="", unit_scale=True, leave=False) as bar:
+        for name, x in source.tensors(getattr(torch, config.dtype)):
+            state[name] = x
+            bar.update(x.numel())
     logger.info(
         "read %d tensors (%.2f B parameters) of %s%s, to be written as %s",
         len(state),

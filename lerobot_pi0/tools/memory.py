@@ -124,12 +124,12 @@ class Counter:
     def _allocate_weights(self) -> None:
         """Give every parameter a tensor of its shape and dtype, which holds no numbers."""
         rounded, left_out = rounding.layers(self.policy), absent.names(self.policy)
-        for name, p in [x for x in self.policy.named_parameters() if x[0] not in left_out]:
-            weight = torch.empty(p.shape, dtype=p.dtype)
-            if name in rounded:
-                rounded[name].put(weight)
-            else:
-                self.policy.load_state_dict({name: weight}, strict=False, assign=True)
+        named = {name: p for name, p in self.policy.named_parameters() if name not in left_out}
+        weights = {name: torch.empty(p.shape, dtype=p.dtype) for name, p in named.items()}
+        for name in rounded.keys() & weights.keys():
+            rounded[name].put(weights.pop(name))
+        self.policy.load_state_dict(weights, strict=False, assign=True)
+        del weights
         self.policy.finish().train()
 
     def _make_optimizer(self, preset: OptimizerConfig, as_on_gpu: bool) -> None:

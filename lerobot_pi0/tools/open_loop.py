@@ -2,6 +2,7 @@
 
     lerobot-pi0 open-loop --policy.path=outputs/train/my_run/checkpoints/last/pretrained_model \\
         --dataset.repo_id=you/cubes --output_dir=outputs/open_loop
+    lerobot-pi0 open-loop --policy.path=you/pi0_cubes --dataset.repo_id=you/cubes --observations=256
 
 No robot moves. On episodes that were held out of training, chunks are predicted and compared with the recorded
 actions, beside two policies that need no network: hold still, and always the mean action. Then inputs are exchanged

@@ -21,6 +21,7 @@ from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.configs.default import PeftConfig
 from lerobot.optim import OptimizerConfig
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
+from tqdm import tqdm
 
 from ..configuration_pi0 import PI0Config
 from ..inputs.features import colour_cameras
@@ -103,7 +104,7 @@ def run(options: Options) -> None:
         recorded = recorded_load(config, options.dataset)
         load = Load(load.images if options.cameras else recorded.images, options.prompt_tokens or recorded.prompt)
     frames = None if options.dataset is None else open_meta(options.dataset, whole=False).total_frames
-    rows = {mode: plan(options, config, mode, load) for mode in modes}
+    rows = {mode: plan(options, config, mode, load) for mode in tqdm(modes, desc="modes", leave=False)}
     content = {
         "policy": f"{config.paligemma_variant} + {config.action_expert_variant}",
         "dtype": config.dtype,

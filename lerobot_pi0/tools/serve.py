@@ -1,5 +1,8 @@
 """`lerobot-pi0 serve`: LeRobot's asynchronous policy server, in which "pi0" means this plugin.
 
+    lerobot-pi0 serve --port=8080
+    lerobot-pi0 serve --socket=/run/user/1000/pi0.sock --policy.vlm_quantization=int8
+
 The robot's side is LeRobot's (`python -m lerobot.async_inference.robot_client`); it names the checkpoint, which the
 server then loads. The robot gets the actions that lerobot-rollout would send it.
 
@@ -25,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Options:
-    """Options of `lerobot-pi0 serve`."""
+    """Serve π₀ to robots on other machines."""
 
     # Address to listen on. Whoever reaches it can load checkpoints and take the robot's place: trusted networks only.
     host: str = "127.0.0.1"

@@ -65,7 +65,7 @@ class Runner:
             others: for each observation, which one to exchange it with.
         """
         normalised, physical = [], []
-        for start in range(0, len(self.items), self.batch_size):
+        for start in tqdm(range(0, len(self.items), self.batch_size), desc="chunks", leave=False):
             chosen = range(start, min(start + self.batch_size, len(self.items)))
             batch = self._collate([self.items[i] for i in chosen])
             if change is not None and others is not None:
