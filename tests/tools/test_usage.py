@@ -42,6 +42,12 @@ def test_two_examples(verb):
         usage.check_names(module_of(verb).Options, words[2:])
 
 
+def test_what_is_required():
+    """Catches a group that may be left out, whose own options are called required."""
+    plan, check = (dict(usage.described(module_of(verb).Options))["--dataset.repo_id"] for verb in ("plan", "check"))
+    assert "Required." not in plan and check.endswith("Required.")
+
+
 def test_everything_is_there_for_who_asks(capsys):
     """Catches options of a policy that no help of ours lists any more."""
     assert main(["plan", "--policy.type=pi0", "--help=all"]) == 0
