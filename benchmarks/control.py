@@ -34,6 +34,7 @@ from lerobot.policies.rtc.modeling_rtc import RTCProcessor
 from lerobot.utils.constants import OBS_STATE
 from lerobot_env_virtual_so100.constants import CAMERAS, FPS, JOINTS, episode_steps
 from lerobot_env_virtual_so100.env import VirtualSO100GymEnv
+from lerobot_env_virtual_so100.experts import make_expert
 from lerobot_env_virtual_so100.score import summary
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -204,9 +205,29 @@ def measure_rtc(driver: Driver, trained: Driver | None, every: int, guides: list
     return rows
 
 
+def measure_expert(driver: Driver) -> dict:
+    """The scripted expert in the same scenes: the jerk that the demonstrations themselves have."""
+    tracks = []
+    for seed in range(driver.seed, driver.seed + driver.scenes):
+        env, track = VirtualSO100GymEnv("reach", pixels=False), Track()
+        env.reset(seed=seed)
+        expert = make_expert("reach", env.simulation, FPS)
+        expert.reset(env.instructed)
+        for _ in range(episode_steps("reach", FPS)):
+            track.actions.append(expert.act()[None])
+            info = env.step(track.actions[-1][0])[-1]
+        track.infos.append(info)
+        tracks.append(track)
+    row = summary([info for track in tracks for info in track.infos])
+    jerks = np.concatenate([track.jerk for track in tracks])
+    jerk = {"jerk": float(jerks.mean()), "jerk_se": float(jerks.std() / np.sqrt(len(jerks)))}
+    return row | jerk | {"guide": "expert", "delay": 0, "every": 1, "jump": None}
+
+
 def measure_replanning(driver: Driver) -> list[dict]:
-    """Success by the number of actions that are executed of each chunk, without delay."""
-    rows = []
+    """Success by the number of actions that are executed of each chunk, without delay; and the expert's row."""
+    rows = [measure_expert(driver)]
+    print(line(rows[0]), flush=True)
     for every in (1, 2, 4, 6, 10, 14, 28):
         rows.append(measure(driver, "none", 0, every))
         print(line(rows[-1]), flush=True)

@@ -42,7 +42,7 @@ class Recipe:
 
 
 RECIPES = {
-    "reach": Recipe(episodes=2500, steps=5000, n_action_steps=10, near_noise=0.35),
+    "reach": Recipe(episodes=2500, steps=6000, n_action_steps=10, near_noise=0.25),
     "pick_place": Recipe(episodes=800, steps=16_000, n_action_steps=10, near_noise=1.0),
 }
 
