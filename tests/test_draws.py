@@ -2,8 +2,10 @@
 
 import itertools
 
+import pytest
 import scipy.stats
 import torch
+from conftest import make_batch, small_policy
 
 from lerobot_pi0.network import flow
 from lerobot_pi0.training import draws
@@ -44,3 +46,15 @@ def test_delays_leave_the_other_draws_alone():
     assert not draws.sample_delay((100,), 0, CPU).any()
     assert torch.equal(torch.random.get_rng_state(), state)
     assert draws.sample_delay((1000,), 3, CPU).unique().tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("update", "near_noise"), [(0, True), (4, True), (5, False), (90, False)])
+def test_times_are_near_the_noise_at_first(small, monkeypatch, update, near_noise):
+    """Catches `time_sampling_warmup_steps` that is not read, never ends, or ends one step too early or too late."""
+    policy = small_policy(flow_samples=16, time_sampling_warmup_steps=5).train()
+    policy.config.updates = update
+    seen, draw = [], draws.repeatable_draws
+    monkeypatch.setattr(draws, "repeatable_draws", lambda *args: seen.append(draw(*args)) or seen[-1])
+    batch = make_batch(0, batch_size=4)
+    policy.losses(batch | {"index": torch.arange(4)})
+    assert (seen[0][1].median() > 0.9) == near_noise

@@ -201,14 +201,15 @@ OTHER = {"flow_samples": 3, "solver": "heun", "solver_tolerance": 0.5, "rtc_trai
          "augment_images": True, "clean_prompts": True, "image_resize": "openpi",
          "mask_padded_actions": True, "optimizer_8bit": True, "recipe": "openpi", "text_tokenizer_name": "t",
          "vlm_path": "v", "vlm_quantization": "int8", "rtc_guidance": "vjp", "max_action_step": 2.0,
-         "action_range_margin": 0.5, "context_cache": "contexts"}  # fmt: skip
+         "action_range_margin": 0.5, "context_cache": "contexts",
+         "time_sampling_warmup_steps": 7}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_who_says_it(name):
     """Catches a run that overrules the user's option, or inherits an option that was only for the earlier run."""
     of_the_run = ("ema_decay", "augment_images", "mask_padded_actions", "optimizer_8bit", "recipe", "vlm_quantization",
-                  "context_cache")  # fmt: skip
+                  "context_cache", "time_sampling_warmup_steps")  # fmt: skip
     saved = {name: OTHER[name]}
     unset, asked = tiny_config(), tiny_config(**saved)
     unset.resolve(saved, vlm_is_pretrained=True)

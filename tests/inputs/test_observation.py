@@ -70,8 +70,8 @@ def test_arrays_and_other_dtypes():
         OBS_STATE: batch[OBS_STATE].double().numpy(),
         OBS_LANGUAGE_ATTENTION_MASK: batch[OBS_LANGUAGE_ATTENTION_MASK].long(),
     }
-    (*tensors, padded), (*wanted, also_padded) = maker()(given, CPU), maker()(batch, CPU)
-    assert padded == also_padded
+    (*tensors, padded, prefix), (*wanted, also_padded, _) = maker()(given, CPU), maker()(batch, CPU)
+    assert padded == also_padded and prefix is None
     for got, expected in zip(tensors, wanted, strict=True):
         assert got.dtype == expected.dtype
         assert torch.equal(got, expected)

@@ -408,10 +408,10 @@ NAMES = ["pan", "lift", "gripper"]
 @pytest.mark.parametrize(("state", "actions", "excluded", "message"), [
     (NAMES, NAMES, [], None),
     (NAMES, [*NAMES, "base"], [], "no base"),
-    (["lift", "pan", "gripper"], NAMES, [], "pan from lift, lift from pan"),
+    (["lift", "pan", "gripper"], NAMES, [], "pan relative to lift, lift relative to pan"),
     (["pan", "lift", "wrist"], NAMES, ["gripper"], None),  # the joint in question is absolute
     ([*NAMES, "wrist"], NAMES, [], None),
-    (["x", "y", "z"], NAMES, [], "warning: pan from x"),
+    (["x", "y", "z"], NAMES, [], "warning: pan relative to x"),
     (["state"], ["pan", "lift", "gripper"][:1], [], None),
 ])  # fmt: skip
 def test_relative_actions_pair_joints_by_name(caplog, state, actions, excluded, message):
