@@ -39,6 +39,7 @@ class Episode:
 
     queue: deque[Tensor] = field(default_factory=deque)
     anchor: Anchor = field(default_factory=Anchor)
+    environments: int = 0
     has_begun: bool = False
     is_over: bool = False  # another thread may set it; this episode's thread then clears its queue before an action
 
@@ -200,7 +201,7 @@ class Player:
     def start(self, chunk_BTA: Tensor, batch: dict[str, Any]) -> None:
         """Put the first `n_action_steps` actions of a chunk, which was predicted from this batch, into the queue."""
         episode = self._episodes.mine
-        episode.has_begun = True
+        episode.has_begun, episode.environments = True, len(chunk_BTA)
         episode.queue.extend(chunk_BTA[:, : self.config.n_action_steps].unbind(dim=1))
         episode.anchor.set(batch)
 
@@ -213,9 +214,9 @@ class Player:
         """
         episode = self._episodes.mine
         queue, origin = episode.queue, episode.anchor.restore(batch)
-        if OBS_STATE in batch and len(batch[OBS_STATE]) != len(queue[0]):
+        if OBS_STATE in batch and len(batch[OBS_STATE]) != episode.environments:
             raise RuntimeError(
-                f"{len(batch[OBS_STATE])} observations for a chunk that was made for {len(queue[0])}: call "
+                f"{len(batch[OBS_STATE])} observations for a chunk that was made for {episode.environments}: call "
                 "reset() between episodes"
             )
         action = queue.popleft()

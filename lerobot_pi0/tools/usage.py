@@ -59,7 +59,7 @@ def described(options: type, prefix: str = "", needed: bool = True) -> Iterator[
     hints = get_type_hints(options)
     for field in dataclasses.fields(options):
         kinds = _kinds(hints[field.name])
-        group = next((x for x in kinds if dataclasses.is_dataclass(x)), None)
+        group = next((x for x in kinds if isinstance(x, type) and dataclasses.is_dataclass(x)), None)
         if group is not None and group.__module__.startswith(__package__):
             yield from described(group, f"{prefix}{field.name}.", needed=_is_required(field))
             continue
@@ -80,8 +80,8 @@ def _is_required(field: dataclasses.Field) -> bool:
 def _default(field: dataclasses.Field, needed: bool) -> str:
     if _is_required(field):
         return " Required." if needed else ""
-    made = field.default_factory is not dataclasses.MISSING
-    value = field.default_factory() if made else field.default  # type: ignore[misc]
+    make = field.default_factory
+    value = field.default if isinstance(make, dataclasses._MISSING_TYPE) else make()
     return "" if value in (None, [], {}) else f" ({str(value).lower() if isinstance(value, bool) else value})"
 
 
