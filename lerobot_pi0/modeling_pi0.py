@@ -147,7 +147,8 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
     def finish(self) -> "PI0Policy":
         """Make a policy of `empty` ready for use, once its weights are there; returns it in evaluation mode."""
         if self.config.gradient_checkpointing:
-            self.model.enable_gradient_checkpointing()
+            for stack in (self.model.vision, self.model.vlm, self.model.expert):
+                stack.gradient_checkpointing = True  # keeps the input of each layer, and computes the rest again
         self._run.choose_autocast(self)
         kernels.join(self.model)
         kernels.compile_layers(self.model, self.config.compile_mode if self.config.compile_model else None)

@@ -127,13 +127,8 @@ class PI0(nn.Module):
         """Parameters of published checkpoints on which no action depends: from the VLM's last layer only keys and
         values are used, so its queries, attention output and MLP are not, nor is the final norm."""
         last = self.vlm.layers[-1]
-        modules = [last.self_attn.q_proj, last.self_attn.o_proj, last.post_attention_layernorm, last.mlp]
-        return [p for module in [*modules, self.vlm.norm] for p in module.parameters()]
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Keep only the input of each layer, and compute its other activations again in the backward pass."""
-        for part in (self.vision, self.vlm, self.expert):
-            part.gradient_checkpointing = True
+        modules = last.self_attn.q_proj, last.self_attn.o_proj, last.post_attention_layernorm, last.mlp, self.vlm.norm
+        return [p for module in modules for p in module.parameters()]
 
     def prefix(self, obs: Observation) -> tuple[Tensor, Tensor]:
         """Tokens of the first block (B, S, W), images before the prompt; and which of them are not padding (B, S)."""
