@@ -94,7 +94,7 @@ class Demonstrator:
             states.append(sim.arm.state)
             images.append(sim.images(self._image_size, self._image_size))
             disturbed = expert.travelling and moved < self._noise_steps
-            moved += expert.travelling
+            moved += not expert.resting
             actions.append(expert.act())
             fresh = rng.normal(0.0, _NOISE_DEGREES, size=6)
             noise = _NOISE_MEMORY * noise + np.sqrt(1 - _NOISE_MEMORY**2) * fresh

@@ -67,10 +67,11 @@ class ReachExpert:
     @property
     def travelling(self) -> bool:
         """Whether the arm may be disturbed: not at rest, and not near the end, which has to be shown undisturbed."""
-        return not self._resting and self._horizontal_distance() > _TRAVEL_RANGE
+        return not self.resting and self._horizontal_distance() > _TRAVEL_RANGE
 
     @property
-    def _resting(self) -> bool:
+    def resting(self) -> bool:
+        """Whether the arm still rests and opens its jaws."""
         return bool(self._sim.arm.state[-1] < _OPEN_ENOUGH)
 
     def _horizontal_distance(self) -> float:
@@ -79,7 +80,7 @@ class ReachExpert:
 
     def act(self) -> np.ndarray:
         """Joint targets (6,) for the current state."""
-        if self._resting:
+        if self.resting:
             posture = self._sim.arm.state
             posture[-1] = min(posture[-1] + self._opening_step, _OPEN_FAR)
             return self._sim.arm.hold(posture)
@@ -111,6 +112,8 @@ class PickPlaceExpert:
     they add up to a target that no camera shows. Between descending and closing, the open jaws wait around the cube,
     so that closing starts from an image of its own.
     """
+
+    resting = False
 
     def __init__(self, sim, fps: int):
         self._sim, self._fps = sim, fps
