@@ -21,7 +21,7 @@ from ..kernels.cpu_linear import packed
 from ..kernels.cuda_attention import attention_order
 from ..kernels.cuda_graphs import LARGEST_BATCH, CudaGraphs
 from ..kernels.cuda_layers import on_gpu
-from ..kernels.frozen_prefix import replay_prefix
+from ..kernels.frozen_prefix import with_prefix
 from ..kernels.kv_cache import preallocate
 from ..network import solvers
 from ..network.pi0 import PI0, Context, Observation
@@ -75,12 +75,9 @@ class Sampler:
 
     def training_context(self, model: PI0, obs: Observation) -> Context:
         """The context for a loss, in which `velocity` computes the state's token."""
-        prefix = None
-        if self.prefixes is not None and obs.prefix is None:
-            prefix = replay_prefix(self.prefixes, model, obs)
-        if prefix is None:
-            return self.context(model, obs, with_state=False)
-        return model.context(obs, with_state=False, prefix=prefix)
+        if self.prefixes is not None:
+            obs = with_prefix(self.prefixes, model, obs)
+        return self.context(model, obs, with_state=False)
 
     def begin(self) -> None:
         """To be called before the first call of a chunk or a loss."""

@@ -6,11 +6,10 @@ Axes: B batch, S tokens of the prefix, L prompt tokens, D head dim.
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from ..network.attention import KVCache
-from ..network.pi0 import PI0, Observation, Prefix
+from ..network.pi0 import PI0, Observation
 from .cuda_attention import attention_order
 from .cuda_graphs import CudaGraphs
 from .cuda_layers import on_gpu
@@ -20,23 +19,21 @@ LARGEST_PREFIX = 4096
 backward pass cannot use, is large."""
 
 
-def replay_prefix(graphs: CudaGraphs, model: PI0, obs: Observation) -> Prefix | None:
-    """`PI0.encode_prefix` from a graph; None where there is none to be had, the VLM is trained, or the observation has
-    brought its prefix (cached contexts)."""
+def with_prefix(graphs: CudaGraphs, model: PI0, obs: Observation) -> Observation:
+    """The observation with the keys and values of its prefix, computed by a graph; unchanged if it has them already
+    (cached contexts), the VLM is trained, or the batch is too large."""
     if obs.prefix is not None or not on_gpu(obs.state_BA.device):
-        return None
+        return obs
     if _tokens(model, obs) > LARGEST_PREFIX or not _is_frozen(model.paligemma):
-        return None
+        return obs
 
     def stacked(images: Tensor, tokens: Tensor, mask: Tensor, padded: bool) -> Tensor:
         seen = Observation(images, tokens, mask, obs.state_BA, padded)
         with torch.no_grad(), attention_order(images.device):
             return torch.stack([x for layer in model.encode_prefix(seen)[0] for x in layer])
 
-    mask = obs.token_mask_BL
-    flat = graphs(model.paligemma, stacked, (obs.images_BNCHW, obs.tokens_BL, mask, obs.padded))
-    cache = [KVCache(keys, values) for keys, values in zip(flat[::2], flat[1::2], strict=True)]
-    return cache, F.pad(mask, (flat.shape[2] - mask.shape[1], 0), value=True)
+    flat = graphs(model.paligemma, stacked, (obs.images_BNCHW, obs.tokens_BL, obs.token_mask_BL, obs.padded))
+    return obs._replace(prefix=[KVCache(*pair) for pair in zip(flat[::2], flat[1::2], strict=True)])
 
 
 def _tokens(model: PI0, obs: Observation) -> int:

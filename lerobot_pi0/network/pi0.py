@@ -36,10 +36,6 @@ class Observation(NamedTuple):
     prefix: Sequence[KVCache] | None = None  # keys and values of images and prompt per layer, if they are known already
 
 
-Prefix = tuple[Sequence[KVCache], Tensor]
-"""Keys and values of the first block per layer, S tokens each, and which tokens are not padding, (B, S)."""
-
-
 class Context(NamedTuple):
     """Prefix and state, as the expert's action tokens see them."""
 
@@ -139,8 +135,8 @@ class PI0(nn.Module):
         mask = torch.cat([obs.token_mask_BL.new_ones(images_BSW.shape[:2]), obs.token_mask_BL], dim=1)
         return torch.cat([images_BSW.to(prompt_BLW.dtype), prompt_BLW], dim=1), mask
 
-    def encode_prefix(self, obs: Observation) -> Prefix:
-        """Keys and values of the first block.
+    def encode_prefix(self, obs: Observation) -> tuple[Sequence[KVCache], Tensor]:
+        """Keys and values of the first block per layer, and which of its tokens are not padding (B, S).
 
         A frozen VLM runs without autograd: it keeps no activations and has no backward pass. Each call checks whether
         it is frozen, since PEFT and users set `requires_grad` after construction.
@@ -154,15 +150,14 @@ class PI0(nn.Module):
             hidden = additive_mask(mask[:, None], x.dtype) if obs.padded else None
             return self.vlm.cache(x, self.vlm.rope(mask.cumsum(dim=1) - 1), hidden), mask
 
-    def context(self, obs: Observation, with_state: bool = True, prefix: Prefix | None = None) -> Context:
+    def context(self, obs: Observation, with_state: bool = True) -> Context:
         """Keys and values of prefix and state, computed once per observation.
 
         Args:
             with_state: False leaves the state's token to `velocity`. Training does this: `velocity` runs only once
                 there, so state and actions go through the expert together, which saves a second pass.
-            prefix: `encode_prefix` of the observation, if it was computed already.
         """
-        cache, mask = self.encode_prefix(obs) if prefix is None else prefix
+        cache, mask = self.encode_prefix(obs)
         state = self.state_proj(obs.state_BA.to(self.state_proj.weight.dtype))[:, None]
         if not with_state:
             return Context(cache, mask, state, padded=obs.padded)
