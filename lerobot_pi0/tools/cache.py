@@ -12,7 +12,6 @@ without pictures, on which `lerobot-train` then trains the expert. A command tha
 stopped when it is given again.
 """
 
-import contextlib
 import logging
 import math
 import shutil
@@ -36,7 +35,16 @@ from ..checkpoints.writing import locked
 from ..configuration_pi0 import PI0Config
 from ..kernels.cuda_attention import attention_order
 from ..network.attention import KVCache
-from ..training.context_store import DATASET, ContextCacheError, ContextWriter, Manifest, digest_of_vlm, made_from, pack
+from ..training.context_store import (
+    DATASET,
+    ContextCacheError,
+    ContextWriter,
+    Manifest,
+    context_shape,
+    digest_of_vlm,
+    made_from,
+    pack,
+)
 from . import ToolError
 from .cached_dataset import write_dataset
 from .data import DatasetOptions, need_pi0, need_whole, open_dataset, open_meta, preprocessor_for
@@ -89,7 +97,8 @@ def run(options: Options) -> None:
         known, rows = planned(options, config, dataset, columns, preprocessor)
         manifest = Manifest(**known, vlm_digest=digest_of_vlm(policy.origin.digests))
         check_disk(options.output, manifest)
-        with locked_folder(options.output):
+        options.output.mkdir(parents=True, exist_ok=True)
+        with locked(options.output):
             writer = ContextWriter(options.output, manifest)
             write_dataset(options.output / DATASET, dataset, columns, rows, writer.manifest)
             policy.model.paligemma.to(device)
@@ -138,11 +147,10 @@ def planned(
     sample = {key: x for key, x in dataset[0].items() if key != ACTION}
     batches = [preprocessor({**sample, "task": task}) for task in dataset.meta.tasks.index]
     cameras = [key for key in config.image_features if key in batches[0]]
-    vision = config.architecture().vlm.vision
     known = made_from(config) | {
         "cameras": cameras,
         "bits": options.bits,
-        "image_tokens": len(cameras) * (config.image_size // vision.patch_size) ** 2,
+        "image_tokens": context_shape(config, len(cameras), prompt=0)[2],
         "prompt_tokens": max(int(batch[OBS_LANGUAGE_ATTENTION_MASK].sum()) for batch in batches),
         "batch_size": options.batch_size,
         "dataset": options.dataset.repo_id,
@@ -193,14 +201,6 @@ def check_disk(folder: Path, manifest: Manifest) -> None:
             f"{folder} needs {needed / GB:.1f} GB more, and {free / GB:.1f} are free: give --output on another disk, "
             "--bits=8, or a larger --every"
         )
-
-
-@contextlib.contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
-    """Be the only one who writes into a folder, which is made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
-        yield
 
 
 def fill(

@@ -32,6 +32,7 @@ from lerobot.datasets.utils import (
 from lerobot.utils.constants import ACTION, DEFAULT_FEATURES, OBS_STATE
 from PIL import Image
 
+from ..inputs.features import colour_cameras
 from ..inputs.samples import IS_PAD
 from ..training.context_store import Manifest
 from .folder import Columns
@@ -65,7 +66,7 @@ def write_dataset(folder: Path, source: LeRobotDataset, columns: Columns, rows: 
 def make_features(source: LeRobotDataset, manifest: Manifest) -> dict[str, dict[str, Any]]:
     """LeRobot's description of the samples; the actions' says which contexts they go with."""
     features = copy.deepcopy(source.meta.features)
-    colours = {key: features[key] for key in source.meta.camera_keys if key not in source.meta.depth_keys}
+    colours = {key: features[key] for key in colour_cameras(source.meta)}
     made = {key: {"dtype": "image", "shape": x["shape"], "names": x["names"]} for key, x in colours.items()}
     action = features[ACTION]
     shape = (manifest.chunk_size, int(np.prod(action["shape"])))

@@ -10,7 +10,8 @@ from typing import Any
 
 from ..configuration_pi0 import PI0Config
 from ..network.sizes import GemmaSize
-from .memory import Load, context_shape
+from ..training.context_store import context_shape, record_bytes
+from .memory import Load
 
 
 def about(config: PI0Config, load: Load, batch: int, frames: int | None) -> dict[str, Any]:
@@ -19,13 +20,12 @@ def about(config: PI0Config, load: Load, batch: int, frames: int | None) -> dict
     Args:
         frames: of the dataset, if there is one.
     """
-    layers, both, tokens, head_dim = context_shape(config, len(load.images), load.prompt)
-    numbers = layers * both * tokens * head_dim
-    frame = numbers * (2 if config.dtype == "bfloat16" else 4)
+    shape = context_shape(config, len(load.images), load.prompt)
+    frame = record_bytes(shape, config.dtype, bits=None)
     prefix, expert = operations(config, load)
     return {
         "bytes of a frame": frame,
-        "bytes of a frame in 8 bits": numbers + 4 * layers * both * head_dim,
+        "bytes of a frame in 8 bits": record_bytes(shape, config.dtype, bits=8),
         "bytes read by a step": batch * frame,
         "frames": frames,
         "pays from step": None if frames is None else -(-frames // batch),
@@ -39,7 +39,7 @@ def operations(config: PI0Config, load: Load) -> tuple[int, int]:
     arch = config.architecture()
     vision, vlm, expert = arch.vlm.vision, arch.vlm.gemma, arch.expert
     *_, tokens_S, head_dim = context_shape(config, len(load.images), load.prompt)
-    patches = (config.image_size // vision.patch_size) ** 2
+    patches = context_shape(config, cameras=1, prompt=0)[2]
     weights = 4 * vision.width**2 + 2 * vision.width * vision.mlp_dim
     pictures = len(load.images) * patches * vision.depth * (2 * weights + 4 * vision.width * patches)
     last = tokens_S * 4 * vlm.width * head_dim  # of the last layer only keys and values

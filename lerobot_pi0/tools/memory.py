@@ -25,6 +25,7 @@ from ..kernels import absent, rounding
 from ..modeling_pi0 import PI0Policy
 from ..network.attention import KVCache
 from ..network.pi0 import Observation
+from ..training.context_store import context_shape
 from ..training.optimizers import use_fused_kernel
 
 POINTS = (1, 8, 64)
@@ -201,13 +202,6 @@ class Counter:
         self._optimizer.step()
         self._optimizer.zero_grad()
         self.policy.update()
-
-
-def context_shape(config: PI0Config, cameras: int, prompt: int) -> tuple[int, int, int, int]:
-    """Of the context of a frame: layers, keys and values, tokens, head dim."""
-    vlm = config.architecture().vlm
-    patches = (config.image_size // vlm.vision.patch_size) ** 2
-    return vlm.gemma.depth, 2, cameras * patches + prompt, vlm.gemma.head_dim
 
 
 def _policy_without_weights(config: PI0Config, adapter: Mapping[str, Any] | None) -> PI0Policy:

@@ -74,7 +74,7 @@ class Manifest:
     @property
     def name(self) -> str:
         """A digest of all fields. The dataset stores it, so that it can be matched with its contexts."""
-        return xxhash.xxh3_64_hexdigest(json.dumps(asdict(self), sort_keys=True).encode())
+        return _digest_of_json(asdict(self))
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -87,9 +87,21 @@ class Manifest:
 
     @property
     def record_bytes(self) -> int:
-        """Bytes of a frame: its numbers, and with 8 bits also a float32 scale for each channel of a layer's keys and
-        values."""
-        return self.numbers_bytes + (4 * self.layers * 2 * self.head_dim if self.bits else 0)
+        return record_bytes(self.shape, self.dtype, self.bits)
+
+
+def record_bytes(shape: tuple[int, int, int, int], dtype: str, bits: int | None) -> int:
+    """Bytes of a frame: its numbers, and with 8 bits a float32 scale for each channel of a layer's keys and values."""
+    layers, both, _, head_dim = shape
+    numbers, scales = math.prod(shape), 4 * layers * both * head_dim
+    return numbers + scales if bits else numbers * getattr(torch, dtype).itemsize
+
+
+def context_shape(config: PI0Config, cameras: int, prompt: int) -> tuple[int, int, int, int]:
+    """Shape of a frame's context: layers, keys and values, tokens, head dim."""
+    vlm = config.architecture().vlm
+    patches = (config.image_size // vlm.vision.patch_size) ** 2
+    return vlm.gemma.depth, 2, cameras * patches + prompt, vlm.gemma.head_dim
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -118,8 +130,11 @@ def read_manifest(folder: Path) -> Manifest:
 
 def digest_of_vlm(digests: Mapping[str, str]) -> str:
     """One digest of the VLM's weights, from the digests of all of a policy's weights by name."""
-    own = {name: x for name, x in digests.items() if VLM in name}
-    return xxhash.xxh3_64_hexdigest(json.dumps(own, sort_keys=True).encode())
+    return _digest_of_json({name: x for name, x in digests.items() if VLM in name})
+
+
+def _digest_of_json(content: Any) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 # --- records --------------------------------------------------------------------------------------------------------
@@ -129,8 +144,7 @@ def pack(prefix: Sequence[KVCache], mask_BS: Tensor, manifest: Manifest) -> np.n
     """Contexts as records, uint8 (B, bytes). Padding is set to zero, so that records do not depend on the batch.
 
     Args:
-        prefix: keys and values per layer, as `PI0.encode_prefix` returns them.
-        mask_BS: False on padding.
+        prefix, mask_BS: as `PI0.encode_prefix` returns them.
     """
     x_BL2SD = torch.stack([torch.stack(list(layer), dim=1) for layer in prefix], dim=1)
     x_BL2SD = torch.where(mask_BS[:, None, None, :, None], x_BL2SD, 0)
