@@ -81,15 +81,11 @@ def _gemma_layer(
     cos, sin = (angle[:, :, None] for angle in rope)
     q_BTHD = rotate(rearrange(q, "b t (h d) -> b t h d", h=attention.heads), cos, sin)
     kv = KVCache(rotate(k, *rope), v)
-    out = attention.attend(rearrange(q_BTHD, "b t h d -> b (t h) d"), kv, mask, past)
-    x = add_linear(attention.o_proj, rearrange(out, "b (t h) d -> b t (h d)", h=attention.heads), x)
+    x = attention.add(x, rearrange(q_BTHD, "b t h d -> b (t h) d"), kv, mask, past)
     gate, up = apply([mlp.gate_proj, mlp.up_proj], layer.post_attention_layernorm(x), gate_up)
     return add_linear(mlp.down_proj, F.gelu(gate, approximate="tanh") * up, x), kv
 
 
 def _siglip_layer(layer: Any, x_NPW: Tensor, qkv: Joined) -> Tensor:
-    attention = layer.self_attn
-    projected = apply([attention.q_proj, attention.k_proj, attention.v_proj], layer.layer_norm1(x_NPW), qkv)
-    q, k, v = (rearrange(x, "n p (h d) -> n h p d", h=attention.heads) for x in projected)
-    x_NPW = x_NPW + attention.out_proj(rearrange(attention.attend(q, k, v), "n h p d -> n p (h d)"))
+    x_NPW = x_NPW + layer.self_attn.attend_with(layer.layer_norm1(x_NPW), qkv)
     return x_NPW + layer.mlp(layer.layer_norm2(x_NPW))

@@ -188,6 +188,10 @@ class CudaSiglipAttention(SiglipAttention):
     def forward(self, x_NPW: Tensor) -> Tensor:
         if not saves_launches(x_NPW):
             return super().forward(x_NPW)
-        projected = project([self.q_proj, self.k_proj, self.v_proj], x_NPW)
+        return self.attend_with(x_NPW, joined_parts([self.q_proj, self.k_proj, self.v_proj]))
+
+    def attend_with(self, x_NPW: Tensor, parts: Joined) -> Tensor:
+        """The layer's output, with the joined weights of queries, keys and values."""
+        projected = apply([self.q_proj, self.k_proj, self.v_proj], x_NPW, parts)
         q, k, v = (rearrange(x, "n p (h d) -> n h p d", h=self.heads) for x in projected)
         return self.out_proj(rearrange(self.attend(q, k, v), "n h p d -> n p (h d)"))
