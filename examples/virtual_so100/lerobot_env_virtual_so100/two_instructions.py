@@ -68,16 +68,14 @@ def load(place: str, device: str) -> Callable[[dict], np.ndarray]:
 
 def play(act: Callable[[dict], np.ndarray], env, seed: int, size: int) -> Iterator[np.ndarray]:
     """An episode as the first camera sees it: uint8 (size, size, 3), from the start to the end."""
-    from lerobot.utils.constants import OBS_IMAGES, OBS_STATE
+    from lerobot.envs.utils import preprocess_observation
 
     act.reset()
     seen, _ = env.reset(seed=seed)
     over = False
     yield env.simulation.images(size, size)[0].copy()
     while not over:
-        pixels = {name: torch.from_numpy(x.copy()).permute(2, 0, 1) / 255 for name, x in seen["pixels"].items()}
-        images = {f"{OBS_IMAGES}.{name}": x for name, x in pixels.items()}
-        observation = {OBS_STATE: torch.from_numpy(seen["agent_pos"]), **images, "task": env.task_description}
+        observation = preprocess_observation(seen) | {"task": [env.task_description]}
         seen, _, terminated, truncated, _ = env.step(act(observation))
         over = terminated or truncated
         yield env.simulation.images(size, size)[0].copy()
