@@ -34,3 +34,9 @@ class Recorder(TorchDispatchMode):
             for old, new in zip(tree_leaves(kept), tree_leaves(fresh), strict=True):
                 if isinstance(old, Tensor) and old.untyped_storage()._cdata != new.untyped_storage()._cdata:
                     old.copy_(new)
+
+
+def refuse(function) -> None:
+    """In the place of a recorder: what CUDA does with an operation that cannot be captured."""
+    function()
+    raise RuntimeError("operation not permitted when stream is capturing")

@@ -6,7 +6,8 @@ from typing import ClassVar
 
 import numpy as np
 from conftest import CAMERAS, DIMS, stats, tiny_config
-from lerobot.robots import Robot, RobotConfig
+from joint_robot import JointRobot
+from lerobot.robots import RobotConfig
 
 from lerobot_pi0 import PI0Policy, make_pi0_pre_post_processors
 
@@ -22,44 +23,19 @@ class StandInConfig(RobotConfig):
     stop_after: int = 0
 
 
-class StandIn(Robot):
+class StandIn(JointRobot):
     """Keeps the actions that it gets in `received`. All objects share this list, because LeRobot makes the object."""
 
     config_class = StandInConfig
     name = "stand_in"
+    joints = JOINTS
     received: ClassVar[list[np.ndarray]] = []
 
     def __init__(self, config: StandInConfig) -> None:
-        super().__init__(config)
-        self.config, self.size, self.connected = config, config.size, False
+        super().__init__(config, ["front"], config.size)
+        self.size = config.size
         self.position = np.zeros(DIMS)
         self.draw = np.random.default_rng(0)
-
-    @property
-    def observation_features(self) -> dict:
-        return dict.fromkeys(JOINTS, float) | {"front": (self.size, self.size, 3)}
-
-    @property
-    def action_features(self) -> dict:
-        return dict.fromkeys(JOINTS, float)
-
-    @property
-    def is_connected(self) -> bool:
-        return self.connected
-
-    is_calibrated = is_connected
-
-    def connect(self, calibrate: bool = True) -> None:
-        self.connected = True
-
-    def disconnect(self) -> None:
-        self.connected = False
-
-    def calibrate(self) -> None:
-        """Nothing to calibrate."""
-
-    def configure(self) -> None:
-        """Nothing to configure."""
 
     def get_observation(self) -> dict:
         image = self.draw.integers(0, 256, (self.size, self.size, 3), dtype=np.uint8)

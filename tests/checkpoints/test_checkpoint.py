@@ -777,16 +777,22 @@ def test_kill_at_random_moments(tmp_path):
     assert set(seen) == {0, 1}
 
 
-def test_two_processes_finish_the_same_save(tmp_path, monkeypatch):
-    """Catches ranks that start from a folder with an unfinished save, and take each other's files away."""
+def leave_unfinished(folder: Path) -> PI0Policy:
+    """A save that was committed, and cut off before its files had their names; returns the policy that it is of."""
     old, new = versions()[:2]
-    folder = tmp_path / "saved"
     for step in range(100):
         old.save_pretrained(folder)
         crash(new, folder, step)
         if json.loads((folder / "config.json").read_text())["n_action_steps"] == new.config.n_action_steps:
             break
     assert (folder / f"{WEIGHTS}.new").exists()
+    return new
+
+
+def test_two_processes_finish_the_same_save(tmp_path, monkeypatch):
+    """Catches ranks that start from a folder with an unfinished save, and take each other's files away."""
+    folder = tmp_path / "saved"
+    new = leave_unfinished(folder)
     opened = writing.metadata_of
 
     def late(file):

@@ -1,6 +1,5 @@
 """Several processes at one folder, full disks and interrupted saves: the old checkpoint, the new one, or an error."""
 
-import json
 import os
 import random
 import resource
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import micro_policy
-from test_checkpoint import crash, identity, in_a_child, versions
+from test_checkpoint import identity, in_a_child, leave_unfinished, versions
 
 from lerobot_pi0 import PI0Policy
 from lerobot_pi0.checkpoints import checkpoint, writing
@@ -119,22 +118,11 @@ def test_a_full_disk(folder, limit):
     assert identity(PI0Policy.from_pretrained(folder)) == identity(versions()[0])
 
 
-def unfinished(folder: Path) -> None:
-    """A save that was committed, and cut off before its files had their names."""
-    old, new = versions()[:2]
-    for step in range(100):
-        old.save_pretrained(folder)
-        crash(new, folder, step)
-        if json.loads((folder / "config.json").read_text())["n_action_steps"] == new.config.n_action_steps:
-            break
-    assert (folder / f"{WEIGHTS}.new").exists()
-
-
 def test_a_read_only_folder_with_an_unfinished_save():
     """Catches a checkpoint on a disk that cannot be written, whose save nobody can finish, as a mixture or an error."""
     with tempfile.TemporaryDirectory() as root:  # pytest's own folder is not for other users
         folder = Path(root) / "saved"
-        unfinished(folder)
+        leave_unfinished(folder)
         new = identity(versions()[1])
         before = {*files_of(folder)}
         Path(root).chmod(0o755)

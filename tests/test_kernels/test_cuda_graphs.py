@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 from conftest import DIMS, draws, make_batch, relative, shake, small_policy
-from graph_recorder import Recorder
+from graph_recorder import Recorder, refuse
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from torch import Tensor
 
@@ -176,11 +176,6 @@ def test_large_batches_are_not_captured(gpu):
 
 def test_an_error_in_capture(gpu, caplog, monkeypatch):
     """Catches a robot that stops because its chunk cannot be captured, and a warning with each chunk."""
-
-    def refuse(function):
-        function()
-        raise RuntimeError("operation not permitted when stream is capturing")
-
     monkeypatch.setattr(sampling, "CudaGraphs", functools.partial(CudaGraphs, refuse))
     graphed, plain = policies()
     for i in range(3):

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from conftest import CAMERAS, PEFT_CLI, draws, gradients, make_batch, relative, shake, small_policy
-from graph_recorder import Recorder
+from graph_recorder import Recorder, refuse
 
 from lerobot_pi0.control import sampling
 from lerobot_pi0.kernels import cpu_attention, cpu_linear, cuda_layers, frozen_prefix
@@ -123,11 +123,6 @@ def test_sharded_weights():
 
 def test_an_error_in_capture(monkeypatch, caplog):
     """Catches a run that ends, or trains on half a context, because the VLM cannot be captured."""
-
-    def refuse(function):
-        function()
-        raise RuntimeError("operation not permitted when stream is capturing")
-
     monkeypatch.setattr(sampling, "CudaGraphs", functools.partial(CudaGraphs, refuse))
     graphed, plain = policies()
     for seed in range(2):
