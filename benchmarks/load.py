@@ -112,8 +112,9 @@ def in_process(*arguments: str | Path, takeover: bool = True, checkout: Path | N
 def compare(old: Path, pairs: int, arguments: list[str | Path]) -> None:
     """Measure this version and another in turn, and print their medians and ratios."""
     rows: dict[str, list[dict[str, float]]] = {"this": [], "old": []}
-    for _ in range(pairs):
-        for name, checkout in (("this", Path(__file__).parents[1]), ("old", old)):
+    sides = [("this", Path(__file__).parents[1]), ("old", old)]
+    for pair in range(pairs):
+        for name, checkout in sides if pair % 2 == 0 else sides[::-1]:  # what one leaves in memory meets the other
             shutil.rmtree(arguments[-1], ignore_errors=True)
             row = in_process(*arguments, checkout=checkout)
             rows[name].append(row)
