@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_WARNINGS = 1.0
 """Bounds may change actions at every tick of a control loop, but a warning is logged at most once a second."""
 
+ROUNDING = 8 * torch.finfo(torch.float32).eps
+"""How far the processors' float32 arithmetic may move a joint on its way to the robot, as a part of its size."""
+
 
 class BoundsError(ValueError):
     """Bounds that are impossible with these features or statistics."""
@@ -60,6 +63,9 @@ class ActionBounds:
 
     def __init__(self, config: PI0Config, normalisation: Normalisation) -> None:
         self.config, stats = config, normalisation.statistics
+        self._most, self._margin = (
+            None if x == math.inf else x for x in (config.max_action_step, config.action_range_margin)
+        )
         features = {**config.input_features, **config.output_features}
         features = {key: x for key, x in features.items() if key in (OBS_STATE, ACTION)}
         modes = {feature.type: normalisation.mode(feature) for feature in features.values()}
@@ -70,15 +76,17 @@ class ActionBounds:
         self._to_units = UnnormalizerProcessorStep(features, modes, wanted, eps=normalisation.epsilon)
         self._normalise = NormalizerProcessorStep(features, modes, wanted, eps=normalisation.epsilon)
         dims = features[ACTION].shape[0]
+        at_one = torch.tensor([[-1.0], [1.0]]).expand(2, dims)
+        self._scale = self._convert(self._to_units, at_one).abs().amax(dim=0)
         self.names = names_in_config(config, ACTION)
         self._relative = torch.tensor(relative_mask(config, dims)) & config.use_relative_actions
-        if config.action_range_margin is not None:
-            low, high = (wanted[ACTION][name].double() for name in ("min", "max"))
-            self._range = torch.stack([low, high]) + torch.tensor([[-1], [1]]) * config.action_range_margin * (
-                high - low
-            )
-        if config.max_action_step is not None:
-            self._check_round_trip(dims, config.max_action_step)
+        if self._margin is not None:
+            ends = torch.stack([wanted[ACTION][name].double() for name in ("min", "max")])
+            low, high = ends + torch.tensor([[-1], [1]]) * self._margin * (ends[1] - ends[0])
+            inside = torch.minimum(self._rounding(torch.maximum(low.abs(), high.abs())), (high - low) / 2)
+            self._range = torch.stack([low + inside, high - inside])
+        if self._most is not None:
+            self._check_round_trip(dims, self._most)
         self._changes: dict[str, list[Tensor]] = {}
         self._last_warning = -SECONDS_BETWEEN_WARNINGS
 
@@ -91,13 +99,13 @@ class ActionBounds:
                 f"{asked} are in the robot's units, but the policy has no statistics of {', '.join(missing)}: load a "
                 "checkpoint with its processors, or remove these options"
             )
-        if self.config.action_range_margin is not None and not {"min", "max"} <= stats[ACTION].keys():
+        if self._margin is not None and not {"min", "max"} <= stats[ACTION].keys():
             raise BoundsError(
                 "action_range_margin needs the data's min and max, which these statistics do not hold: recompute them "
                 "(lerobot-edit-dataset --operation.type=recompute_stats) and train, or use max_action_step alone"
             )
         state, action = features.get(OBS_STATE), features[ACTION]
-        if self.config.max_action_step is not None and (state is None or state.shape != action.shape):
+        if self._most is not None and (state is None or state.shape != action.shape):
             raise BoundsError(
                 f"max_action_step compares actions with measured joints, but actions have {action.shape} dims and the "
                 f"state {None if state is None else state.shape}: use action_range_margin alone"
@@ -133,7 +141,7 @@ class ActionBounds:
             FloatingPointError: an action or a measured joint is not finite.
         """
         self._refuse_bad("the policy's action for", actions_BTA, self.names)
-        if self.config.max_action_step is not None:
+        if self._most is not None:
             self._refuse_bad("the measured joint", state_BA, self.names)
         device = actions_BTA.device
         if device.type != "cpu":  # some have no float64, and each small operation would launch a kernel
@@ -141,23 +149,24 @@ class ActionBounds:
             return self.chunk(actions_BTA.cpu(), state_BA.cpu(), origin_BA).to(device)
         wanted = self._convert(self._to_units, actions_BTA)
         bounded = wanted
-        if self.config.action_range_margin is not None:
+        if self._margin is not None:
             low, high = self._range.to(wanted.device)
             bounded = torch.minimum(torch.maximum(bounded, low), high)
-            self._record_change("action_range_margin", wanted - bounded)
-        if (most := self.config.max_action_step) is not None:
+            self._record_change("action_range_margin", wanted - bounded, wanted)
+        if (most := self._most) is not None:
             in_range = bounded
             before = self._convert(self._to_units, state_BA, observed=True)
             origin = before if origin_BA is None else self._convert(self._to_units, origin_BA, observed=True)
             offset, steps = origin * self._relative.to(wanted.device), []
             for action in in_range.unbind(dim=1):
-                target = torch.minimum(torch.maximum(action + offset, before - most), before + most)
+                room = (most - 2 * self._rounding(before.abs() + most)).clamp(min=0)
+                target = torch.minimum(torch.maximum(action + offset, before - room), before + room)
                 steps.append(target - offset)
                 before = target
             bounded = torch.stack(steps, dim=1)
-            self._record_change("max_action_step", in_range - bounded)
+            self._record_change("max_action_step", in_range - bounded, before[:, None].abs() + most)
         self._warn()
-        changed = (bounded - wanted).abs() > 1e-6
+        changed = (bounded - wanted).abs() > self._rounding(wanted) / 1e3  # an action within the bounds stays as it is
         made = torch.where(changed, self._convert(self._normalise, bounded).to(actions_BTA.dtype), actions_BTA)
         self._refuse_bad("the bounded action for", made, self.names)
         return made
@@ -176,9 +185,14 @@ class ActionBounds:
             return made[TransitionKey.OBSERVATION][OBS_STATE].double()
         return step(create_transition(action=x.double()))[TransitionKey.ACTION].double()
 
-    def _record_change(self, option: str, cut_BTA: Tensor) -> None:
-        """Keep the changes that a bound made, for the next warning."""
-        if bool((cut_BTA.abs() > 1e-6).any()):
+    def _rounding(self, x: Tensor) -> Tensor:
+        """How far rounding may move a joint at `x`, in its units: a bound is kept by so much more."""
+        return ROUNDING * (x.abs() + self._scale)
+
+    def _record_change(self, option: str, cut_BTA: Tensor, at: Tensor) -> None:
+        """Keep the changes that a bound made, for the next warning; those of rounding at `at` are none."""
+        cut_BTA = torch.where(cut_BTA.abs() > 3 * self._rounding(at), cut_BTA, 0)
+        if cut_BTA.any():
             self._changes.setdefault(option, []).append(cut_BTA.abs().flatten(0, -2).cpu())
 
     def _warn(self) -> None:
@@ -187,7 +201,7 @@ class ActionBounds:
             return
         for option, cuts in self._changes.items():
             cut_NA = torch.cat(cuts)
-            worst, counts = cut_NA.amax(dim=0), (cut_NA > 1e-6).sum(dim=0)
+            worst, counts = cut_NA.amax(dim=0), (cut_NA > 0).sum(dim=0)
             found = zip(self.names, counts, worst, strict=True)
             joints = [f"{name} {n} times, by up to {x:.3g}" for name, n, x in found if n]
             logger.warning("%s=%g bounds actions: %s", option, getattr(self.config, option), "; ".join(joints))
