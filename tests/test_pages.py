@@ -75,10 +75,16 @@ def test_the_readme_is_short():
 def test_the_readme_quotes_the_page_of_hardware():
     """Catches memory in the README that is not, or no longer, in the table that `plan` writes."""
     _, _, section = (ROOT / "README.md").read_text().partition("## Does it fit my card")
-    quoted = re.findall(r"[\d.]+ GiB", section.partition("\n## ")[0])
+    section, page = section.partition("\n## ")[0], (ROOT / "docs/hardware.md").read_text()
+    quoted = re.findall(r"\| ([\d.]+ GiB) \|$", section, re.MULTILINE)
     assert len(quoted) == 3
-    page = (ROOT / "docs/hardware.md").read_text()
     assert all(f"| {memory} |" in page for memory in quoted)
+    assert f"control needs {re.search(r'Control needs .*?: ([0-9.]+ GiB)', page)[1]}" in section
+    cameras = re.search(r"are ([\d.]+) hours\nwith one camera and ([\d.]+) h with three .* ([\d.]+ TFLOP/s)", section)
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines()]
+    column = next(row for row in rows if row[0].startswith("20 000 steps")).index(cameras[3])
+    for hours, many in zip(cameras.groups(), ("1 camera", "3 cameras"), strict=False):
+        assert next(row for row in rows if row[0].startswith(f"frozen VLM, {many}"))[column] == f"{hours} h"
 
 
 def test_badges_are_true():
