@@ -15,7 +15,6 @@ from folders import make_originals
 from PIL import Image
 
 from lerobot_pi0.tools import main
-from lerobot_pi0.tools.plan import MODES
 from lerobot_pi0.tools.reports.charts import BOTTOM, TOP, Curve, chart, ticks
 from lerobot_pi0.tools.reports.markup import LOOK, Page, bar, note, picture, section, table, tag
 
@@ -41,7 +40,7 @@ def pages(tmp_path_factory) -> dict[str, Path]:
     lines = {
         "check": [own, *data],
         "check, faults": [own, "--dataset.repo_id=test/other", f"--dataset.root={root / 'other'}"],
-        "plan": [own, *data, "--batch_size=2"],
+        "plan": [own, *data, "--modes=[frozen VLM, 'LoRA, cached contexts']"],
         "open-loop": [own, *data, "--observations=6", f"--output_dir={root / 'out'}"],
     }
     files = {name: root / "pages" / f"{name}.html" for name in lines}
@@ -61,7 +60,7 @@ def parsed(file: Path) -> ET.Element:
 
 
 def text_of(tree: ET.Element) -> str:
-    return " ".join("".join(tree.itertext()).split())
+    return " ".join(" ".join(tree.itertext()).split())
 
 
 REPORTS = ("check", "check, faults", "plan", "open-loop")
@@ -87,12 +86,14 @@ def test_what_the_pages_hold(pages):
     """Catches a part that is left out: a finding, a camera, a mode, a chart."""
     trees = {name: parsed(file) for name, file in pages.items()}
     headings = {name: [x.text for x in tree.iter("h2")] for name, tree in trees.items()}
-    assert headings["check, faults"] == ["Errors", "Warnings", "Fine", "Cameras", "Joints"]
-    assert "dims" in text_of(trees["check, faults"]) and "→" in text_of(trees["check, faults"])
+    assert headings["check"] == ["Warnings", "Fine", "Cameras", "Joints"]
+    assert headings["check, faults"] == ["Errors", "Fine", "Cameras", "Joints"]
+    assert "joints action has 4 dims" in text_of(trees["check, faults"])
+    assert "→ to fine-tune for another robot" in text_of(trees["check, faults"])
     assert len(list(trees["check"].iter("img"))) == 2 * 3 and "joint_5" in text_of(trees["check"])
     assert headings["plan"] == ["The peak of a training step", "All numbers", "Cached contexts"]
     bars = [x.findtext("p/span") for x in trees["plan"].iter("div") if x.find("div[@class='bar']") is not None]
-    assert bars == list(MODES)
+    assert bars == ["frozen VLM", "LoRA, cached contexts"]
     assert headings["open-loop"] == [
         "Error by step of the chunk", "What it reacts to", "Error by joint", "Recorded and predicted"
     ]  # fmt: skip
@@ -110,7 +111,7 @@ def test_a_strangers_text(tmp_path):
     tree = parsed(tmp_path / "page.html")
     assert [x.get("src") for x in tree.iter("img")] == ["data:image/png;base64,eA=="]
     shown = HOSTILE.replace("\x1b", " ").replace("\u202e", " ")
-    assert text_of(tree).count(shown) == 15 and tree.find("body/p").get("title") == shown
+    assert text_of(tree).count(shown) == 16 and tree.find("body/p").get("title") == shown
     assert not {"\x1b", "\u202e"} & {*(tmp_path / "page.html").read_text(encoding="utf-8")} and "$body" in look
 
 

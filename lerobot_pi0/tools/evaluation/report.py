@@ -95,21 +95,20 @@ def _horizon(content: dict[str, Any]) -> Html:
 
 
 REACTIONS = """How far the chunk moves when one input is exchanged, as part of what a wholly different observation does.
-The dashed line is the threshold below which an input counts as ignored (orange), and up to four times that if the error
-does not grow by the exchange. Pictures and states come from another episode; “black” and “frozen” (grey) are what no
-camera or arm would show: a reaction to them alone does not prove that the input is used."""
+Pictures and states come from another episode. An input counts as ignored below the threshold, the dashed line, and up
+to four times that if the error does not grow by the exchange. “Black” and “frozen” are what no camera or arm would
+show: a reaction to them alone does not prove that the input is used."""
+
+JUDGED = {"b1": "used", "b2": "ignored", "b3": "not judged"}
 
 
 def _reactions(content: dict[str, Any]) -> Html:
     found = {name: x["of everything"] for name, x in content["reactions"].items() if name != "everything"}
-    widest = max(1.0, *found.values())
-    judged = {True: "b2", False: "b1"}  # ignored or not; what no robot would show is not judged
-    bars = [
-        bar(name, f"{x:.1%}", {"b3" if "," in name else judged[name in content["ignored"]]: x / widest},
-            mark=content["threshold"] / widest)
-        for name, x in found.items()
-    ]  # fmt: skip
-    return section("What it reacts to", REACTIONS, *bars)
+    widest, bars = max(1.0, *found.values()), []
+    for name, x in found.items():
+        judged = "b3" if "," in name else "b2" if name in content["ignored"] else "b1"
+        bars.append(bar(name, f"{x:.1%}", {judged: x / widest}, mark=content["threshold"] / widest))
+    return section("What it reacts to", REACTIONS, legend(JUDGED), *bars)
 
 
 def _joints(content: dict[str, Any]) -> Html:
