@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -135,21 +134,20 @@ class Browser:
 def running(program: str, folder: Path) -> Iterator[Browser]:
     """A browser whose files are in `folder`."""
     commands, answers = os.pipe(), os.pipe()
-    theirs = [fcntl.fcntl(end, fcntl.F_DUPFD, 20) for end in (commands[0], answers[1])]
+    # Chromium reads from 3 and writes to 4. Numbers above, as one of the pipes' own ends may be 3 or 4.
+    theirs = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 20) for end in (commands[0], answers[1])]
+    moves = [(os.POSIX_SPAWN_DUP2, end, number) for end, number in zip(theirs, (3, 4), strict=True)]
+    log = (os.POSIX_SPAWN_OPEN, 2, str(folder / "log.txt"), os.O_WRONLY | os.O_CREAT, 0o600)
     options = ["--headless", "--remote-debugging-pipe", "--disable-gpu", "--hide-scrollbars", "--no-first-run",
                "--disable-background-networking", f"--user-data-dir={folder}"]  # fmt: skip
     options += ["--no-sandbox"] if os.getuid() == 0 else []  # which Chromium refuses to root
-    script = f'exec "$0" "$@" 3<&{theirs[0]} 4>&{theirs[1]}'  # the numbers that it reads and writes
-    with (folder / "log.txt").open("wb") as log:
-        command = ["sh", "-c", script, program, *options]
-        process = subprocess.Popen(command, pass_fds=theirs, stdout=log, stderr=log, start_new_session=True)
+    process = os.posix_spawn(program, [program, *options], os.environ, file_actions=[*moves, log], setsid=True)
     for end in (commands[0], answers[1], *theirs):
         os.close(end)
     try:
         yield Browser(commands[1], answers[0])
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        os.killpg(process, signal.SIGKILL)  # it has not been waited for, so the number is still its own
+        os.waitpid(process, 0)
         os.close(commands[1])
         os.close(answers[0])
