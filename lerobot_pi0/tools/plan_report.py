@@ -8,6 +8,7 @@ from .reports.markup import Html, Page, bar, legend, section, table, tag
 
 GIB = 2**30
 NAMES = ("weights", "gradients", "optimizer", "activations", "peak")
+LEFT = "with {:g} GiB of the card left for CUDA and kernels"
 
 
 def facts(content: Mapping[str, Any]) -> str:
@@ -22,22 +23,19 @@ def facts(content: Mapping[str, Any]) -> str:
     )
 
 
-def rows(content: Mapping[str, Any]) -> list[list[str]]:
-    """A line for each mode under a line of names, memory in GiB; below each card the largest batch."""
-    modes = content["modes"]
-    cards = list(next(iter(modes.values()))["largest batch"]) if modes else []
-    found = [["GiB", "trained", *NAMES, "peak in", *(f"{card} GB" for card in cards)]]
-    for mode, x in modes.items():
-        memory = [f"{x[name] / GIB:.2f}" for name in NAMES]
-        batches = [str(x["largest batch"][card] or "-") for card in cards]
-        found.append([mode, f"{x['trained'] / 1e6:.1f} M", *memory, x["peak in"], *batches])
+def memory(content: Mapping[str, Any]) -> list[list[str]]:
+    """A line for each mode under a line of names, in GiB."""
+    found = [["GiB", "trained", *NAMES, "peak in"]]
+    for mode, x in content["modes"].items():
+        found.append([mode, f"{x['trained'] / 1e6:.1f} M", *(f"{x[name] / GIB:.2f}" for name in NAMES), x["peak in"]])
     return found
 
 
-def left(content: Mapping[str, Any]) -> str:
-    """What the columns of the cards say."""
-    room = f"{content['reserve_gb']:g} GiB of the card left for CUDA and kernels"
-    return f"under each card: the largest batch, with {room}"
+def batches(content: Mapping[str, Any]) -> list[list[str]]:
+    """A line for each mode under a line of cards: the largest batch."""
+    modes = list(content["modes"].values())
+    found = [[f"{card} GB" for card in modes[0]["largest batch"]] if modes else []]
+    return found + [[str(batch or "-") for batch in x["largest batch"].values()] for x in modes]
 
 
 def notes(content: Mapping[str, Any]) -> list[str]:
@@ -48,13 +46,14 @@ def notes(content: Mapping[str, Any]) -> list[str]:
 def as_text(content: Mapping[str, Any]) -> str:
     """What is printed: the counts as a table."""
     lines = [facts(content), ""]
-    widths = [max(map(len, column)) for column in zip(*rows(content), strict=True)]
-    for row in rows(content):
+    rows = [a + b for a, b in zip(memory(content), batches(content), strict=True)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
         cells = [
             cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
-    lines += ["", left(content)]
+    lines += ["", f"under each card: the largest batch, {LEFT.format(content['reserve_gb'])}"]
     if found := notes(content):
         lines += ["", *found]
     return "\n".join(lines)
@@ -62,10 +61,11 @@ def as_text(content: Mapping[str, Any]) -> str:
 
 def page(content: Mapping[str, Any]) -> Page:
     """The page: bars to compare modes, then all numbers."""
-    head, *lines = rows(content)
+    cards = [[mode, *row] for mode, row in zip(["", *content["modes"]], batches(content), strict=True)]
     sections = [
         section("The peak of a training step", COUNTED, legend(PARTS), *_bars(content)),
-        section("All numbers", f"In GiB; {left(content)}.", table(head, lines)),
+        section("Cards", f"The largest batch, {LEFT.format(content['reserve_gb'])}.", table(cards)),
+        section("All numbers", "", table(memory(content))),
     ]
     if cached := notes(content):
         sections.append(section("Cached contexts", "", *(tag("p", line) for line in cached)))

@@ -86,12 +86,12 @@ def test_what_the_pages_hold(pages):
     """Catches a part that is left out: a finding, a camera, a mode, a chart."""
     trees = {name: parsed(file) for name, file in pages.items()}
     headings = {name: [x.text for x in tree.iter("h2")] for name, tree in trees.items()}
-    assert headings["check"] == ["Warnings", "Fine", "Cameras", "Joints"]
-    assert headings["check, faults"] == ["Errors", "Fine", "Cameras", "Joints"]
+    assert headings["check"] == ["Warnings", "Cameras", "Joints", "Fine"]
+    assert headings["check, faults"] == ["Errors", "Cameras", "Joints", "Fine"]
     assert "joints action has 4 dims" in text_of(trees["check, faults"])
     assert "→ to fine-tune for another robot" in text_of(trees["check, faults"])
     assert len(list(trees["check"].iter("img"))) == 2 * 3 and "joint_5" in text_of(trees["check"])
-    assert headings["plan"] == ["The peak of a training step", "All numbers", "Cached contexts"]
+    assert headings["plan"] == ["The peak of a training step", "Cards", "All numbers", "Cached contexts"]
     bars = [x.findtext("p/span") for x in trees["plan"].iter("div") if x.find("div[@class='bar']") is not None]
     assert bars == ["frozen VLM", "LoRA, cached contexts"]
     assert headings["open-loop"] == [
@@ -103,7 +103,7 @@ def test_a_strangers_text(tmp_path):
     """Catches a name of a joint, a camera or a task that becomes markup, or moves the cursor of a terminal."""
     picture_, look = picture(b"x", HOSTILE), LOOK.read_text(encoding="utf-8")
     sections = [
-        section(HOSTILE, HOSTILE), note("error", HOSTILE, HOSTILE, HOSTILE), table([HOSTILE], [[HOSTILE]]),
+        section(HOSTILE, HOSTILE), note("error", HOSTILE, HOSTILE, HOSTILE), table([[HOSTILE], [HOSTILE]]),
         bar(HOSTILE, HOSTILE, {"b1": 0.5}), picture_, tag("p", HOSTILE, title=HOSTILE),
         chart([Curve(np.arange(2), np.ones(2), "c1")], HOSTILE, HOSTILE, 0, 1),
     ]  # fmt: skip

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..data import dim_names
 from ..folder import short
-from ..reports.markup import Html, Page, grid, note, picture, section, table, tag
+from ..reports.markup import Html, Page, note, picture, section, strip, table, tag
 from .subject import ERROR, FINE, WARNING, Finding, Subject
 
 TITLES = {ERROR: "Errors", WARNING: "Warnings", FINE: "Fine"}
@@ -39,16 +39,16 @@ def as_text(findings: list[Finding]) -> str:
 
 
 def page(subject: Subject, findings: list[Finding], name: str) -> Page:
-    """The page: findings, then what there is to see of the dataset."""
+    """The page: what to look after, what there is to see of the dataset, and what is fine."""
     episodes, source = np.unique(subject.columns.episode), subject.trained.source
     facts = f"{len(episodes)} episodes, {len(subject.columns.episode)} frames at {subject.dataset.meta.fps} fps, "
     facts += f"beside {source}." if source else "for a policy from scratch."
-    graded = {grade: [finding for finding in findings if finding.grade == grade] for grade in TITLES}
     sections = [
         tag("p", tag("b", summary(findings))),
-        *(section(TITLES[grade], "", *map(_note, found)) for grade, found in graded.items() if found),
+        *_graded(findings, ERROR, WARNING),
         section("Cameras", CAMERAS, *(_camera(subject, key) for key in subject.dataset.cameras)),
         section("Joints", JOINTS, *(_joints(subject, key) for key in (OBS_STATE, ACTION))),
+        *_graded(findings, FINE),
     ]
     return Page(f"check: {name}", facts, sections)
 
@@ -57,12 +57,15 @@ CAMERAS = "One episode's middle frame each. From these pictures alone, would you
 JOINTS = "What was recorded, in the dataset's own unit. Half of the values lie between the quarters."
 
 
-def _note(finding: Finding) -> Html:
-    return note(finding.grade, finding.message, finding.about, finding.remedy)
+def _graded(findings: list[Finding], *grades: str) -> Iterator[Html]:
+    for grade in grades:
+        notes = [note(grade, x.message, x.about, x.remedy) for x in findings if x.grade == grade]
+        if notes:
+            yield section(TITLES[grade], "", *notes)
 
 
 def _camera(subject: Subject, key: str) -> Html:
-    return tag("div", tag("h3", key), grid(*_pictures(subject, key)))
+    return tag("div", tag("h3", key), strip(*_pictures(subject, key)))
 
 
 def _pictures(subject: Subject, key: str) -> Iterator[Html]:
@@ -92,4 +95,4 @@ def _joints(subject: Subject, key: str) -> Html:
     quarters_QD = np.quantile(values_ND, (0, 0.25, 0.5, 0.75, 1), axis=0) if len(values_ND) else np.empty((5, 0))
     named = zip(dim_names(subject.dataset, key), quarters_QD.T, strict=False)
     rows = [[name, *(f"{x:.3g}" for x in quarters)] for name, quarters in named]
-    return tag("div", tag("h3", key), table(["joint", "least", "quarter", "median", "quarter", "most"], rows))
+    return tag("div", tag("h3", key), table([["joint", "least", "quarter", "median", "quarter", "most"], *rows]))

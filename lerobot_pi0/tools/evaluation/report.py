@@ -46,6 +46,11 @@ def below(content: dict[str, Any]) -> str:
     return f"A policy that learned stays below both others; this one does not at steps {ranges(over)} of {steps}."
 
 
+def sentence(verdict: str) -> str:
+    """A verdict with its subject."""
+    return verdict if verdict.startswith("good") else f"This policy {verdict}"
+
+
 def as_text(content: dict[str, Any]) -> str:
     """What is printed."""
     error = ", ".join(f"{name} {value:.3f}" for name, value in content["error"].items())
@@ -58,7 +63,7 @@ def as_text(content: dict[str, Any]) -> str:
         f"rattles (more than 1.5 times as rough as recorded): {', '.join(content['rattling']) or 'no joint'}",
         *(f"reacts to {name}: {x['of everything']:.1%}" for name, x in content["reactions"].items()),
         "",
-        *(f"This policy {verdict}" if not verdict.startswith("good") else verdict for verdict in content["verdicts"]),
+        *map(sentence, content["verdicts"]),
     ]
     return "\n".join(lines)
 
@@ -72,7 +77,7 @@ def page(content: dict[str, Any], drawn: dict[str, Any], plots: int) -> Page:
         f"It moves {content['way']:.0%} of the recorded way. Seed {content['seed']}."
     )
     sections = [
-        *(note(grade(verdict), verdict) for verdict in content["verdicts"]),
+        *(note(grade(verdict), sentence(verdict)) for verdict in content["verdicts"]),
         _horizon(content),
         _reactions(content),
         _joints(content),
@@ -114,7 +119,7 @@ def _reactions(content: dict[str, Any]) -> Html:
 def _joints(content: dict[str, Any]) -> Html:
     errors = {**content["error by joint"], "all": content["error"]}
     rows = [[joint, *(f"{x[name]:.3f}" for name in COLOURS)] for joint, x in errors.items()]
-    return section("Error by joint", "In deviations of the actions in training.", table(["joint", *COLOURS], rows))
+    return section("Error by joint", "In deviations of the actions in training.", table([["joint", *COLOURS], *rows]))
 
 
 def _episode(drawn: dict[str, Any], number: int) -> Html:

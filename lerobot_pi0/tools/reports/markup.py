@@ -7,7 +7,7 @@ one file, whose Content-Security-Policy forbids a browser to load anything else 
 import base64
 import html
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import NamedTuple
@@ -47,9 +47,9 @@ def note(grade: str, text: str, about: str = "", remedy: str = "") -> Html:
     return tag("div", tag("p", *head, text), *([tag("p", "→ ", remedy)] if remedy else []), class_=f"note {grade}")
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> Html:
-    """Names in the first column, numbers in the others. A wide table scrolls by itself, with keys too."""
-    lines = [tag("tr", *(tag("th", x) for x in head)), *(tag("tr", *(tag("td", x) for x in row)) for row in rows)]
+def table(rows: Sequence[Sequence[str]]) -> Html:
+    """Names in the first row and column, numbers in the others. A wide table scrolls by itself, with keys too."""
+    lines = [tag("tr", *(tag("td" if i else "th", x) for x in row)) for i, row in enumerate(rows)]
     return tag("div", tag("table", *lines), class_="wide", tabindex=0)
 
 
@@ -76,9 +76,14 @@ def picture(data: bytes, alt: str, kind: str = "png") -> Html:
     return tag("figure", Html(f'<img src="{source}" alt="{escaped(alt)}" />'), tag("figcaption", alt))
 
 
-def grid(*inside: Html) -> Html:
-    """Pictures or charts beside each other where there is room, else one below the other."""
-    return tag("div", *inside, class_="grid")
+def strip(*pictures: Html) -> Html:
+    """Pictures in rows of three, on a phone too."""
+    return tag("div", *pictures, class_="strip")
+
+
+def grid(*charts: Html) -> Html:
+    """Charts beside each other where there is room, else one below the other."""
+    return tag("div", *charts, class_="grid")
 
 
 class Page(NamedTuple):
