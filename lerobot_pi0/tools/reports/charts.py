@@ -39,10 +39,10 @@ def chart(curves: Sequence[Curve], heading: str, x: str, low: float, high: float
     last, high = max(last, first + 1e-6), max(high, low + 1e-6)
 
     def across(value: float | np.ndarray) -> np.ndarray:
-        return np.interp(value, (first, last), (LEFT, RIGHT)).round(1)
+        return np.asarray(np.interp(value, (first, last), (LEFT, RIGHT))).round(1)
 
     def up(value: float | np.ndarray) -> np.ndarray:
-        return np.interp(value, (low, high), (BOTTOM, TOP)).round(1)
+        return np.asarray(np.interp(value, (low, high), (BOTTOM, TOP))).round(1)
 
     inside = [tag("text", heading, x=LEFT, y=14, class_="heading")]
     for value in ticks(low, high):
