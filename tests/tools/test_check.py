@@ -4,6 +4,8 @@ import json
 import logging
 import re
 import shutil
+import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -73,8 +75,12 @@ def clean(tmp_path_factory):
 
 def findings(capsys, root, policy, *more: str) -> tuple[int, list[dict]]:
     where = [policy] if str(policy).startswith("--") else [f"--policy.path={policy}"]
-    status = main(["check", *where, "--dataset.repo_id=test/checked", f"--dataset.root={root}", "--json", *more])
-    return status, json.loads(capsys.readouterr().out)["findings"]
+    where += ["--dataset.repo_id=test/checked", f"--dataset.root={root}"]
+    status = main(["check", *where, "--json", f"--html={root}.html", *more])
+    found = json.loads(capsys.readouterr().out)["findings"]
+    page = ET.fromstring(Path(f"{root}.html").read_text(encoding="utf-8"))
+    assert len(page.findall(".//section/div[@class='note error']")) == sum(x["grade"] == "error" for x in found)
+    return status, found
 
 
 def serious(found: list[dict]) -> dict[str, str]:
