@@ -4,7 +4,7 @@ READY := .venv/.ready
 # A process for each core, each with whole files: what a file sets up is set up once.
 SPREAD := -n auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: help setup demo so100 test test-all finish test-next test-lerobot bench bench-gpu gpu-wheels lint format clean
+.PHONY: help setup browser demo so100 test test-all finish test-next test-lerobot bench bench-gpu gpu-wheels lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## / - /' | sort
@@ -15,6 +15,9 @@ $(READY): pyproject.toml examples/virtual_so100/pyproject.toml scripts/setup.sh
 	sh scripts/setup.sh
 	@touch $@
 
+browser:  ## a Chromium for the tests that look at reports, if it can be installed
+	@sh scripts/browser.sh
+
 demo: setup  ## simulate an SO-100, record demonstrations, train π₀, evaluate it (ARGS='--help' for options)
 	$(PYTHON) -m lerobot_env_virtual_so100.demo $(ARGS)
 
@@ -24,7 +27,7 @@ so100: setup  ## the way of a user with two arms, virtual ones: record, train, r
 test: setup  ## fast tests, on CPU, without network
 	$(PYTHON) -m pytest $(SPREAD) $(ARGS)
 
-test-all: setup  ## slow tests too
+test-all: setup browser  ## slow tests too
 	$(PYTHON) -m pytest -m '' $(ARGS)
 
 finish: setup  ## the package from its wheel, in a bare environment, through all that a user does

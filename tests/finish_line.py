@@ -19,7 +19,7 @@ from pathlib import Path
 from lerobot_env_virtual_so100 import audit
 from lerobot_env_virtual_so100.cell import Cell
 from lerobot_env_virtual_so100.commands import PATIENCE, Command
-from lerobot_env_virtual_so100.constants import FPS
+from lerobot_env_virtual_so100.constants import CAMERAS, FPS
 from lerobot_env_virtual_so100.way import Way
 
 REPO = "local/finish_line"
@@ -51,8 +51,9 @@ class Line:
     # Without an arm -------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        said = self.do("lerobot-pi0", "check", *self.dataset, *TINY, name="check")
-        assert "0 error" in said.splitlines()[-1], said
+        page = self.folder / "check.html"
+        said = self.do("lerobot-pi0", "check", *self.dataset, *TINY, f"--html={page}", name="check")
+        assert "0 error" in said and page.read_text().count("<img ") == len(CAMERAS), said
 
     def train_kill_resume(self) -> None:
         """Train, end training with SIGKILL after a checkpoint, and resume from there to the last step."""

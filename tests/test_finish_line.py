@@ -23,7 +23,7 @@ def programs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bare")
     package = bare_environment.build_wheel(ROOT, OURS, folder / "package")
     arm = bare_environment.build_wheel(ROOT / "examples" / "virtual_so100", ["."], folder / "arm")
-    return bare_environment.make(folder / "environment", {package: ["serve", "report"], arm: []})
+    return bare_environment.make(folder / "environment", {package: ["serve"], arm: []})
 
 
 def outside() -> dict[str, str]:

@@ -41,7 +41,7 @@ def wheel(tmp_path_factory) -> Path:
 
 
 def test_wheel(wheel):
-    """Catches a build back end that normalises the name, and modules that are missing in the wheel."""
+    """Catches a build back end that normalises the name, and modules or templates that are missing in the wheel."""
     with zipfile.ZipFile(wheel) as archive:
         files = set(archive.namelist())
         (metadata,) = [name for name in files if name.endswith(".dist-info/METADATA")]
@@ -51,11 +51,10 @@ def test_wheel(wheel):
     assert fields["License-Expression"] == "Apache-2.0"
     requirements = [line.replace(" ", "") for line in fields.get_all("Requires-Dist")]
     assert any(line.startswith("lerobot[") and "<0.6.2" in line and ">=0.6.1" in line for line in requirements)
-    modules = {name for name in files if name.endswith(".py")}
+    packed = {name for name in files if ".dist-info/" not in name}
     list_tracked = ["git", "ls-files", "lerobot_pi0", NAME]
     tracked = subprocess.run(list_tracked, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert modules == {name for name in tracked.stdout.split() if name.endswith(".py")}
-    assert f"{NAME}/__init__.py" in modules
+    assert packed == {*tracked.stdout.split()} > {f"{NAME}/__init__.py", "lerobot_pi0/tools/reports/report.html"}
 
 
 def test_wheel_is_discovered(wheel, tmp_path):

@@ -1,4 +1,4 @@
-"""`scripts/setup.sh` on other systems, simulated by a PATH of our own and a Python that only logs its calls."""
+"""`scripts/setup.sh` and `browser.sh` on other systems, simulated by a PATH of our own; Python only logs its calls."""
 
 import os
 import shutil
@@ -7,20 +7,21 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "setup.sh"
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 TOOLS = ("sh", "dirname", "grep", "cat")  # what the script takes from every system
 EGL = "\tlibEGL.so.1 (libc6,x86-64) => /lib/libEGL.so.1\n\tlibEGL_{}.so.0 (libc6,x86-64) => /lib/libEGL_{}.so.0\n"
 
 
 @pytest.fixture
 def setup(tmp_path):
-    """Run the script with these programs in PATH, {name: body in sh}, and no others but TOOLS.
+    """Run a script with these programs in PATH, {name: body in sh}, and no others but TOOLS.
 
     Returns its status, what it printed, and the logged calls.
     """
     root, programs, calls = tmp_path / "project", tmp_path / "bin", tmp_path / "calls"
     (root / "scripts").mkdir(parents=True)
-    shutil.copy(SCRIPT, root / "scripts")
+    for name in ("setup.sh", "browser.sh"):
+        shutil.copy(SCRIPTS / name, root / "scripts")
     programs.mkdir()
     calls.touch()
 
@@ -29,7 +30,7 @@ def setup(tmp_path):
         file.write_text(f'#!/bin/sh\nnote() {{ echo "$@" >> {calls}; }}\n{body}\n')
         file.chmod(0o755)
 
-    def run(venv: bool = True, **fakes: str) -> tuple[int, str, list[str]]:
+    def run(venv: bool = True, script: str = "setup.sh", **fakes: str) -> tuple[int, str, list[str]]:
         for tool in TOOLS:
             (programs / tool).symlink_to(shutil.which(tool))
         for name, body in ({"id": "echo 0", "uname": "echo Linux"} | fakes).items():
@@ -37,7 +38,7 @@ def setup(tmp_path):
         if venv:
             write(root / ".venv/bin/python", 'note python "$@"')
         done = subprocess.run(
-            ["sh", root / "scripts/setup.sh"], env={"PATH": str(programs)}, capture_output=True, text=True, timeout=120
+            ["sh", root / "scripts" / script], env={"PATH": str(programs)}, capture_output=True, text=True, timeout=120
         )
         return done.returncode, done.stdout + done.stderr, calls.read_text().splitlines()
 
@@ -104,3 +105,26 @@ def test_without_ldconfig(setup, tmp_path):
     status, said, calls = setup()
     assert status == 0 and installed(calls)
     assert "cannot render" not in said
+
+
+# --- browser.sh: the step that only `make test-all` takes -------------------------------------------------------
+
+
+def test_a_browser_that_is_there(setup):
+    """Catches a package that is installed although the machine has a browser under another name."""
+    status, said, calls = setup(script="browser.sh", google_chrome="exit 1", apt_get='note apt-get "$@"')
+    assert (status, said, calls) == (0, "", [])
+
+
+def test_a_browser_from_debian(setup):
+    """Catches a package index that is not updated before."""
+    status, _, calls = setup(script="browser.sh", apt_get='note apt-get "$@"')
+    assert status == 0 and calls[0] == "apt-get update -qq" and calls[1].endswith(" chromium") and len(calls) == 2
+
+
+@pytest.mark.parametrize("apt_get", [None, "exit 100"])
+def test_no_browser_and_no_way_to_get_it(setup, apt_get):
+    """Catches slow tests that all fail, or look as if they had passed, where there is no browser."""
+    status, said, calls = setup(script="browser.sh", **({} if apt_get is None else {"apt_get": apt_get}))
+    assert status == 0 and not calls
+    assert "Chromium is missing" in said and "skips these" in said and "dnf install chromium" in said

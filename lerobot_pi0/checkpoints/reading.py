@@ -140,7 +140,7 @@ def fill(
     digests = read_tensors(targets, found, hashed)
     module.load_state_dict(targets, strict=False, assign=True)
     last = sorted(names & rounded.keys())
-    of_rounded = zip(last, in_threads(read_and_round, last), strict=True)
+    of_rounded = zip(last, in_threads(read_and_round, last, "rounding the VLM"), strict=True)
     return digests | {name: digest for name, digest in of_rounded if name in hashed}
 
 
@@ -153,7 +153,7 @@ def read_tensors(
         return _read(targets[name], found[name], name if name in hashed else None)
 
     names = sorted(targets, key=lambda name: -targets[name].numel())  # the largest last would leave one thread alone
-    digests = dict(zip(names, in_threads(read, names), strict=True))
+    digests = dict(zip(names, in_threads(read, names, "reading weights"), strict=True))
     return {name: digest for name, digest in digests.items() if name in hashed}
 
 

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import xxhash
 from torch import Tensor
+from tqdm import tqdm
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """safetensors' names of the types that weights come in; in its files the wider come first, so that all are aligned."""
@@ -26,14 +27,22 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 PART = 2**20
 """Bytes handled at a time: they fit the cache, and a call from Python costs little compared with the work on them."""
 
+PATIENCE = 2.0
+"""Seconds after which work on many tensors shows its progress."""
+
 SURE = 10**9
 """Nanoseconds after which another change of a file surely has another time."""
 
 
-def in_threads[T, R](work: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """Results in the order of `items`. The first error is raised, and what has not begun then never does."""
+def in_threads[T, R](work: Callable[[T], R], items: Sequence[T], doing: str) -> list[R]:
+    """Results in the order of `items`. The first error is raised, and what has not begun then never does.
+
+    Args:
+        doing: what the progress bar says, of work that takes longer than `PATIENCE`.
+    """
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        return list(pool.map(work, items))
+        results = pool.map(work, items)
+        return list(tqdm(results, doing, len(items), unit="tensor", delay=PATIENCE, leave=False))
 
 
 def bytes_of(x: Tensor) -> np.ndarray:

@@ -213,7 +213,9 @@ def write_tensors(
     offsets = dict(zip(names, [begin, *(begin + end for end in ends)], strict=False))
     with file.open("wb") as opened:
         opened.truncate(begin + (ends[-1] if ends else 0))
-    written = in_threads(lambda name: _write_numbers(file, offsets[name], name, tensors[name]), names)
+    written = in_threads(
+        lambda name: _write_numbers(file, offsets[name], name, tensors[name]), names, "writing weights"
+    )
     found = dict(zip(names, written, strict=True))
     with file.open("r+b") as opened:
         opened.write(_header(names, tensors, {**metadata, digests: json.dumps(found)}))

@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lerobot.configs import FeatureType, PreTrainedConfig
@@ -32,8 +33,8 @@ from ..inputs.pipelines import rename_cameras, run_of
 from ..inputs.samples import leave_out_depth
 from ..inputs.steps import PI0TokenizerStep, TokenizerError, load_tokenizer
 from . import ToolError
-from .checks import CHECKS, NEED_FRAMES
-from .checks.subject import ERROR, FINE, WARNING, Finding, Subject, Trained
+from .checks import CHECKS, NEED_FRAMES, report
+from .checks.subject import ERROR, Finding, Subject, Trained
 from .data import DatasetOptions, build_pipelines, need_pi0, open_recording
 from .folder import short
 
@@ -57,6 +58,8 @@ class Options:
     card_gb: float | None = None
     # Samples per step on that card, as lerobot-train takes it.
     batch_size: int = 8
+    # Write a page of HTML too, with pictures of the cameras: the name of its file.
+    html: Path | None = None
     # Print JSON.
     json: bool = False
 
@@ -68,12 +71,15 @@ def run(options: Options) -> int:
         CheckpointError, ToolError: policy, dataset or robot cannot be read at all.
     """
     with _said_by_findings(statistics.logger):
-        findings = list(check(options))
-    counts = {grade: sum(finding.grade == grade for finding in findings) for grade in (ERROR, WARNING, FINE)}
+        subject = open_subject(options)
+        findings = [finding for question in CHECKS for finding in answers(subject, question)]
+    counts = report.counts(findings)
+    if options.html is not None:
+        report.page(subject, findings, options.dataset.repo_id).write(options.html)
     if options.json:
         print(json.dumps({"counts": counts, "findings": [finding._asdict() for finding in findings]}, indent=2))
     else:
-        print(plain(as_text(findings), keep="\n"))
+        print(plain(report.as_text(findings), keep="\n"))
     return 1 if counts[ERROR] else 0
 
 
@@ -87,8 +93,8 @@ def _said_by_findings(logger: logging.Logger) -> Iterator[None]:
         logger.removeFilter(below)
 
 
-def check(options: Options) -> Iterable[Finding]:
-    """Run all checks.
+def open_subject(options: Options) -> Subject:
+    """Policy, dataset and robot, as training would put them together.
 
     Raises:
         CheckpointError, ToolError: policy, dataset or robot cannot be read at all.
@@ -106,7 +112,7 @@ def check(options: Options) -> Iterable[Finding]:
     take_names(config, dataset.meta)
     take_checkpoint(config, dataset, options.rename_map)
     trained = read_trained(config)
-    subject = Subject(
+    return Subject(
         config=config,
         keeps_features=keeps_features,
         trained=trained,
@@ -118,8 +124,6 @@ def check(options: Options) -> Iterable[Finding]:
         card_gb=options.card_gb,
         batch_size=options.batch_size,
     )
-    for question in CHECKS:
-        yield from answers(subject, question)
 
 
 def answers(subject: Subject, question: Callable[[Subject], Iterable[Finding]]) -> Iterable[Finding]:
@@ -199,15 +203,3 @@ def make_robot(config: RobotConfig | None) -> Robot | None:
         return make_robot_from_config(config)
     except Exception as error:  # drivers raise errors of many kinds
         raise ToolError(f"--robot.type={config.type} cannot be set up: {error}") from error
-
-
-def as_text(findings: list[Finding]) -> str:
-    """The findings as text, errors first."""
-    lines = []
-    for grade in (ERROR, WARNING, FINE):
-        for finding in findings:
-            if finding.grade == grade:
-                lines.append(f"{grade:8} {finding.about:12} {finding.message}")
-                lines += [f"{'':21} → {finding.remedy}"] if finding.remedy else []
-    counts = [f"{sum(x.grade == grade for x in findings)} {grade}" for grade in (ERROR, WARNING, FINE)]
-    return "\n".join([*lines, "", ", ".join(counts)])

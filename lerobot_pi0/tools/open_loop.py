@@ -9,13 +9,12 @@ actions, beside two policies that need no network: hold still, and always the me
 one by one, with everything else and the noise the same: the instruction by another, a camera's picture by black and
 by one of another episode, the state by the episode's first and by another episode's. A policy whose chunk does not
 move, or hardly and without an error that grows, ignores that input and is told so. Writes report.html, which needs no
-other file, and report.json.
+other file and no network, and report.json.
 
 Axes: N observations, T steps of a chunk, A joints.
 """
 
 import json
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,8 +32,6 @@ from .evaluation.intervals import training_spread
 from .evaluation.measure import by_resizing, measure, rattle
 from .evaluation.predictions import Runner
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass
 class Options:
@@ -45,6 +42,8 @@ class Options:
     policy: PreTrainedConfig | None = None
     # Folder for report.html and report.json.
     output_dir: Path = Path("outputs/open_loop")
+    # The page in another file than report.html of that folder.
+    html: Path | None = None
     # Observations to predict from, spread evenly over the episodes.
     observations: int = 64
     # Episodes to draw.
@@ -67,9 +66,8 @@ def run(options: Options) -> None:
 
     Raises:
         CheckpointError: the policy cannot be loaded.
-        ToolError: there is no such dataset, or matplotlib is missing.
+        ToolError: there is no such dataset.
     """
-    report.need_matplotlib()
     config = need_pi0(options.policy)
     if config.pretrained_path is None:
         raise ToolError("a policy without weights has nothing to show: give --policy.path=CHECKPOINT")
@@ -97,6 +95,5 @@ def run(options: Options) -> None:
     }
     options.output_dir.mkdir(parents=True, exist_ok=True)
     (options.output_dir / "report.json").write_text(json.dumps(content, indent=2) + "\n")
-    (options.output_dir / "report.html").write_text(report.as_html(content, drawn, options.plots))
+    report.page(content, drawn, options.plots).write(options.html or options.output_dir / "report.html")
     print(json.dumps(content, indent=2) if options.json else plain(report.as_text(content), keep="\n"))
-    logger.info("wrote %s", options.output_dir / "report.html")

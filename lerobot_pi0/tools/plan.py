@@ -13,8 +13,8 @@ these.
 import copy
 import json
 import logging
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
@@ -26,13 +26,13 @@ from tqdm import tqdm
 from ..configuration_pi0 import PI0Config
 from ..inputs.features import colour_cameras
 from ..inputs.steps import TokenizerError, load_tokenizer
-from . import ToolError, cached_plan
+from . import ToolError, cached_plan, plan_report
 from .data import DatasetOptions, need_pi0, open_meta
 from .memory import Count, Counter, Load, count, largest_batch
+from .plan_report import GIB
 
 logger = logging.getLogger(__name__)
 
-GIB = 2**30
 RESERVE_GB = 1.0
 DIMS = 6
 """Dims of state and actions, where the policy has no robot yet. They cost no memory: both are padded anyway."""
@@ -81,6 +81,8 @@ class Options:
     cards_gb: list[float] = field(default_factory=lambda: [8, 12, 16, 24, 48, 80])
     # Memory of a card to leave for CUDA, kernels and gaps between tensors, in GiB. A guess, not measured.
     reserve_gb: float = RESERVE_GB
+    # Write a page of HTML too: the name of its file.
+    html: Path | None = None
     # Print JSON.
     json: bool = False
 
@@ -118,7 +120,9 @@ def run(options: Options) -> None:
         "modes": rows,
         "contexts": cached_plan.about(config, load, options.batch_size, frames),
     }
-    print(json.dumps(content, indent=2) if options.json else as_text(content))
+    if options.html is not None:
+        plan_report.page(content).write(options.html)
+    print(json.dumps(content, indent=2) if options.json else plan_report.as_text(content))
 
 
 def default_modes(config: PI0Config) -> list[str]:
@@ -202,37 +206,3 @@ def counted(
         return count(counter, load, batch), counter.trained()
     except (ImportError, ValueError) as error:
         raise ToolError(str(error)) from error
-
-
-def as_text(content: Mapping[str, Any]) -> str:
-    """The counts as a table, memory in GiB."""
-    modes = content["modes"]
-    cameras = ", ".join(f"{height} x {width}" for height, width in content["cameras"])
-    lines = [
-        f"π₀ {content['policy']}, {content['dtype']}, batch {content['batch_size']}, "
-        f"{len(content['cameras'])} cameras ({cameras}), {content['prompt_tokens']} prompt tokens, "
-        f"flow_samples={content['flow_samples']}"
-        + (f", VLM in {content['vlm_quantization']}" if content["vlm_quantization"] else "")
-        + (", gradient checkpointing" if content["gradient_checkpointing"] else ""),
-        "",
-    ]
-    names = ("weights", "gradients", "optimizer", "activations", "peak")
-    cards = list(next(iter(modes.values()))["largest batch"]) if modes else []
-    rows = [["GiB", "trained", *names, "peak in", *(f"{card} GB" for card in cards)]]
-    for mode, found in modes.items():
-        memory = [f"{found[name] / GIB:.2f}" for name in names]
-        batches = [str(found["largest batch"][card] or "-") for card in cards]
-        rows.append([mode, f"{found['trained'] / 1e6:.1f} M", *memory, found["peak in"], *batches])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    lines += [
-        "",
-        f"under each card: the largest batch, with {content['reserve_gb']:g} GiB of the card left for CUDA and kernels",
-    ]
-    if any("cached" in mode for mode in modes):
-        lines += ["", *cached_plan.as_lines(content["contexts"])]
-    return "\n".join(lines)

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from progress import bars
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
-from lerobot_pi0.checkpoints import reading
+from lerobot_pi0.checkpoints import reading, tensor_bytes
 from lerobot_pi0.checkpoints.errors import CorruptCheckpointError
 from lerobot_pi0.checkpoints.reading import SERIAL, Stored, fill, index_tensors, read_tensors
 from lerobot_pi0.checkpoints.tensor_bytes import DTYPES, PART, digest, is_finite
@@ -74,6 +75,16 @@ def test_types_may_differ_in_a_file_and_between_shards(tmp_path):
     write_tensors({name: x for name, x in tensors.items() if name >= "t5"}, files[1], {}, "lerobot_pi0.digests")
     found = loaded(files)
     assert all(torch.equal(found[name], x.float()) for name, x in tensors.items())
+
+
+def test_what_takes_long_shows_its_progress(tmp_path, monkeypatch, capsys):
+    """Catches a disk that is slow and a command that seems to hang; and bars that flash by where nothing takes long."""
+    tensors = {"a": torch.ones(3), "b": torch.ones(5)}
+    for patience, shown in ((0.0, {"writing weights", "reading weights"}), (60.0, set())):
+        monkeypatch.setattr(tensor_bytes, "PATIENCE", patience)
+        write_tensors(tensors, tmp_path / "1.safetensors", {}, "lerobot_pi0.digests")
+        loaded([tmp_path / "1.safetensors"])
+        assert bars(capsys.readouterr().err) == shown
 
 
 def split(data: bytes) -> tuple[dict, bytes]:

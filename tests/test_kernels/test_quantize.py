@@ -25,10 +25,11 @@ from conftest import (
     widen,
 )
 from lerobot.utils.constants import OBS_STATE
+from progress import bars
 from safetensors.torch import load_file
 
 from lerobot_pi0 import PI0Policy
-from lerobot_pi0.checkpoints import reading
+from lerobot_pi0.checkpoints import reading, tensor_bytes
 from lerobot_pi0.checkpoints.checkpoint import Checkpoint
 from lerobot_pi0.checkpoints.errors import CheckpointConfigError, MismatchedCheckpointError
 from lerobot_pi0.checkpoints.writing import save
@@ -381,6 +382,13 @@ def test_the_vlm_is_never_whole_in_memory(base, monkeypatch):
     kept = sum(p.shape in shapes for p in policy.parameters() if not p.is_meta)
     assert before == 0 and len(most) == 33
     assert max(most) <= kept + 5  # one in each of four threads, and one that is being forgotten
+
+
+def test_rounding_shows_its_progress(base, monkeypatch, capsys):
+    """Catches a start of control that seems to hang, where rounding takes long."""
+    monkeypatch.setattr(tensor_bytes, "PATIENCE", 0.0)
+    load(base, **INT8)
+    assert "rounding the VLM" in bars(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["expert", "LoRA"])

@@ -4,6 +4,8 @@ import json
 import logging
 import re
 import shutil
+import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,6 +14,7 @@ import torch
 from conftest import CAMERAS, DIMS, tiny_config
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.utils.constants import ACTION, OBS_STATE
+from progress import bars
 from raw_frames import word_tokenizer
 
 from lerobot_pi0 import PI0Policy, make_pi0_pre_post_processors
@@ -72,8 +75,12 @@ def clean(tmp_path_factory):
 
 def findings(capsys, root, policy, *more: str) -> tuple[int, list[dict]]:
     where = [policy] if str(policy).startswith("--") else [f"--policy.path={policy}"]
-    status = main(["check", *where, "--dataset.repo_id=test/checked", f"--dataset.root={root}", "--json", *more])
-    return status, json.loads(capsys.readouterr().out)["findings"]
+    where += ["--dataset.repo_id=test/checked", f"--dataset.root={root}"]
+    status = main(["check", *where, "--json", f"--html={root}.html", *more])
+    found = json.loads(capsys.readouterr().out)["findings"]
+    page = ET.fromstring(Path(f"{root}.html").read_text(encoding="utf-8"))
+    assert len(page.findall(".//section/div[@class='note error']")) == sum(x["grade"] == "error" for x in found)
+    return status, found
 
 
 def serious(found: list[dict]) -> dict[str, str]:
@@ -86,14 +93,16 @@ def serious(found: list[dict]) -> dict[str, str]:
 
 
 def test_clean(clean, capsys):
-    """Catches a false alarm: nothing is wrong, and it says so with the exit status 0."""
+    """Catches a false alarm: nothing is wrong, and it says so with the exit status 0; and silence meanwhile."""
     status, found = findings(capsys, clean / "data", clean / "policy")
     assert (status, serious(found)) == (0, {})
     assert {"cameras", "joints", "units", "statistics", "prompts", "episodes", "sample"} <= {x["about"] for x in found}
     assert main([
         "check", f"--policy.path={clean / 'policy'}", "--dataset.repo_id=x", f"--dataset.root={clean / 'data'}"
     ]) == 0  # fmt: skip
-    assert "0 error, 0 warning" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "0 error, 0 warning" in said.out
+    assert bars(said.err) >= {f"{key}, {what}" for key in (FRONT, LEFT) for what in ("samples", "runs")}
 
 
 def exchange(a, b):

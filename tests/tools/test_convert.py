@@ -19,6 +19,7 @@ from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.pi0.configuration_pi0 import PI0Config as BuiltinPI0Config
 from lerobot.policies.pi0.modeling_pi0 import PI0Policy as BuiltinPI0Policy
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_TOKENS, OBS_STATE
+from progress import bars
 from safetensors.torch import load_file, save_file
 
 from lerobot_pi0 import PI0Config, PI0Policy
@@ -454,12 +455,14 @@ def openpi_pytorch(folder: Path, dtype: torch.dtype = torch.float32, **config) -
     return policy
 
 
-def test_pytorch_round_trip(tmp_path):
-    """Names without LeRobot's prefix, the tied embedding under its head's name; action_horizon from config.json."""
+def test_pytorch_round_trip(tmp_path, capsys):
+    """Names without LeRobot's prefix, the tied embedding under its head's name; action_horizon from config.json; and
+    minutes without a word."""
     options = {"action_dim": 32, "action_horizon": 16, "paligemma_variant": "gemma_2b", "precision": "float32"}
     source = openpi_pytorch(tmp_path / "openpi", **options)
     assert main(["convert", f"--source={tmp_path / 'openpi'}", f"--output={tmp_path / 'out'}",
                  "--text_tokenizer_name=bytes", f"--cameras=[{','.join(BARE_CAMERAS)}]"]) == 0  # fmt: skip
+    assert "parameters" in bars(capsys.readouterr().err)
     policy = PI0Policy.from_pretrained(tmp_path / "out")
     assert (policy.config.chunk_size, policy.config.n_action_steps) == (16, 16)
     for name, p in source.named_parameters():

@@ -82,9 +82,12 @@ COMMANDS = {
 
 def answer(verb: str, root, policy, output, capsys, caplog) -> tuple[int, str, list[str]]:
     """Exit status, what was printed (of open-loop the report's numbers), and errors, of a command."""
-    more = [f"--output_dir={output}"] if verb == "open-loop" else []
+    page = output / f"{verb}.html"
+    page.unlink(missing_ok=True)
+    more = [f"--html={page}", *([f"--output_dir={output}"] if verb == "open-loop" else [])]
     caplog.clear()
     status = main([verb, *options(root, policy), *COMMANDS[verb], *more])
+    assert page.is_file() or status == 1
     out = capsys.readouterr().out
     assert status in (0, 1) and "Traceback" not in out + caplog.text
     errors = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import CAMERAS, DIMS, features, tiny_config, write_dataset
 from lerobot.configs.default import PeftConfig
+from progress import bars
 from torch.nn.attention import SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -159,8 +160,9 @@ CLI = ["--policy.type=pi0", *(f"--policy.{name}={value}" for name, value in MICR
 def test_the_command(micro, capsys):
     """Catches a mode without a line, numbers of another batch, and a card of which nothing is left to CUDA."""
     assert main(["plan", *CLI, "--batch_size=2", "--cameras=1", "--cards_gb=[1, 1.5]", "--json"]) == 0
-    content = json.loads(capsys.readouterr().out)
-    assert list(content["modes"]) == list(MODES)
+    said = capsys.readouterr()
+    content = json.loads(said.out)
+    assert list(content["modes"]) == list(MODES) and "modes" in bars(said.err)
     assert content["cameras"] == [[480, 640]] and content["prompt_tokens"] == 128
     for found in content["modes"].values():
         assert found["largest batch"]["1"] == 0 < found["largest batch"]["1.5"]

@@ -22,11 +22,12 @@ def module_of(verb: str):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_help_of_a_verb_fits_a_screen(verb, capsys):
-    """Catches help that scrolls away, that does not say whose it is, and an option without a word on it."""
+    """Catches help that scrolls away, does not say whose it is, has no examples, and an option without a word on it."""
     assert main([verb, "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"usage: lerobot-pi0 {verb} [--option=value …]"
     assert len(lines) <= LINES and max(map(len, lines)) <= 120
+    assert sum(line.startswith(f"    lerobot-pi0 {verb} ") for line in lines) == 2
     for name, text in usage.described(module_of(verb).Options):
         assert len(text) > 10, name
 

@@ -13,6 +13,7 @@ from cached_world import CHUNK, EPISODES, FRAMES, SIZES, batches, cache, norm, r
 from conftest import CAMERAS, PEFT_CLI, relative, tiny_config
 from lerobot.datasets import EpisodeAwareSampler, LeRobotDataset
 from lerobot.utils.constants import ACTION, OBS_STATE
+from progress import bars
 
 from lerobot_pi0 import PI0Policy
 from lerobot_pi0.inputs.samples import IS_PAD, ObservationError
@@ -284,8 +285,8 @@ def test_which_frames():
         fitting(episode, 3)
 
 
-def test_going_on(world, tmp_path, caplog):
-    """Catches a second run that begins anew, takes a damaged record for a good one, or mixes two caches."""
+def test_going_on(world, tmp_path, caplog, capsys):
+    """Catches a second run that begins anew, trusts a damaged record, mixes two caches, or says nothing."""
     shutil.copytree(world / "float32", tmp_path / "float32")
     files = {file: (tmp_path / "float32" / file).read_bytes() for file in ("contexts.bin", "tokens.bin", "digests.bin")}
     size = read_manifest(tmp_path / "float32").record_bytes
@@ -299,6 +300,7 @@ def test_going_on(world, tmp_path, caplog):
         (tmp_path / name).symlink_to(world / name)
     assert cache(tmp_path, "float32", f"--batch_size={BATCH}") == 0
     assert {file: (tmp_path / "float32" / file).read_bytes() for file in files} == files
+    assert "contexts" in bars(capsys.readouterr().err)
     assert cache(tmp_path, "float32", f"--batch_size={BATCH}", "--bits=8") == 1
     assert "bits None, wanted 8" in caplog.text
 

@@ -21,6 +21,7 @@ from lerobot_env_virtual_so100.demonstrations import Demonstrator, cubes_shown  
 from lerobot_env_virtual_so100.env import VirtualSO100GymEnv  # noqa: E402
 from lerobot_env_virtual_so100.experts import make_expert  # noqa: E402
 from lerobot_env_virtual_so100.tasks import make_task  # noqa: E402
+from progress import bars  # noqa: E402
 
 SCENES = (0, 1)
 EPISODES = sum(len(cubes_shown("reach", "train", seed)) for seed in SCENES)
@@ -129,12 +130,13 @@ def test_units_are_those_of_the_follower():
 
 
 @pytest.mark.parametrize(("task", "episodes"), [("reach", 8), ("pick_place", 3)])
-def test_expert_succeeds_and_random_fails(task, episodes):
+def test_expert_succeeds_and_random_fails(task, episodes, capsys):
     """A task nobody can do or anybody does: no success rate on it would mean anything."""
     env = VirtualSO100GymEnv(task, pixels=False)
     assert all(expert_episode(env, seed)["is_success"] for seed in range(episodes))
     config = score.ScoreConfig(task=task, controls=["random"], episodes=3)
     assert score.score(config)["random"]["successes"] == 0
+    assert "random actions" in bars(capsys.readouterr().err)
 
 
 def test_swapped_instruction_names_another_cube(tmp_path):
@@ -196,6 +198,14 @@ def test_features_are_those_of_lerobot_record():
         ),
     )
     assert record.dataset_features(64) == expected
+
+
+def test_recording_shows_its_progress(tmp_path, monkeypatch, capsys):
+    """Catches an hour without a word."""
+    monkeypatch.setattr(record, "write_shard", lambda config, root, seeds, progress: [progress(1) for _ in seeds])
+    monkeypatch.setattr(record, "join", lambda *_: None)
+    record.record(record.RecordConfig(root=tmp_path / "data", episodes=2, workers=1))
+    assert bars(capsys.readouterr().err) == {"demonstrations"}
 
 
 def test_dataset_reloads(dataset_root):

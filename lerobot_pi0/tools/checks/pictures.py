@@ -228,17 +228,25 @@ def longest_run(flags: np.ndarray) -> tuple[int, int]:
 def look_at_camera(subject: Subject, key: str) -> Look:
     """Samples of every episode, runs in some, and all frames of those that are suspicious."""
     look, columns = Look(), subject.columns
-    numbers = np.unique(columns.episode).tolist()
-    for number in tqdm(numbers, desc=key, leave=False):
-        mine = np.flatnonzero(columns.episode == number)
-        look_at(subject, key, look, look.samples, mine[sample_of(len(mine), subject.dataset.meta.fps)])
-    for rows in runs_to_look_at(columns.episode, subject.images):
-        look_at(subject, key, look, look.runs, rows)
+    whole = {number: np.flatnonzero(columns.episode == number) for number in np.unique(columns.episode).tolist()}
+    samples = [rows[sample_of(len(rows), subject.dataset.meta.fps)] for rows in whole.values()]
+    _look_at_all(subject, key, look, look.samples, samples, "samples")
+    _look_at_all(subject, key, look, look.runs, list(runs_to_look_at(columns.episode, subject.images)), "runs")
     lively = lively_change(look)
     dark = [number for number, glances in look.samples.items() if any(x.high < BLACK for x in glances)]
-    for number in sorted({*suspicious(look, lively), *dark})[:DECODED_IN_FULL]:
-        look_at(subject, key, look, look.runs, np.flatnonzero(columns.episode == number))
+    again = sorted({*suspicious(look, lively), *dark})[:DECODED_IN_FULL]
+    _look_at_all(subject, key, look, look.runs, [whole[number] for number in again], "suspicious episodes")
     return look
+
+
+def _look_at_all(
+    subject: Subject, key: str, look: Look, part: dict[int, list[Glance]], episodes: list[np.ndarray], what: str
+) -> None:
+    """Decode rows of several episodes, and say how long it will take."""
+    with tqdm(total=sum(map(len, episodes)), desc=f"{key}, {what}", unit="frame", leave=False) as bar:
+        for rows in episodes:
+            look_at(subject, key, look, part, rows)
+            bar.update(len(rows))
 
 
 def look_at(subject: Subject, key: str, look: Look, part: dict[int, list[Glance]], rows: np.ndarray) -> None:

@@ -68,7 +68,7 @@ def recorded_chunks(items: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray
 def by_resizing(runner: Runner, drawn: dict[str, Any], spread_A: np.ndarray, still_A: np.ndarray) -> dict[str, float]:
     """The policy's error for each way in which pictures can shrink (`image_resize`), in the units of `measure`."""
     used, errors = runner.config.image_resize, {}
-    for how in choices("image_resize"):
+    for how in tqdm(choices("image_resize"), desc="ways to shrink pictures", leave=False):
         runner.config.image_resize = how
         predicted = drawn["predicted"] if how == used else runner.chunks()[1]
         squares = ((predicted - drawn["recorded"]) / spread_A) ** 2

@@ -1,54 +1,16 @@
-"""The report of `lerobot-pi0 open-loop`: text, and one HTML file with its pictures inside."""
+"""The report of `lerobot-pi0 open-loop`, as text and as the sections of a page."""
 
-import base64
-import html
-import importlib.util
-import io
 from typing import Any
 
 import numpy as np
 
-from .. import ToolError
+from ..reports.charts import Curve, chart
+from ..reports.markup import Html, Page, bar, grid, legend, note, section, table, tag
 
-COLOURS = {"policy": "#0072b2", "hold still": "#999999", "mean action": "#d55e00"}
-"""Of Okabe and Ito's palette, which colour-blind people can tell apart."""
+COLOURS = {"policy": 1, "hold still": 3, "mean action": 2}
+"""Those of the page, by number."""
 
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1"><title>open-loop: {title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222;
-  overflow-wrap: anywhere }}
-img {{ max-width: 100% }} .wide {{ overflow-x: auto }} table {{ border-collapse: collapse }}
-td, th {{ padding: .2em .8em; text-align: right; white-space: nowrap; overflow-wrap: normal }}
-td:first-child, th:first-child {{ text-align: left }} tr {{ border-bottom: 1px solid #ddd }}
-.verdict {{ border-left: .4em solid {colour}; background: #f6f6f6; padding: .6em 1em; margin: 1em 0 }}
-</style></head><body>
-<h1>{title}</h1>
-<p>{facts}</p>
-<div class="verdict">{verdicts}</div>
-<h2>Error by step of the chunk</h2>
-<p>Root mean square over joints, in deviations of the actions in training. {below}</p>
-{horizon}
-<h2>What it reacts to</h2>
-<p>How far the chunk moves when one input is exchanged, as part of what a wholly different observation does. The
-dashed line is the threshold below which an input counts as ignored (orange), and up to four times that if the error
-does not grow by the exchange. Pictures and states come from another episode;
-“black” and “frozen” (grey) are what no camera or arm would show: a reaction to them alone does not prove that the
-input is used.</p>
-{reactions}
-<h2>Joints</h2>
-{joints}
-<h2>Recorded and predicted</h2>
-{episodes}
-</body></html>
-"""
-
-
-def need_matplotlib() -> None:
-    """Raises ToolError where there is no matplotlib, before any time is spent."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ToolError("the report needs matplotlib: pip install 'lerobot_policy_pi0[report]'")
+DRAWN = {"b0": "recorded", "b1": "predicted, from the dot on"}
 
 
 def ranges(numbers: list[int], most: int = 8) -> str:
@@ -84,6 +46,11 @@ def below(content: dict[str, Any]) -> str:
     return f"A policy that learned stays below both others; this one does not at steps {ranges(over)} of {steps}."
 
 
+def sentence(verdict: str) -> str:
+    """A verdict with its subject."""
+    return verdict if verdict.startswith("good") else f"This policy {verdict}"
+
+
 def as_text(content: dict[str, Any]) -> str:
     """What is printed."""
     error = ", ".join(f"{name} {value:.3f}" for name, value in content["error"].items())
@@ -96,104 +63,77 @@ def as_text(content: dict[str, Any]) -> str:
         f"rattles (more than 1.5 times as rough as recorded): {', '.join(content['rattling']) or 'no joint'}",
         *(f"reacts to {name}: {x['of everything']:.1%}" for name, x in content["reactions"].items()),
         "",
-        *(f"This policy {verdict}" if not verdict.startswith("good") else verdict for verdict in content["verdicts"]),
+        *map(sentence, content["verdicts"]),
     ]
     return "\n".join(lines)
 
 
-def as_html(content: dict[str, Any], drawn: dict[str, Any], plots: int) -> str:
+def page(content: dict[str, Any], drawn: dict[str, Any], plots: int) -> Page:
     """The page; `drawn` holds the chunks to draw, as `measure` returns them, of which `plots` episodes are shown."""
-    good = content["verdicts"][0].startswith("good")
+    numbers = np.unique(drawn["columns"].episode[drawn["rows"]]).tolist()[:plots]
     facts = (
         f"{content['observations']} observations of {content['dataset']}, episodes {ranges(content['episodes'])}: "
         f"{content['episodes are']}. Policy: {content['policy']}. "
-        f"It moves {content['way']:.0%} of the recorded way. Seed {content['seed']}, "
-        f"lerobot_policy_pi0 {content['version']}."
+        f"It moves {content['way']:.0%} of the recorded way. Seed {content['seed']}."
     )
-    return PAGE.format(
-        title=html.escape(short_name(content["policy"])),
-        below=html.escape(below(content)),
-        facts=html.escape(facts),
-        colour="#009e73" if good else "#d55e00",
-        verdicts="<br>".join(html.escape(verdict) for verdict in content["verdicts"]),
-        horizon=_horizon(content),
-        reactions=_reactions(content),
-        joints=_joints(content),
-        episodes="\n".join(_episode(drawn, number) for number in _numbers(drawn)[:plots]),
-    )
-
-
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def _image(figure: Any, alt: str) -> str:
-    """A figure as an <img> that needs no file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
-
-
-def _horizon(content: dict[str, Any]) -> str:
-    figure, ((axes,),) = _figure(8, 3.2)
-    for name, errors in content["error by step"].items():
-        axes.plot(range(1, len(errors) + 1), errors, color=COLOURS[name], label=name)
-    axes.set(xlabel="step of the chunk", ylabel="error", ylim=(0, None))
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend()
-    return _image(figure, "error by step")
-
-
-def _reactions(content: dict[str, Any]) -> str:
-    found = {name: x["of everything"] for name, x in content["reactions"].items() if name != "everything"}
-    names = list(found)[::-1]
-    figure, ((axes,),) = _figure(8, 0.8 + 0.35 * len(names))
-    judged = {True: "#d55e00", False: "#0072b2"}  # ignored or not; what no robot would show is not judged
-    colours = ["#bbbbbb" if "," in name else judged[name in content["ignored"]] for name in names]
-    axes.barh(names, [found[name] for name in names], color=colours)
-    axes.axvline(content["threshold"], linestyle="--", color="#222222", linewidth=1)
-    axes.set(xlabel="part of the reaction to another observation", xlim=(0, None))
-    return _image(figure, "reactions")
-
-
-def _joints(content: dict[str, Any]) -> str:
-    head = "".join(f"<th>{name}</th>" for name in ("joint", *COLOURS))
-    rows = [
-        f"<tr><td>{html.escape(joint)}</td>" + "".join(f"<td>{errors[name]:.3f}</td>" for name in COLOURS) + "</tr>"
-        for joint, errors in {**content["error by joint"], "all": content["error"]}.items()
+    sections = [
+        *(note(grade(verdict), sentence(verdict)) for verdict in content["verdicts"]),
+        _horizon(content),
+        _reactions(content),
+        _joints(content),
+        section("Recorded and predicted", "", legend(DRAWN), *(_episode(drawn, number) for number in numbers)),
     ]
-    return f'<div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
+    return Page(f"open-loop: {short_name(content['policy'])}", facts, sections)
 
 
-def _numbers(drawn: dict[str, Any]) -> list[int]:
-    return np.unique(drawn["columns"].episode[drawn["rows"]]).tolist()
+def grade(verdict: str) -> str:
+    """The look of a verdict: for the policy, against it, or open."""
+    return "fine" if verdict.startswith("good") else "warning" if verdict.startswith("cannot") else "error"
 
 
-def _episode(drawn: dict[str, Any], number: int) -> str:
+def _horizon(content: dict[str, Any]) -> Html:
+    errors = content["error by step"]
+    curves = [Curve(np.arange(1, len(y) + 1), np.array(y), f"c{COLOURS[name]}") for name, y in errors.items()]
+    text = f"Root mean square over joints, in deviations of the actions in training. {below(content)}"
+    drawn = chart(curves, "error", "step of the chunk", 0, max(curve.y.max() for curve in curves))
+    return section("Error by step of the chunk", text, legend({f"b{x}": name for name, x in COLOURS.items()}), drawn)
+
+
+REACTIONS = """How far the chunk moves when one input is exchanged, as part of what a wholly different observation does.
+Pictures and states come from another episode. An input counts as ignored below the threshold, the dashed line, and up
+to four times that if the error does not grow by the exchange. “Black” and “frozen” are what no camera or arm would
+show: a reaction to them alone does not prove that the input is used."""
+
+JUDGED = {"b1": "used", "b2": "ignored", "b3": "not judged"}
+
+
+def _reactions(content: dict[str, Any]) -> Html:
+    found = {name: x["of everything"] for name, x in content["reactions"].items() if name != "everything"}
+    widest, bars = max(1.0, *found.values()), []
+    for name, x in found.items():
+        judged = "b3" if "," in name else "b2" if name in content["ignored"] else "b1"
+        bars.append(bar(name, f"{x:.1%}", {judged: x / widest}, mark=content["threshold"] / widest))
+    return section("What it reacts to", REACTIONS, legend(JUDGED), *bars)
+
+
+def _joints(content: dict[str, Any]) -> Html:
+    errors = {**content["error by joint"], "all": content["error"]}
+    rows = [[joint, *(f"{x[name]:.3f}" for name in COLOURS)] for joint, x in errors.items()]
+    return section("Error by joint", "In deviations of the actions in training.", table([["joint", *COLOURS], *rows]))
+
+
+def _episode(drawn: dict[str, Any], number: int) -> Html:
     """Recorded actions of an episode, and over them each chunk from the frame where it was predicted."""
-    columns, joints = drawn["columns"], drawn["joints"]
+    columns, chosen = drawn["columns"], np.flatnonzero(drawn["columns"].episode[drawn["rows"]] == number)
     mine = columns.episode == number
-    wide = min(3, len(joints))
-    figure, axes = _figure(11, 2.2 * -(-len(joints) // wide), -(-len(joints) // wide), wide)
-    for i, joint in enumerate(joints):
-        plot = axes.flat[i]
-        plot.plot(columns.frame[mine], columns.action_ND[mine, i], color="#222222", linewidth=1.5, label="recorded")
-        for n in np.flatnonzero(columns.episode[drawn["rows"]] == number):
+    charts = []
+    for i, joint in enumerate(drawn["joints"]):
+        curves = [Curve(columns.frame[mine], columns.action_ND[mine, i], "c0")]
+        for n in chosen:
             steps = np.flatnonzero(drawn["valid"][n])
-            start = columns.frame[drawn["rows"][n]]
-            plot.plot(start + steps, drawn["predicted"][n, steps, i], color=COLOURS["policy"], linewidth=1, alpha=0.7)
-            plot.plot(start, drawn["predicted"][n, 0, i], ".", color=COLOURS["policy"], markersize=4)
+            begin = columns.frame[drawn["rows"][n]]
+            curves.append(Curve(begin + steps, drawn["predicted"][n, steps, i], "c1", dotted=True))
         low, high = columns.action_ND[:, i].min(), columns.action_ND[:, i].max()
-        room = 0.1 * (high - low) + 1e-6
-        plot.set_ylim(low - room, high + room)  # of all episodes, so that a small error looks small
-        plot.set_title(joint, fontsize=9)
-    for plot in axes.flat[len(joints) :]:
-        plot.set_axis_off()
-    title = f"Episode {number}: black is recorded, blue what the policy predicts from the dot on"
-    return f"<p>{title}</p>{_image(figure, title)}"
+        room = 0.1 * (high - low) + 1e-6  # of all episodes, so that a small error looks small
+        charts.append(chart(curves, joint, "frame", low - room, high + room))
+    return tag("div", tag("h3", f"Episode {number}"), grid(*charts))
