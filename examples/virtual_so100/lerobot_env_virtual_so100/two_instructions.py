@@ -118,6 +118,8 @@ def film(config: PictureConfig) -> None:
             sides.append([side(picture, env.task_description) for picture in pictures])
         frames += [beside(*both) for both in zip(*sides, strict=True)]
         durations += [1000 // FPS] * (len(sides[0]) - 1) + [PAUSE_MS]
+    # Where moving pictures are stopped, the first frame is all that is seen: an end, with both arms at their cubes.
+    frames, durations = frames[-1:] + frames[:-1], durations[-1:] + durations[:-1]
     config.output.parent.mkdir(parents=True, exist_ok=True)
     frames[0].save(
         config.output, save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=config.quality
