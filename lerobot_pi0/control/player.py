@@ -24,6 +24,7 @@ from ..kernels.cuda_layers import on_gpu
 from ..network import flow
 from ..network.pi0 import PI0, Observation
 from . import debug, guidance
+from .attention import is_recorded
 from .bounds import ActionBounds
 from .sampling import Sampler
 
@@ -174,12 +175,12 @@ class Player:
 
         Args:
             steps: number of solver steps, in place of `config.num_inference_steps`.
-            record: called with debug data; such a chunk is not compiled.
+            record: called with debug data; such a chunk is not compiled, nor is one whose attention is recorded.
 
         Raises:
             FloatingPointError: the network's output is not finite.
         """
-        sampler = self._sampler if record is None else Sampler()
+        sampler = self._sampler if record is None and not is_recorded(model) else Sampler()
         with self._autocast():
             chunk = sampler.chunk(model, obs, noise_BTA[:, None], guide, record, **self._solver(steps))
         actions = chunk[:, 0, :, : self._dims]
