@@ -18,7 +18,7 @@ D head dim.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ import torch.nn.functional as F  # noqa: N812
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..configuration_pi0 import PI0Config
 from ..inputs.observation import placed
 from ..network.attention import KVCache, Mask
 from ..network.pi0 import PI0, Observation
@@ -180,3 +181,17 @@ def words(tokenizer: Any, tokens_L: list[int], weights_L: list[float]) -> list[t
         text = longer
     spans = list(zip(begins, [*begins[1:], len(tokens_L)], strict=True))
     return [(tokenizer.decode(tokens_L[a:b]).strip(" ") or " ", sum(weights_L[a:b])) for a, b in spans]
+
+
+def heats(found: Parts, batch: Mapping[str, Any], config: PI0Config, row: int = 0) -> dict[str, Tensor]:
+    """The weight at each pixel of the pictures of one observation, by camera: float32 (height, width) each.
+
+    Args:
+        batch: as the policy got it.
+        row: which observation of the batch.
+    """
+    patch, found_by_key = config.architecture().vlm.vision.patch_size, {}
+    for n, key in enumerate(key for key in config.image_features if key in batch):
+        shape = batch[key].shape[-2:] if batch[key].shape[1] == 3 else batch[key].shape[1:3]
+        found_by_key[key] = on_picture(found.patches_BNHW[row, n], patch, config.image_size, *shape)
+    return found_by_key

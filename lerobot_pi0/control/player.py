@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from ..network import flow
 from ..network.pi0 import PI0, Observation
 from . import debug, guidance
 from .attention import is_recorded
+from .attention_view import AttentionView
 from .bounds import ActionBounds
 from .sampling import Sampler
 
@@ -78,6 +79,7 @@ class Player:
         """
         self.config, self._observe, self._sampler, self._autocast = config, observe, sampler, autocast
         self._bounds = bounds
+        self._view = AttentionView(config)
         self._warned_of_delay = self._is_warm = False
         self.rtc_processor = debug.make_processor(None)
         self._known: weakref.WeakSet[Episode] = weakref.WeakSet()
@@ -159,7 +161,8 @@ class Player:
         guide = self._guide(prev_chunk_left_over, inference_delay or 0, execution_horizon, noise[:, None])
         steps = cfg.num_inference_steps if num_steps is None else num_steps
         record = debug.recorder(self.rtc_processor, steps, inference_delay or 0, execution_horizon)
-        actions = self.sample(model, obs, noise, guide, steps, record)
+        with self._view.shown(model, obs, batch) if cfg.show_attention else nullcontext():
+            actions = self.sample(model, obs, noise, guide, steps, record)
         return actions if self._bounds is None else self._bounds.chunk(actions, batch[OBS_STATE].to(device))
 
     def sample(
