@@ -77,18 +77,16 @@ def section(runner: Runner, plots: int) -> str:
     for number in np.unique(episode)[:plots].tolist():
         mine = np.flatnonzero(episode == number)
         chosen = mine[np.unique(np.linspace(0, len(mine) - 1, min(len(mine), PICTURES)).astype(int))]
-        strips.append(_strip(number, looks(runner, chosen.tolist())))
+        strips.append(strip(number, looks(runner, chosen.tolist())))
     return TEXT + "\n".join(strips) if strips else ""
 
 
-def _strip(episode: int, found: list[Look]) -> str:
+def strip(episode: int, found: list[Look]) -> str:
     """The pictures of an episode's observations side by side, cameras below each other; above them the words."""
     most = max(float(heat.max()) for look in found for heat in look.heats)
-    rows = zip(
-        *([_heated(*x, most) for x in zip(look.pictures, look.heats, strict=True)] for look in found), strict=True
-    )
+    columns = [[_heated(*x, most) for x in zip(look.pictures, look.heats, strict=True)] for look in found]
     buffer = io.BytesIO()
-    Image.fromarray(_stacked([_stacked(list(row), 1) for row in rows], 0)).save(buffer, format="png")
+    Image.fromarray(_stacked([_stacked(column, 0) for column in columns], 1)).save(buffer, format="png")
     data = base64.b64encode(buffer.getvalue()).decode()
     shares = {name: np.mean([look.shares[name] for look in found]) for name in found[0].shares}
     title = f"Episode {episode}, frames {', '.join(str(look.frame) for look in found)}"
