@@ -94,8 +94,8 @@ def mean_weights(q_BQD: Tensor, new: KVCache, mask: Mask | None, past: KVCache |
 def recorded(model: PI0) -> Iterator[Recorder]:
     """Record the attention of every `velocity` within the block; the numbers of the network do not change.
 
-    Only this model's attention layers get another `attend`, and only until the block ends. Meanwhile its chunks are
-    neither compiled nor CUDA graphs. One thread may use the model.
+    Only the attention layers of this model's expert get another `attend`, and only until the block ends. Meanwhile the
+    expert is not compiled, and a chunk is no CUDA graph. One thread may use the model.
 
     Raises:
         RuntimeError: the model is being recorded already.

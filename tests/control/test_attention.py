@@ -1,13 +1,19 @@
 """Attention of the action tokens: the weights that are read, where they lie in pictures and prompts, and that nothing
 remains of the reading."""
 
+import functools
+
+import graph_recorder
 import pytest
 import torch
 from conftest import CAMERAS, draws, make_batch, relative, shake, small_policy
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from transformers import ByT5Tokenizer
 
+from lerobot_pi0.control import sampling
 from lerobot_pi0.control.attention import is_recorded, mean_weights, on_picture, parts, recorded, words
+from lerobot_pi0.kernels import compiled_layers, cuda_layers
+from lerobot_pi0.kernels.cuda_graphs import CudaGraphs
 from lerobot_pi0.network import solvers
 from lerobot_pi0.network.attention import KVCache, additive_mask, attention
 from lerobot_pi0.network.pi0 import block_mask
@@ -171,3 +177,35 @@ def test_words_of_a_prompt():
     tokens = tokenizer("go to the röd cube\n")["input_ids"]
     found = words(tokenizer, tokens, [1.0] * len(tokens))
     assert found == [("go", 2), ("to", 3), ("the", 4), ("röd", 5), ("cube", 5), ("\n", 1), ("</s>", 1)]
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> list:
+    """The CPU in the place of a GPU, a recorder in that of CUDA graphs, and no compiler: what would be compiled runs as
+    it is, and its first arguments are in this list."""
+    monkeypatch.setattr(cuda_layers, "ON", ("cuda", "cpu"))
+    monkeypatch.setattr(sampling, "CudaGraphs", functools.partial(CudaGraphs, graph_recorder.Recorder))
+    monkeypatch.setattr(graph_recorder.Recorder, "made", 0)
+    compiled: list = []
+    monkeypatch.setattr(torch, "compile", lambda run, **_: lambda *args: (compiled.append(args[0]), run(*args))[1])
+    compiled_layers._compiled.cache_clear()
+    yield compiled
+    compiled_layers._compiled.cache_clear()
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_on_a_gpu(gpu, monkeypatch, compiles):
+    """Catches a recording that misses the layers of CUDA, in which the state's token runs with the first actions, or is
+    captured in a graph or compiled, and never sees another chunk."""
+    torch.manual_seed(0)
+    policy = small_policy(num_inference_steps=3, compile_model=compiles)
+    shake(policy)
+    batch, (noise, _), before = make_batch(0, 1, prompt=(9,)), draws(0, 1), own(policy)
+    with recorded(policy.model) as seen:
+        chunk = policy.predict_action_chunk(batch, noise=noise[:, 0])
+    assert graph_recorder.Recorder.made == 0 and own(policy) == before
+    assert bool(gpu) == compiles and not {*map(id, gpu)} & {*map(id, policy.model.expert.layers)}
+    monkeypatch.setattr(cuda_layers, "ON", ("cuda",))
+    with recorded(policy.model) as expected:
+        assert relative(chunk, policy.predict_action_chunk(batch, noise=noise[:, 0])) < 1e-4
+    assert relative(seen.by_layer(), expected.by_layer()) < 1e-4
