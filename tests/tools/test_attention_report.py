@@ -23,33 +23,34 @@ def look(frame: int, hot: tuple[int, int], weight: float, word: str = "red") -> 
     return Look(frame, pictures, [heat, np.zeros((60, 60))], [("reach", 0.05), (word, 0.15), ("\n", 0.05)], shares)
 
 
-def picture_of(page: str) -> np.ndarray:
-    (data,) = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+def pictures_of(page: str) -> list[np.ndarray]:
+    found = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data in found]
 
 
 def test_the_heat_lies_on_its_patch():
     """Catches heat on another patch, camera or observation than the one that was looked at, or of another strength."""
-    drawn = picture_of(strip(3, [look(0, (0, 1), 0.4), look(5, (1, 0), 0.2)]))
-    assert drawn.shape == (2 * (HEIGHT + GAP), 2 * (200 + GAP), 3)
+    drawn = pictures_of(strip(3, [look(0, (0, 1), 0.4), look(5, (1, 0), 0.2)]))
     full = (1 - OPAQUE) * np.array(BELOW) + OPAQUE * np.array(COLOUR)
     half = (1 - OPAQUE / 2) * np.array(BELOW) + OPAQUE / 2 * np.array(COLOUR)
-    quarters = {
-        (y, x): drawn[37 + 75 * y, 50 + 100 * (x % 2) + (200 + GAP) * (x // 2)] for y in (0, 1) for x in range(4)
-    }
-    expected = {(0, 1): full, (1, 2): half}
-    for place, colour in quarters.items():
-        assert colour == pytest.approx(expected.get(place, np.array(BELOW)), abs=2), place
-    assert (drawn[HEIGHT + GAP + 10, 10] == BELOW).all() and (drawn[HEIGHT + GAP + 10, 180] == 255).all()
+    for column, hot, colour in zip(drawn, ((0, 1), (1, 0)), (full, half), strict=True):
+        assert column.shape == (2 * HEIGHT + GAP, HEIGHT * 4 // 3, 3)
+        for y, x in np.ndindex(2, 2):
+            expected = colour if (y, x) == hot else np.array(BELOW)
+            assert column[HEIGHT // 4 + HEIGHT // 2 * y, 60 + 120 * x] == pytest.approx(expected, abs=2), (y, x)
+        second = column[HEIGHT + GAP + 10]
+        assert (second[10] == BELOW).all() and (second[HEIGHT + 10] == 255).all()
 
 
 def test_the_words_have_their_parts():
     """Catches numbers that are not the words' own parts, or are of one observation alone."""
     found = [look(0, (0, 0), 1), look(5, (0, 0), 1)._replace(words=[("reach", 0.2), ("red", 0.0), ("\n", 0.0)])]
-    page = strip(3, found)
-    text = re.sub(r"<[^>]+>", "", page.partition("<br>")[0])
-    assert text == "Episode 3, frames 0, 5: reach 56% red 33% ↵ 11%"
-    assert "front 50%, left 0%, prompt 25%, state 5%, actions 20%" in page
+    title, sentence, shares, *captions = re.findall(
+        r"<(?:h3|p|figcaption).*?>(.*?)</(?:h3|p|figcaption)>", strip(3, found)
+    )
+    assert title == "Episode 3" and captions == ["frame 0", "frame 5"]
+    assert re.sub(r"<[^>]+>", "", sentence) == "reach 56% red 33% ↵ 11% "
+    assert "front 50%, left 0%, prompt 25%, state 5%, actions 20%" in shares
 
 
 def test_words_are_no_html():

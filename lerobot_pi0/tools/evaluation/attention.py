@@ -3,8 +3,6 @@
 The weights are those of `control.attention`, whose docstring says what they are not.
 """
 
-import base64
-import html
 import io
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,23 +12,22 @@ import torch
 from PIL import Image
 
 from ...control.attention import Parts, heats, parts, recorded, words
-from ...control.attention_view import COLOUR, tint
+from ...control.attention_view import COLOUR, OPAQUE, tint
 from ...inputs.steps import PI0TokenizerStep
 from ...modeling_pi0 import PI0Policy
+from ..reports.markup import Html, picture, section, tag
 from .predictions import Runner
 
-PICTURES = 5
-"""Observations in a strip."""
+PICTURES = 6
+"""Observations of an episode that are shown."""
 
-HEIGHT, GAP = 150, 4  # pixels
+HEIGHT, GAP = 180, 4  # pixels
 
-TEXT = """<h2>What the actions look at</h2>
-<p>How much attention the action tokens give to each patch of the pictures and to each word: the mean over query heads,
-layers, action tokens and the solver's steps. The strongest patch of a strip has the full colour; the numbers at the
-words are parts of what all words get. This shows from where the network copies, not why it acts: a patch without
+TEXT = """How much attention the action tokens give to each patch of the pictures and to each word: the mean over query
+heads, layers, action tokens and the solver's steps. The strongest patch of an episode has the full colour; the numbers
+at the words are parts of what all words get. This shows from where the network copies, not why it acts: a patch without
 content can collect much attention, and what a patch shows may have reached the actions by way of another one. What the
-policy uses is measured above, under “What it reacts to”.</p>
-"""
+policy uses is measured under “What it reacts to”."""
 
 
 class Look(NamedTuple):
@@ -70,43 +67,52 @@ def looks(runner: Runner, chosen: Sequence[int]) -> list[Look]:
     return made
 
 
-def section(runner: Runner, plots: int) -> str:
-    """A part of the report's page, with a strip for each of the first `plots` episodes; nothing for none."""
+def strips(runner: Runner, plots: int) -> list[Html]:
+    """A section of the report's page that shows the first `plots` episodes; none for 0."""
     episode = runner.columns.episode[runner.rows]
-    strips = []
+    found = []
     for number in np.unique(episode)[:plots].tolist():
         mine = np.flatnonzero(episode == number)
         chosen = mine[np.unique(np.linspace(0, len(mine) - 1, min(len(mine), PICTURES)).astype(int))]
-        strips.append(strip(number, looks(runner, chosen.tolist())))
-    return TEXT + "\n".join(strips) if strips else ""
+        found.append(strip(number, looks(runner, chosen.tolist())))
+    return [section("What the actions look at", TEXT, *found)] if found else []
 
 
-def strip(episode: int, found: list[Look]) -> str:
-    """The pictures of an episode's observations side by side, cameras below each other; above them the words."""
+def strip(episode: int, found: list[Look]) -> Html:
+    """The words of an episode, and its pictures side by side, the cameras of an observation below each other."""
     most = max(float(heat.max()) for look in found for heat in look.heats)
-    columns = [[_heated(*x, most) for x in zip(look.pictures, look.heats, strict=True)] for look in found]
-    buffer = io.BytesIO()
-    Image.fromarray(_stacked([_stacked(column, 0) for column in columns], 1)).save(buffer, format="png")
-    data = base64.b64encode(buffer.getvalue()).decode()
     shares = {name: np.mean([look.shares[name] for look in found]) for name in found[0].shares}
-    title = f"Episode {episode}, frames {', '.join(str(look.frame) for look in found)}"
-    told = ", ".join(f"{html.escape(name)} {share:.0%}" for name, share in shares.items())
-    return (
-        f"<p>{title}: {_sentence(found)}<br><small>Of all attention: {told}.</small></p>"
-        f'<img alt="{title}: where the actions look" src="data:image/png;base64,{data}">'
+    told = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    return tag(
+        "div",
+        tag("h3", f"Episode {episode}"),
+        tag("p", *_sentence(found)),
+        tag("p", f"Of all attention: {told}.", class_="quiet"),
+        tag("div", *(picture(_column(look, most), f"frame {look.frame}") for look in found), class_="strip"),
     )
 
 
-def _sentence(found: list[Look]) -> str:
+def _sentence(found: list[Look]) -> list[Html]:
     """The words of an episode's prompt, each with its part of what all words get, as colour and number."""
-    texts = [text for text, _ in found[0].words]
+    texts = [text.replace("\n", "↵") for text, _ in found[0].words]
     weights = np.mean([[weight for _, weight in look.words] for look in found], axis=0)
     parts_of_words = weights / max(weights.sum(), 1e-12)
-    return " ".join(
-        f'<span style="background: rgba({", ".join(map(str, COLOUR))}, {0.7 * part / parts_of_words.max():.2f}); '
-        f'padding: .1em .2em">{html.escape(text.replace(chr(10), "↵"))}</span> <small>{part:.0%}</small>'
-        for text, part in zip(texts, parts_of_words, strict=True)
-    )
+    colour = ", ".join(map(str, COLOUR))
+    marked = []
+    for text, part in zip(texts, parts_of_words, strict=True):
+        style = f"padding: 0 .2em; background: rgba({colour}, {OPAQUE * part / parts_of_words.max():.2f})"
+        marked += [tag("span", text, style=style), tag("small", f" {part:.0%} ")]
+    return marked
+
+
+def _column(look: Look, most: float) -> bytes:
+    """The pictures of an observation below each other, as a PNG file."""
+    heated = [_heated(*x, most) for x in zip(look.pictures, look.heats, strict=True)]
+    widest = max(x.shape[1] for x in heated)
+    padded = [np.pad(x, ((0, GAP), (0, widest - x.shape[1]), (0, 0)), constant_values=255) for x in heated]
+    buffer = io.BytesIO()
+    Image.fromarray(np.concatenate(padded)[:-GAP]).save(buffer, format="png")
+    return buffer.getvalue()
 
 
 def _uint8(picture: torch.Tensor) -> np.ndarray:
@@ -116,19 +122,8 @@ def _uint8(picture: torch.Tensor) -> np.ndarray:
 
 
 def _heated(picture: np.ndarray, heat: np.ndarray, most: float) -> np.ndarray:
-    """A picture of the strip's height under its heat."""
+    """A picture of the same height as all others, under its heat."""
     size = (max(1, round(HEIGHT * picture.shape[1] / picture.shape[0])), HEIGHT)
     below = Image.fromarray(picture).resize(size, Image.Resampling.BILINEAR).convert("RGBA")
     above = Image.fromarray(tint(heat, most)).resize(size, Image.Resampling.NEAREST)
     return np.asarray(Image.alpha_composite(below, above).convert("RGB"))
-
-
-def _stacked(pictures: list[np.ndarray], axis: int) -> np.ndarray:
-    """Pictures beside (axis 1) or below (axis 0) each other, white between them and where one is shorter."""
-    other = max(picture.shape[1 - axis] for picture in pictures)
-    padded = []
-    for picture in pictures:
-        room = [(0, 0)] * 3
-        room[axis], room[1 - axis] = (0, GAP), (0, other - picture.shape[1 - axis])
-        padded.append(np.pad(picture, room, constant_values=255))
-    return np.concatenate(padded, axis=axis)
