@@ -29,7 +29,7 @@ from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.datasets.factory import resolve_delta_timestamps
 from lerobot.envs.utils import preprocess_observation
 from lerobot_env_virtual_so100.constants import CAMERAS, FPS
-from lerobot_env_virtual_so100.scene import CUBE_HALF
+from lerobot_env_virtual_so100.scene import COLOURS, CUBE_HALF
 from lerobot_env_virtual_so100.score import wilson
 from lerobot_env_virtual_so100.simulation import Simulation
 from lerobot_env_virtual_so100.tasks import Layout, make_task
@@ -37,14 +37,15 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from lerobot_pi0 import PI0Policy
-from lerobot_pi0.control.attention import on_picture, parts, recorded
+from lerobot_pi0.control.attention import on_picture, parts, recorded, words
 from lerobot_pi0.control.attention_view import tint
+from lerobot_pi0.inputs.steps import PI0TokenizerStep
 
 SIDE = 64  # pixels of the policy's pictures
 COVERED = 4  # patches of both pictures that are covered
 DRAWS = 5  # random choices of other patches, for each scene
 BATCH = 25
-DEAF_STEPS = 1500
+DEAF_STEPS = 400
 SHOWN = 4  # scenes in the picture
 
 
@@ -58,12 +59,13 @@ class Scene:
     large: list[np.ndarray]  # the same, to be looked at
     boxes: dict[str, list[tuple[float, ...]]]  # by cube: left, top, right, bottom in each camera's picture, in [0, 1]
 
-    def patches(self, cube: str, grid: int) -> np.ndarray:
-        """Which patches of each camera a cube's box touches, boolean (C, grid, grid)."""
+    def patches(self, grid: int, *cubes: str) -> np.ndarray:
+        """Which patches of each camera the boxes of these cubes touch, boolean (C, grid, grid)."""
         found = np.zeros((len(CAMERAS), grid, grid), bool)
-        for own, box in zip(found, self.boxes[cube], strict=True):
-            left, top, right, bottom = (min(max(int(x * grid), 0), grid - 1) for x in box)
-            own[top : bottom + 1, left : right + 1] = True
+        for cube in cubes:
+            for own, box in zip(found, self.boxes[cube], strict=True):
+                left, top, right, bottom = (min(max(int(x * grid), 0), grid - 1) for x in box)
+                own[top : bottom + 1, left : right + 1] = True
         return found
 
 
@@ -97,6 +99,7 @@ class Answer:
 
     chunk_BTA: Tensor  # normalised
     heat_GBCHW: np.ndarray
+    colour_B: np.ndarray  # what the name of the colour gets, as part of what all words get
     shares: dict[str, float]
 
 
@@ -107,7 +110,7 @@ def ask(driver: Driver, scenes: list[Scene], told: list[str], pictures: list[lis
         pictures: in place of the scenes' own.
     """
     pictures, policy = pictures or [scene.pictures for scene in scenes], driver.policy
-    chunks, heats, shares = [], [], []
+    chunks, heats, colours, shares = [], [], [], []
     for start in range(0, len(scenes), BATCH):
         rows = slice(start, start + BATCH)
         pixels = {name: np.stack([own[c] for own in pictures[rows]]) for c, name in enumerate(CAMERAS)}
@@ -120,9 +123,20 @@ def ask(driver: Driver, scenes: list[Scene], told: list[str], pictures: list[lis
         obs = policy.observe(batch, noise.device)
         layers = [parts(weights, obs, policy.model) for weights in heard.by_layer()]
         heats.append(torch.stack([layer.patches_BNHW for layer in layers]))
-        shares.append(parts(heard.weights(), obs, policy.model).shares([*CAMERAS]))
-    mean = {name: float(np.mean([x[name] for x in shares])) for name in shares[0]}
-    return Answer(torch.cat(chunks), torch.cat(heats, dim=1).double().numpy(), mean)
+        found = parts(heard.weights(), obs, policy.model)
+        shares.append(found.shares([*CAMERAS]))
+        colours += [
+            colour_part(driver, *x) for x in zip(obs.tokens_BL, obs.token_mask_BL, found.prompt_BL, strict=True)
+        ]
+    shared = {name: float(np.mean([x[name] for x in shares])) for name in shares[0]}
+    return Answer(torch.cat(chunks), torch.cat(heats, dim=1).double().numpy(), np.array(colours), shared)
+
+
+def colour_part(driver: Driver, tokens_L: Tensor, mask_L: Tensor, weights_L: Tensor) -> float:
+    """What the name of the colour gets, as part of what all words of a prompt get."""
+    tokenizer = next(x.input_tokenizer for x in driver.pre.steps if isinstance(x, PI0TokenizerStep))
+    found = words(tokenizer, tokens_L[mask_L].tolist(), weights_L[mask_L].tolist())
+    return sum(x for word, x in found if word in COLOURS) / sum(x for _, x in found)
 
 
 def noise_of(policy: PI0Policy, seed: int) -> Tensor:
@@ -144,13 +158,12 @@ def mean(values: np.ndarray) -> dict[str, float]:
     return {"mean": float(values.mean()), "half_95": float(1.96 * values.std(ddof=1) / np.sqrt(len(values)))}
 
 
-def aim(heat_BCHW: np.ndarray, scenes: list[Scene], cubes: list[str]) -> dict[str, Any]:
-    """How the heat lies on one cube of each scene: in both pictures together, and in each."""
-    on_BCHW = np.stack([scene.patches(cube, heat_BCHW.shape[-1]) for scene, cube in zip(scenes, cubes, strict=True)])
+def aim(heat_BCHW: np.ndarray, on_BCHW: np.ndarray) -> dict[str, Any]:
+    """How the heat lies on some patches of each scene: in both pictures together, and in each."""
     found: dict[str, Any] = {}
     for name, view in {"both": slice(None), **{camera: slice(c, c + 1) for c, camera in enumerate(CAMERAS)}}.items():
-        heat, on = heat_BCHW[:, view].reshape(len(scenes), -1), on_BCHW[:, view].reshape(len(scenes), -1)
-        hits = on[np.arange(len(scenes)), heat.argmax(axis=1)]
+        heat, on = (x[:, view].reshape(len(x), -1) for x in (heat_BCHW, on_BCHW))
+        hits = on[np.arange(len(on)), heat.argmax(axis=1)]
         lift = (heat * on).sum(axis=1) / heat.sum(axis=1) / on.mean(axis=1)
         found[name] = {"hottest": rate(hits), "chance": float(on.mean()), "lift": mean(lift)}
     return found
@@ -160,7 +173,7 @@ def hotter(heat_BCHW: np.ndarray, scenes: list[Scene], cubes: list[str], others:
     """How often a patch of one cube is hotter than every patch of the other; a patch of both counts for neither."""
     grid, hits = heat_BCHW.shape[-1], []
     for heat, scene, cube, other in zip(heat_BCHW, scenes, cubes, others, strict=True):
-        ours, theirs = scene.patches(cube, grid), scene.patches(other, grid)
+        ours, theirs = scene.patches(grid, cube), scene.patches(grid, other)
         ours, theirs = ours & ~theirs, theirs & ~ours
         if ours.any() and theirs.any():
             hits.append(heat[ours].max() > heat[theirs].max())
@@ -191,10 +204,15 @@ def looking(driver: Driver, scenes: list[Scene]) -> dict[str, Any]:
     answers = {name: ask(driver, scenes, told) for name, told in sentences.items()}
     found: dict[str, Any] = {}
     for name, answer in answers.items():
-        found[name] = {"shares": answer.shares, "sights": {}}
+        found[name] = {"shares": answer.shares, "colour's part of the words": mean(answer.colour_B), "sights": {}}
         for sight, heat in sights(answer.heat_GBCHW):
-            on = {"target": targets, "other": others, "third": thirds}
-            found[name]["sights"][sight] = {cube: aim(heat, scenes, cubes) for cube, cubes in on.items()}
+            grid = heat.shape[-1]
+            on = {x: [(c,) for c in cubes] for x, cubes in (("target", targets), ("other", others), ("third", thirds))}
+            on["any"] = [task.spec.cubes] * len(scenes)
+            found[name]["sights"][sight] = {
+                x: aim(heat, np.stack([s.patches(grid, *c) for s, c in zip(scenes, cubes, strict=True)]))
+                for x, cubes in on.items()
+            }
             found[name]["sights"][sight]["target hotter than other"] = hotter(heat, scenes, targets, others)
     chunks = [answers[name].chunk_BTA for name in ("told the target", "told another cube")]
     found["chunk moves with the words"] = mean(moved(*chunks))
@@ -239,7 +257,7 @@ def occlusion(driver: Driver, scenes: list[Scene]) -> dict[str, Any]:
     hottest, noise = chosen(heat), [draw.random(heat.shape) for _ in range(DRAWS)]
     usual = np.stack([np.mean([s.pictures[c] for s in scenes], axis=0) for c in range(len(CAMERAS))])
     cubes = {
-        name: np.stack([s.patches(getattr(s.layout, name), heat.shape[-1]) for s in scenes])
+        name: np.stack([s.patches(heat.shape[-1], getattr(s.layout, name)) for s in scenes])
         for name in ("target", "other")
     }
     found: dict[str, Any] = {}
@@ -293,7 +311,7 @@ def deafened(folder: Path, root: Path, output: Path, steps: int) -> Path:
 # --- the report -------------------------------------------------------------------------------------------------
 
 
-LOOKS = "heat", "told", "target", "other", "third", "chance", "target hotter than other"
+LOOKS = "heat", "told", "target", "other", "third", "chance", "any cube", "chance", "target hotter than other"
 COVERS = "covered with", "hottest", "random others", "coldest", "target's", "other's", "hottest moves it more, %"
 
 
@@ -315,20 +333,23 @@ def tables(name: str, found: dict[str, Any]) -> str:
         for sight, row in found["looking"][told]["sights"].items():
             for view in ("both", *CAMERAS) if sight == "all layers" else ("both",):
                 cells = [percent(row[cube][view]["hottest"]) for cube in ("target", "other", "third")]
-                chance = f"{100 * row['target'][view]['chance']:.0f}"
-                pair = percent(row["target hotter than other"]) if view == "both" else ""
-                lines.append(f"| {sight}, {view} | {told} | {' | '.join(cells)} | {chance} | {pair} |")
+                cells += [f"{100 * row['target'][view]['chance']:.0f}", percent(row["any"][view]["hottest"])]
+                cells += [f"{100 * row['any'][view]['chance']:.0f}"]
+                cells += [percent(row["target hotter than other"]) if view == "both" else ""]
+                lines.append(f"| {sight}, {view} | {told} | {' | '.join(cells)} |")
     lines += ["", *header(COVERS)]
     names = ("hottest", "random others", "coldest", "patches of the target cube", "patches of the other cube")
     for fill in ("black", "the usual picture"):
         row = found["occlusion"][fill]
         cells = [f"{row[x]['mean']:.3f} ± {row[x]['half_95']:.3f}" for x in names]
         lines.append(f"| {fill} | {' | '.join(cells)} | {percent(row['hottest moves it more'])} |")
-    words = found["looking"]["chunk moves with the words"]
+    moves = found["looking"]["chunk moves with the words"]
+    colour = found["looking"]["told the target"]["colour's part of the words"]
     shares = ", ".join(f"{k} {v:.0%}" for k, v in found["looking"]["told the target"]["shares"].items())
     lines += [
         "",
-        f"The chunk moves by {words['mean']:.3f} ± {words['half_95']:.3f} with the words. Attention: {shares}.",
+        f"The chunk moves by {moves['mean']:.3f} ± {moves['half_95']:.3f} with the words. Attention: {shares}. "
+        f"Of the words, the colour gets {colour['mean']:.1%} ± {colour['half_95']:.1%}.",
     ]
     return "\n".join(lines)
 
@@ -339,8 +360,8 @@ def draw_picture(driver: Driver, scenes: list[Scene], path: Path) -> None:
     for name in ("target", "other"):
         told = [task.instruction(getattr(s.layout, name), s.layout.phrase) for s in scenes]
         heat = ask(driver, scenes, told).heat_GBCHW.mean(axis=0)
-        for scene, own, words in zip(scenes, heat, told, strict=True):
-            columns.append(drawn(scene, own, words, getattr(scene.layout, name)))
+        for scene, own, sentence in zip(scenes, heat, told, strict=True):
+            columns.append(drawn(scene, own, sentence, getattr(scene.layout, name)))
     width, height = columns[0].size
     whole = Image.new("RGB", (2 * width, len(scenes) * height), "white")
     for i, column in enumerate(columns):
@@ -348,7 +369,7 @@ def draw_picture(driver: Driver, scenes: list[Scene], path: Path) -> None:
     whole.save(path, optimize=True)
 
 
-def drawn(scene: Scene, heat_CHW: np.ndarray, words: str, cube: str) -> Image.Image:
+def drawn(scene: Scene, heat_CHW: np.ndarray, told: str, cube: str) -> Image.Image:
     """Both pictures of a scene under their heat, below the words; a white box is around the named cube."""
     side = scene.large[0].shape[0]
     frame = Image.new("RGB", (len(CAMERAS) * (side + 4) + 12, side + 28), "white")
@@ -359,7 +380,7 @@ def drawn(scene: Scene, heat_CHW: np.ndarray, words: str, cube: str) -> Image.Im
         box = [side * x for x in scene.boxes[cube][c]]
         ImageDraw.Draw(both).rectangle(box, outline="white", width=2)
         frame.paste(both, (c * (side + 4), 24))
-    ImageDraw.Draw(frame).text((side, 12), f"“{words}”", "black", ImageFont.load_default(15), anchor="mm")
+    ImageDraw.Draw(frame).text((side, 12), f"“{told}”", "black", ImageFont.load_default(15), anchor="mm")
     return frame
 
 

@@ -42,13 +42,14 @@ def test_an_oracle_that_looks_at_the_cube(study, scenes):
     """Catches rates that are not of the cube that is asked for, and a chance that is not the cube's size."""
     told = [scene.layout.target for scene in scenes]
     others = [scene.layout.other for scene in scenes]
-    heat = np.stack([scene.patches(cube, 8).astype(float) for scene, cube in zip(scenes, told, strict=True)])
-    found = study.aim(heat, scenes, told)
+    on, off = (np.stack([s.patches(8, c) for s, c in zip(scenes, x, strict=True)]) for x in (told, others))
+    heat = on.astype(float)
+    found = study.aim(heat, on)
     for view in ("both", "front", "left"):
         assert found[view]["hottest"]["hits"] == len(scenes)
         assert found[view]["lift"]["mean"] == pytest.approx(np.mean([1 / own.mean() for own in heat]), rel=0.3)
     assert found["both"]["chance"] == pytest.approx(heat.mean())
-    assert study.aim(heat, scenes, others)["both"]["hottest"]["hits"] < len(scenes) / 2
+    assert study.aim(heat, off)["both"]["hottest"]["hits"] < len(scenes) / 2
     assert study.hotter(heat, scenes, told, others)["hits"] == len(scenes)
     assert study.hotter(heat, scenes, others, told)["hits"] == 0
 
