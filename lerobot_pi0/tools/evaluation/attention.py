@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 
 from ...control.attention import Parts, heats, parts, recorded, words
-from ...control.attention_view import COLOUR, OPAQUE, tint
+from ...control.attention_view import COLOUR, tint
 from ...inputs.steps import PI0TokenizerStep
 from ...modeling_pi0 import PI0Policy
 from ..reports.markup import Html, picture, section, tag
 from .predictions import Runner
 
 PICTURES = 6
-"""Observations of an episode that are shown."""
+"""Observations of an episode that are shown, from its first frame to its last."""
 
 HEIGHT, GAP = 180, 4  # pixels
 
@@ -40,9 +40,9 @@ class Look(NamedTuple):
     shares: dict[str, float]
 
 
-def looks(runner: Runner, chosen: Sequence[int]) -> list[Look]:
-    """Where the actions look in these of the runner's observations."""
-    batch, noise = runner.batch(chosen)
+def looks(runner: Runner, rows: Sequence[int]) -> list[Look]:
+    """Where the actions look in these observations of the runner's dataset."""
+    batch, noise = runner.batch(rows)
     policy: Any = next(module for module in runner.policy.modules() if isinstance(module, PI0Policy))
     tokenizer = next(x.input_tokenizer for x in runner.preprocessor.steps if isinstance(x, PI0TokenizerStep))
     with torch.inference_mode(), recorded(policy.model) as seen:
@@ -50,14 +50,14 @@ def looks(runner: Runner, chosen: Sequence[int]) -> list[Look]:
         obs = policy.observe(batch, noise.device)
     found = Parts(*(x.cpu() for x in parts(seen.weights(), obs, policy.model)))
     made = []
-    for i, chosen_row in enumerate(chosen):
+    for i, row in enumerate(rows):
         hot = heats(found, batch, runner.config, i)
         tokens = obs.tokens_BL[i][obs.token_mask_BL[i]].tolist()
         weights = found.prompt_BL[i][obs.token_mask_BL[i].cpu()].tolist()
         alone = Parts(*(x[i : i + 1] for x in found))
         made.append(
             Look(
-                int(runner.columns.frame[runner.rows[chosen_row]]),
+                int(runner.columns.frame[row]),
                 [_uint8(batch[key][i]) for key in hot],
                 [x.numpy() for x in hot.values()],
                 words(tokenizer, tokens, weights),
@@ -69,12 +69,11 @@ def looks(runner: Runner, chosen: Sequence[int]) -> list[Look]:
 
 def strips(runner: Runner, plots: int) -> list[Html]:
     """A section of the report's page that shows the first `plots` episodes; none for 0."""
-    episode = runner.columns.episode[runner.rows]
     found = []
-    for number in np.unique(episode)[:plots].tolist():
-        mine = np.flatnonzero(episode == number)
-        chosen = mine[np.unique(np.linspace(0, len(mine) - 1, min(len(mine), PICTURES)).astype(int))]
-        found.append(strip(number, looks(runner, chosen.tolist())))
+    for number in np.unique(runner.columns.episode[runner.rows])[:plots].tolist():
+        mine = np.flatnonzero(runner.columns.episode == number)
+        spread = np.unique(np.linspace(0, len(mine) - 1, PICTURES).astype(int))
+        found.append(strip(number, looks(runner, mine[spread].tolist())))
     return [section("What the actions look at", TEXT, *found)] if found else []
 
 
@@ -100,7 +99,7 @@ def _sentence(found: list[Look]) -> list[Html]:
     colour = ", ".join(map(str, COLOUR))
     marked = []
     for text, part in zip(texts, parts_of_words, strict=True):
-        style = f"padding: 0 .2em; background: rgba({colour}, {OPAQUE * part / parts_of_words.max():.2f})"
+        style = f"border-bottom: .25em solid rgba({colour}, {part / parts_of_words.max():.2f})"
         marked += [tag("span", text, style=style), tag("small", f" {part:.0%} ")]
     return marked
 

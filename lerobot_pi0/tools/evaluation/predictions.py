@@ -77,10 +77,10 @@ class Runner:
                 physical.append(self.postprocessor(chunk).double().cpu().numpy())
         return np.concatenate(normalised), np.concatenate(physical)
 
-    def batch(self, chosen: Sequence[int]) -> tuple[dict[str, Any], Tensor]:
-        """Some of the observations, preprocessed, and the noise of their chunks (B, T, max_action_dim)."""
-        noise = torch.stack([self._noise(int(self.rows[i])) for i in chosen])
-        return self.preprocessor(self._collate([self.items[i] for i in chosen])), noise.to(self.config.device)
+    def batch(self, rows: Sequence[int]) -> tuple[dict[str, Any], Tensor]:
+        """Any observations of the dataset, preprocessed, and the noise of their chunks (B, T, max_action_dim)."""
+        noise = torch.stack([self._noise(row) for row in rows])
+        return self.preprocessor(self._collate([self._item(row) for row in rows])), noise.to(self.config.device)
 
     def _item(self, row: int) -> dict[str, Any]:
         try:
