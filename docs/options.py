@@ -11,7 +11,7 @@ from lerobot_pi0.network.sizes import EXPERT_PRESETS, PALIGEMMA_PRESETS
 
 DOCS = Path(__file__).parent
 PAGE = DOCS / "options.md"
-EXPLAINED_IN = ("training", "control", "checkpoints", "troubleshooting", "learning")
+EXPLAINED_IN = ("training", "control", "checkpoints", "troubleshooting", "learning", "attention")
 OVERRIDDEN = ("train_expert_only", "tokenizer_max_length", "image_resolution")
 """LeRobot's options that may stay unset here, with a default that depends on the rest."""
 

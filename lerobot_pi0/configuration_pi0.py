@@ -104,6 +104,8 @@ class PI0Config(BuiltinPI0Config):
     context_cache: str | None = option(of_the_run=True)
     # On CUDA, launch a chunk, and in training a frozen VLM, as one CUDA graph. None means True.
     cuda_graphs: bool | None = option(True)
+    # Show in the Rerun window of --display_data=true what the actions look at, without CUDA graphs. None means False.
+    show_attention: bool | None = option(False, of_the_run=True)
     # Real-time chunking: vjp, identity or trained. None takes trained after rtc_training_max_delay, or else identity.
     rtc_guidance: str | None = option(None, one_of("vjp", "identity", "trained"))
     # For training from scratch: until the weights have had this many updates, times are near the noise, where only

@@ -77,6 +77,7 @@ DEFAULTS = {
     "mask_padded_actions": False, "optimizer_8bit": False, "recipe": "lerobot", "text_tokenizer_name": "bytes",
     "vlm_path": None, "vlm_quantization": None, "rtc_guidance": None, "max_action_step": None,
     "action_range_margin": None, "context_cache": None, "time_sampling_warmup_steps": 0,
+    "show_attention": False,
 }  # fmt: skip
 """The values that version 0.1.0 uses for options that nobody sets."""
 
@@ -202,14 +203,14 @@ OTHER = {"flow_samples": 3, "solver": "heun", "solver_tolerance": 0.5, "rtc_trai
          "mask_padded_actions": True, "optimizer_8bit": True, "recipe": "openpi", "text_tokenizer_name": "t",
          "vlm_path": "v", "vlm_quantization": "int8", "rtc_guidance": "vjp", "max_action_step": 2.0,
          "action_range_margin": 0.5, "context_cache": "contexts",
-         "time_sampling_warmup_steps": 7}  # fmt: skip
+         "time_sampling_warmup_steps": 7, "show_attention": True}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_who_says_it(name):
     """Catches a run that overrules the user's option, or inherits an option that was only for the earlier run."""
     of_the_run = ("ema_decay", "augment_images", "mask_padded_actions", "optimizer_8bit", "recipe", "vlm_quantization",
-                  "context_cache", "time_sampling_warmup_steps")  # fmt: skip
+                  "context_cache", "time_sampling_warmup_steps", "show_attention")  # fmt: skip
     saved = {name: OTHER[name]}
     unset, asked = tiny_config(), tiny_config(**saved)
     unset.resolve(saved, vlm_is_pretrained=True)

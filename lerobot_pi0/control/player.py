@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,8 @@ from ..kernels.cuda_layers import on_gpu
 from ..network import flow
 from ..network.pi0 import PI0, Observation
 from . import debug, guidance
+from .attention import is_recorded
+from .attention_view import AttentionView
 from .bounds import ActionBounds
 from .sampling import Sampler
 
@@ -77,6 +79,7 @@ class Player:
         """
         self.config, self._observe, self._sampler, self._autocast = config, observe, sampler, autocast
         self._bounds = bounds
+        self._view = AttentionView(config)
         self._warned_of_delay = self._is_warm = False
         self.rtc_processor = debug.make_processor(None)
         self._known: weakref.WeakSet[Episode] = weakref.WeakSet()
@@ -158,7 +161,8 @@ class Player:
         guide = self._guide(prev_chunk_left_over, inference_delay or 0, execution_horizon, noise[:, None])
         steps = cfg.num_inference_steps if num_steps is None else num_steps
         record = debug.recorder(self.rtc_processor, steps, inference_delay or 0, execution_horizon)
-        actions = self.sample(model, obs, noise, guide, steps, record)
+        with self._view.shown(model, obs, batch) if cfg.show_attention else nullcontext():
+            actions = self.sample(model, obs, noise, guide, steps, record)
         return actions if self._bounds is None else self._bounds.chunk(actions, batch[OBS_STATE].to(device))
 
     def sample(
@@ -174,12 +178,12 @@ class Player:
 
         Args:
             steps: number of solver steps, in place of `config.num_inference_steps`.
-            record: called with debug data; such a chunk is not compiled.
+            record: called with debug data; such a chunk is not compiled, nor is one whose attention is recorded.
 
         Raises:
             FloatingPointError: the network's output is not finite.
         """
-        sampler = self._sampler if record is None else Sampler()
+        sampler = self._sampler if record is None and not is_recorded(model) else Sampler()
         with self._autocast():
             chunk = sampler.chunk(model, obs, noise_BTA[:, None], guide, record, **self._solver(steps))
         actions = chunk[:, 0, :, : self._dims]

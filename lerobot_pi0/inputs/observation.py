@@ -39,12 +39,18 @@ def resize_with_pad(images_BCHW: Tensor, side: int, antialias: bool = False) -> 
     height, width = images_BCHW.shape[-2:]
     if (height, width) == (side, side):
         return images_BCHW
+    rows, columns = placed(height, width, side)
+    size = (rows.stop - rows.start, columns.stop - columns.start)
+    images = F.interpolate(images_BCHW, size=size, mode="bilinear", align_corners=False, antialias=antialias)
+    return F.pad(images.clamp(0, 1), (columns.start, side - columns.stop, rows.start, side - rows.stop))
+
+
+def placed(height: int, width: int, side: int) -> tuple[slice, slice]:
+    """The rows and columns of a square of `side` pixels into which `resize_with_pad` puts a picture of this size."""
     ratio = max(height, width) / side
     size = (int(height / ratio), int(width / ratio))
-    images = F.interpolate(images_BCHW, size=size, mode="bilinear", align_corners=False, antialias=antialias)
-    images = images.clamp(0, 1)
-    top, left = (side - size[0]) // 2, (side - size[1]) // 2
-    return F.pad(images, (left, side - size[1] - left, top, side - size[0] - top))
+    top, left = ((side - x) // 2 for x in size)
+    return slice(top, top + size[0]), slice(left, left + size[1])
 
 
 def bucket(length: int, most: int) -> int:

@@ -48,6 +48,9 @@ MANY_PROMPTS = 1000
 CLEANED = "cleaned"
 """Name of the only tensor in the state of a `PromptStep` that cleans prompts; LeRobot's own step ignores it."""
 
+TOKENIZER_STEP = "tokenizer_step"
+"""Key of a batch of control under which the policy finds the `PI0TokenizerStep` that made its tokens."""
+
 STEP = "relative_actions_step"
 """Key of a batch under which the policy finds the `AnchoredRelativeStep` that processed it."""
 
@@ -111,6 +114,13 @@ class PI0TokenizerStep(TokenizerProcessorStep):
         if self._loaded is None:
             self._loaded = load_tokenizer(self.folder or str(self.tokenizer_name))
         return self._loaded
+
+    def __call__(self, transition: EnvTransition) -> EnvTransition:
+        """LeRobot's step. In control, the batch then says who can turn its tokens back into words."""
+        transition = super().__call__(transition)
+        return (
+            transition if transition.get(TransitionKey.ACTION) is not None else _with(transition, TOKENIZER_STEP, self)
+        )
 
     def _tokenize_text(self, text: str | list[str]) -> dict[str, Tensor]:
         """LeRobot's method, once for each prompt: a dataset has few, and the byte tokenizer takes 1 ms for one."""
@@ -214,6 +224,12 @@ class PromptStep(Pi0NewLineProcessor):
             self.cleans = CLEANED in state
 
 
+def _with(transition: EnvTransition, key: str, step: ProcessorStep) -> EnvTransition:
+    """The transition with a step under this key of the batch."""
+    data = {**(transition.get(TransitionKey.COMPLEMENTARY_DATA) or {}), key: step}
+    return {**transition, TransitionKey.COMPLEMENTARY_DATA: data}  # type: ignore[return-value]
+
+
 class AnchoredRelativeStep(RelativeActionsProcessorStep):
     """LeRobot's step, under LeRobot's name, which lets the policy choose the state to which its actions are relative.
 
@@ -224,8 +240,7 @@ class AnchoredRelativeStep(RelativeActionsProcessorStep):
     def __call__(self, transition: EnvTransition) -> EnvTransition:
         transition = super().__call__(transition)
         if self.enabled and transition.get(TransitionKey.ACTION) is None:  # no action: this is control, not training
-            data = {**(transition.get(TransitionKey.COMPLEMENTARY_DATA) or {}), STEP: self}
-            transition = {**transition, TransitionKey.COMPLEMENTARY_DATA: data}  # type: ignore[assignment]
+            transition = _with(transition, STEP, self)
         return transition
 
 

@@ -8,8 +8,8 @@ No robot moves. On episodes that were held out of training, chunks are predicted
 actions, beside two policies that need no network: hold still, and always the mean action. Then inputs are exchanged
 one by one, with everything else and the noise the same: the instruction by another, a camera's picture by black and
 by one of another episode, the state by the episode's first and by another episode's. A policy whose chunk does not
-move, or hardly and without an error that grows, ignores that input and is told so. Writes report.html, which needs no
-other file and no network, and report.json.
+move, or hardly and without an error that grows, ignores that input and is told so. For the episodes that are drawn, the
+page shows what the actions look at. Writes report.html, which needs no other file and no network, and report.json.
 
 Axes: N observations, T steps of a chunk, A joints.
 """
@@ -26,7 +26,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.quoting import plain
 from . import ToolError
 from .data import DatasetOptions, need_pi0, need_whole, open_dataset, open_meta
-from .evaluation import report
+from .evaluation import attention, report
 from .evaluation.held_out import held_out
 from .evaluation.intervals import training_spread
 from .evaluation.measure import by_resizing, measure, rattle
@@ -93,6 +93,7 @@ def run(options: Options) -> None:
         "seed": options.seed,
         "version": __version__,
     }
+    drawn["attention"] = attention.strips(runner, options.plots)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     (options.output_dir / "report.json").write_text(json.dumps(content, indent=2) + "\n")
     report.page(content, drawn, options.plots).write(options.html or options.output_dir / "report.html")

@@ -220,7 +220,9 @@ def test_the_report(data, tmp_path, capsys):
     assert bars(said.err) >= {"frames", "chunks", "exchanged inputs", "ways to shrink pictures"}
     page = (tmp_path / "a/report.html").read_text()
     assert page.count("<svg") == 1 + 2 * JOINTS and page.count('class="bar"') == len(content["reactions"]) - 1
-    assert re.findall(r"<h3>Episode (\d+)</h3>", page) == [str(e) for e in content["episodes"][:2]]
+    shown = [str(e) for e in content["episodes"][:2]]
+    assert re.findall(r"<h3>Episode (\d+)</h3>", page) == 2 * shown, "where it looks, and what it predicts"
+    assert page.count("data:image/png") == page.count("<figcaption>frame ") == 2 * FRAMES
     assert len(content["error by step"]["policy"]) == CHUNK and {*content["error by joint"]} == {"pan", "lift", "grip"}
     again = open_loop(tmp_path / "policy", data, tmp_path / "b", "--plots=2", "--observations=18", "--batch_size=4")
     for name in ("error", "way", "reactions"):

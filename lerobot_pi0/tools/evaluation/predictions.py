@@ -4,7 +4,7 @@ Axes: N observations, T steps of a chunk, A joints.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,6 +76,11 @@ class Runner:
                 normalised.append(chunk.double().cpu().numpy())
                 physical.append(self.postprocessor(chunk).double().cpu().numpy())
         return np.concatenate(normalised), np.concatenate(physical)
+
+    def batch(self, rows: Sequence[int]) -> tuple[dict[str, Any], Tensor]:
+        """Any observations of the dataset, preprocessed, and the noise of their chunks (B, T, max_action_dim)."""
+        noise = torch.stack([self._noise(row) for row in rows])
+        return self.preprocessor(self._collate([self._item(row) for row in rows])), noise.to(self.config.device)
 
     def _item(self, row: int) -> dict[str, Any]:
         try:

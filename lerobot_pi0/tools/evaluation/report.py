@@ -81,6 +81,7 @@ def page(content: dict[str, Any], drawn: dict[str, Any], plots: int) -> Page:
         _horizon(content),
         _reactions(content),
         _joints(content),
+        *drawn["attention"],
         section("Recorded and predicted", "", legend(DRAWN), *(_episode(drawn, number) for number in numbers)),
     ]
     return Page(f"open-loop: {short_name(content['policy'])}", facts, sections)
