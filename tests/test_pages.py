@@ -79,8 +79,8 @@ def test_the_readme_quotes_the_page_of_hardware():
     quoted = re.findall(r"\| ([\d.]+ GiB) \|$", section, re.MULTILINE)
     assert len(quoted) == 3
     assert all(f"| {memory} |" in page for memory in quoted)
-    assert f"control needs {re.search(r'Control needs .*?: ([0-9.]+ GiB)', page)[1]}" in section
-    cameras = re.search(r"are ([\d.]+) hours\nwith one camera and ([\d.]+) h with three .* ([\d.]+ TFLOP/s)", section)
+    assert f"Driving the arm needs {re.search(r'Control needs .*?: ([0-9.]+ GiB)', page)[1]}" in section
+    cameras = re.search(r"take ([\d.]+) hours with one\ncamera and ([\d.]+) h with three .* ([\d.]+ TFLOP/s)", section)
     rows = [line.strip("| ").split(" | ") for line in page.splitlines()]
     column = next(row for row in rows if row[0].startswith("20 000 steps")).index(cameras[3])
     for hours, many in zip(cameras.groups(), ("1 camera", "3 cameras"), strict=False):

@@ -56,7 +56,7 @@ def make(
     """
     return {
         "version": 1,
-        "options": {name: {key: digest_of_json(x) for key, x in content.items()} for name, content in configs.items()},
+        "options": {name: _digests(content) for name, content in configs.items()},
         "cameras": cameras(configs[CONFIG_NAME]),
         "weights": weights,
         "statistics": statistics,
@@ -82,6 +82,22 @@ def cameras(config: Mapping[str, Any]) -> list[str]:
     features = config.get("input_features")
     listed = features.items() if isinstance(features, dict) else ()
     return [key for key, x in listed if isinstance(x, dict) and x.get("type") == FeatureType.VISUAL.value]
+
+
+def _digests(options: Mapping[str, Any]) -> dict[str, str]:
+    """Digests of the options of a file, without the sizes of pictures: those are resized, whatever they were."""
+    return {key: digest_of_json(_without_sizes(x) if key == "input_features" else x) for key, x in options.items()}
+
+
+def _without_sizes(features: Any) -> Any:
+    if not isinstance(features, dict):
+        return features
+    pictures = {
+        key: {**x, "shape": [None if type(n) is int and n > 3 else n for n in x["shape"]]}
+        for key, x in features.items()
+        if isinstance(x, dict) and x.get("type") == FeatureType.VISUAL.value and isinstance(x.get("shape"), list)
+    }
+    return {**features, **pictures}
 
 
 def digest_of_weights(digests: Mapping[str, str | None]) -> str | None:
@@ -172,7 +188,7 @@ def _check_options(source: Source, file: str, manifest: Mapping[str, Any]) -> No
     content, saved = source.read_json(file), manifest["options"][file]
     if content is None:
         return  # `_check_lost` knows what is lost with it
-    found = {key: digest_of_json(x) for key, x in content.items()}
+    found = _digests(content)
     changed = sorted(key for key in found.keys() | saved.keys() if found.get(key) != saved.get(key))
     if changed and source.has_changed():
         raise being_written(source)

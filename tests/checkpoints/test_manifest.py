@@ -82,6 +82,8 @@ def test_statistics_belong_to_the_weights(folder, tmp_path, kind, step):
 FIXED = {
     "a camera is renamed": lambda c: c["input_features"].update(x=c["input_features"].pop(CAMERAS[0])),
     "another normalisation": lambda c: c["normalization_mapping"].update(ACTION="IDENTITY"),
+    "pictures of one channel": lambda c: c["input_features"][CAMERAS[0]].update(shape=[1, 64, 64]),
+    "a state of other dims": lambda c: c["input_features"]["observation.state"].update(shape=[5]),
     "relative actions": lambda c: c.update(use_relative_actions=True),
     "another period": lambda c: c.update(min_period=0.01),
 }
@@ -104,6 +106,12 @@ def test_options_may_be_edited(folder, caplog):
     assert "config.json" in caplog.text
     assert "edited since it was saved: num_inference_steps" in caplog.text
     assert "edited since it was saved: solver" in caplog.text
+
+
+def test_the_size_of_pictures_may_be_edited(folder):
+    """Catches a refusal of what changes nothing: a camera of another resolution, whose pictures are resized as well."""
+    edit(folder / "config.json", lambda c: c["input_features"][CAMERAS[0]].update(shape=[3, 480, 640]))
+    PI0Policy.from_pretrained(folder)
 
 
 def test_sorted_keys_do_not_exchange_cameras(folder):
