@@ -1,0 +1,123 @@
+"""Demonstrations of MetaWorld's scripted experts, as LeRobot's environment shows them."""
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from lerobot.envs.metaworld import MetaworldEnv
+
+from . import seeds
+from .env import SmallMetaworld, make_current
+
+STATE = ("hand_x", "hand_y", "hand_z", "gripper")
+ACTION = ("move_x", "move_y", "move_z", "grip")
+FULL_STATE = 39
+FPS = 80
+_PUSH_STEPS = (3, 8)  # length of a push: a hand moves at most 1 cm a step
+
+
+@dataclass
+class Episode:
+    """One demonstration of T steps; what is seen at a step is seen before its action."""
+
+    instruction: str
+    seed: int
+    images: np.ndarray
+    """(T, H, W, 3) uint8."""
+    states: np.ndarray
+    """(T, 4): place of the hand, opening of the gripper."""
+    full_states: np.ndarray
+    """(T, 39): MetaWorld's observation, with the places of objects and goal. LeRobot's environment does not show it."""
+    actions: np.ndarray
+    """(T, 4) in [-1, 1]."""
+
+
+class ExpertFailedError(RuntimeError):
+    """The expert did not solve the task from any seed of an episode."""
+
+
+class Demonstrator:
+    """Plays the expert of one task.
+
+    Args:
+        task: MetaWorld's name of the task.
+        image_size: height and width of the pictures; None for LeRobot's own renderer (480, shadows, multisampling).
+        pushes: how likely a step begins a push, which moves the hand and is not recorded: so the data shows how to
+            return from places where a policy may drift.
+        hold: steps that the expert goes on once the task is solved. Without them all data ends at the edge of success,
+            and a policy that is slightly off stops before it.
+        limit: steps in which the task has to be solved.
+    """
+
+    def __init__(self, task: str, image_size: int | None, pushes: float, hold: int, limit: int = 400):
+        options = {"obs_type": "pixels_agent_pos"}
+        self._task = task
+        self._env = SmallMetaworld(task, image_size, **options) if image_size else MetaworldEnv(task, **options)
+        self._pushes, self._hold, self._limit = pushes, hold, limit
+
+    def episode(self, index: int) -> Episode:
+        """The demonstration with this number; always the same one.
+
+        Raises:
+            ExpertFailedError: the expert fails from all its seeds.
+        """
+        for seed in seeds.of_episode(index):
+            if (episode := self._play(seed)) is not None:
+                return episode
+        raise ExpertFailedError(
+            f"{self._task}: the expert failed {seeds.ATTEMPTS} times at episode {index}; push less (--pushes=0)"
+        )
+
+    def close(self) -> None:
+        """Free the simulation and its renderer."""
+        self._env.close()
+
+    def _reset(self, seed: int) -> np.ndarray:
+        self._env._ensure_env()
+        self._env._env.seed(seed)
+        full, _ = self._env._env.reset(seed=seed)
+        # LeRobot's environment draws the goal of some tasks at a wrong place until the first step. This step is not
+        # recorded.
+        full, *_ = self._env._env.step(np.zeros(len(ACTION), np.float32))
+        return full
+
+    def _act(self, full: np.ndarray) -> np.ndarray:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the experts' actions are larger than 1, and say so
+            action = self._env.expert_policy.get_action(full)
+        return np.clip(action, -1, 1).astype(np.float32)
+
+    def _play(self, seed: int) -> Episode | None:
+        """One episode; None if the expert fails."""
+        rng = np.random.default_rng(seed)
+        full, push, frames, last = self._reset(seed), _Push(rng, self._pushes), [], None
+        while len(frames) < (self._limit if last is None else last):
+            action = self._act(full)
+            make_current(self._env)
+            seen = self._env._format_raw_obs(full)
+            frames.append((seen["pixels"], seen["agent_pos"], full, action))
+            full, *_, info = self._env._env.step(push.disturb(action))
+            if last is None and info["success"]:
+                last = len(frames) + self._hold
+        if last is None:
+            return None
+        images, states, fulls, actions = (np.stack(column) for column in zip(*frames, strict=True))
+        full_states, states = fulls.astype(np.float32), states.astype(np.float32)
+        return Episode(self._env.task_description, seed, images, states, full_states, actions)
+
+
+class _Push:
+    """Pushes of the hand at random times into random directions."""
+
+    def __init__(self, rng: np.random.Generator, rate: float):
+        self._rng, self._rate, self._left = rng, rate, 0
+
+    def disturb(self, action: np.ndarray) -> np.ndarray:
+        """What is executed in place of an action (4,)."""
+        if self._left == 0 and self._rng.random() < self._rate:
+            self._left = int(self._rng.integers(*_PUSH_STEPS))
+            self._direction = np.append(self._rng.uniform(-1, 1, 3), 0.0)
+        if self._left == 0:
+            return action
+        self._left -= 1
+        return np.clip(action + self._direction, -1, 1).astype(np.float32)
