@@ -1,13 +1,12 @@
 """Demonstrations of MetaWorld's scripted experts, as LeRobot's environment shows them."""
 
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
 from lerobot.envs.metaworld import MetaworldEnv
 
 from . import seeds
-from .env import SmallMetaworld, make_current
+from .env import Simulation, SmallMetaworld
 
 STATE = ("hand_x", "hand_y", "hand_z", "gripper")
 ACTION = ("move_x", "move_y", "move_z", "grip")
@@ -50,9 +49,8 @@ class Demonstrator:
     """
 
     def __init__(self, task: str, image_size: int | None, pushes: float, hold: int, limit: int = 400):
-        options = {"obs_type": "pixels_agent_pos"}
         self._task = task
-        self._env = SmallMetaworld(task, image_size, **options) if image_size else MetaworldEnv(task, **options)
+        self._sim = Simulation(make_env(task, image_size))
         self._pushes, self._hold, self._limit = pushes, hold, limit
 
     def episode(self, index: int) -> Episode:
@@ -70,40 +68,32 @@ class Demonstrator:
 
     def close(self) -> None:
         """Free the simulation and its renderer."""
-        self._env.close()
-
-    def _reset(self, seed: int) -> np.ndarray:
-        self._env._ensure_env()
-        self._env._env.seed(seed)
-        full, _ = self._env._env.reset(seed=seed)
-        # LeRobot's environment draws the goal of some tasks at a wrong place until the first step. This step is not
-        # recorded.
-        full, *_ = self._env._env.step(np.zeros(len(ACTION), np.float32))
-        return full
-
-    def _act(self, full: np.ndarray) -> np.ndarray:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the experts' actions are larger than 1, and say so
-            action = self._env.expert_policy.get_action(full)
-        return np.clip(action, -1, 1).astype(np.float32)
+        self._sim.close()
 
     def _play(self, seed: int) -> Episode | None:
         """One episode; None if the expert fails."""
-        rng = np.random.default_rng(seed)
-        full, push, frames, last = self._reset(seed), _Push(rng, self._pushes), [], None
-        while len(frames) < (self._limit if last is None else last):
-            action = self._act(full)
-            make_current(self._env)
-            seen = self._env._format_raw_obs(full)
-            frames.append((seen["pixels"], seen["agent_pos"], full, action))
-            full, *_, info = self._env._env.step(push.disturb(action))
-            if last is None and info["success"]:
-                last = len(frames) + self._hold
-        if last is None:
+        rng, sim = np.random.default_rng(seed), self._sim
+        push, frames, end = _Push(rng, self._pushes), [], None
+        sim.reset(seed)
+        # LeRobot's environment draws the goal of some tasks at a wrong place until the first step. This step is not
+        # recorded.
+        full, _ = sim.step(np.zeros(len(ACTION), np.float32))
+        while len(frames) < (self._limit if end is None else end):
+            action = sim.expert(full)
+            frames.append((*sim.look(full), full, action))
+            full, solved = sim.step(push.disturb(action))
+            if solved and end is None:
+                end = len(frames) + self._hold
+        if end is None:
             return None
         images, states, fulls, actions = (np.stack(column) for column in zip(*frames, strict=True))
-        full_states, states = fulls.astype(np.float32), states.astype(np.float32)
-        return Episode(self._env.task_description, seed, images, states, full_states, actions)
+        return Episode(sim.instruction, seed, images, states.astype(np.float32), fulls.astype(np.float32), actions)
+
+
+def make_env(task: str, image_size: int | None) -> MetaworldEnv:
+    """LeRobot's environment of a task; drawn cheaply if there is a size of its pictures in pixels."""
+    options = {"obs_type": "pixels_agent_pos"}
+    return SmallMetaworld(task, image_size, **options) if image_size else MetaworldEnv(task, **options)
 
 
 class _Push:

@@ -1,4 +1,6 @@
-"""LeRobot's MetaWorld environment, drawn without shadows and multisampling in small pictures."""
+"""LeRobot's MetaWorld environment, drawn without shadows and multisampling in small pictures, and its simulation."""
+
+import warnings
 
 import numpy as np
 from lerobot.envs.metaworld import MetaworldEnv
@@ -24,12 +26,17 @@ class SmallMetaworld(MetaworldEnv):
 
     def render(self) -> np.ndarray:
         """The picture of the camera: (image_size, image_size, 3) uint8."""
-        make_current(self)
+        self._make_current()
         return super().render()
 
     def _format_raw_obs(self, raw_obs: np.ndarray) -> dict:
-        make_current(self)
+        self._make_current()
         return super()._format_raw_obs(raw_obs)
+
+    def _make_current(self) -> None:
+        """Let the next picture be drawn by the own GL context, and not by that of another environment."""
+        if self._env is not None and (viewer := self._env.mujoco_renderer.viewer) is not None:
+            viewer.make_context_current()
 
 
 def draw_cheaply(env, image_size: int) -> None:
@@ -39,7 +46,41 @@ def draw_cheaply(env, image_size: int) -> None:
     env.model.vis.quality.shadowsize = 0
 
 
-def make_current(env: MetaworldEnv) -> None:
-    """Let the next picture be drawn by the environment's own GL context, and not by that of another in this process."""
-    if env._env is not None and (viewer := env._env.mujoco_renderer.viewer) is not None:
-        viewer.make_context_current()
+class Simulation:
+    """The simulation under LeRobot's environment: an episode goes on after its success, and only `look` draws.
+
+    Args:
+        env: LeRobot's environment or `SmallMetaworld`, with obs_type "pixels_agent_pos".
+    """
+
+    def __init__(self, env: MetaworldEnv):
+        self._env = env
+        self.instruction, self.steps = env.task_description, env._max_episode_steps
+
+    def reset(self, seed: int) -> np.ndarray:
+        """Begin the episode of a seed, as LeRobot's environment does; returns MetaWorld's observation (39,)."""
+        self._env._ensure_env()
+        self._env._env.seed(seed)
+        full, _ = self._env._env.reset(seed=seed)
+        return full
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, bool]:
+        """Execute an action (4,); returns MetaWorld's observation (39,), and whether the task is solved now."""
+        full, *_, info = self._env._env.step(action)
+        return full, bool(info["success"])
+
+    def look(self, full: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What LeRobot's environment shows to a policy: the picture (H, W, 3) uint8, and the state (4,)."""
+        seen = self._env._format_raw_obs(full)
+        return seen["pixels"], seen["agent_pos"]
+
+    def expert(self, full: np.ndarray) -> np.ndarray:
+        """The action (4,) of MetaWorld's expert, within [-1, 1]: the simulation clips what is larger."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the experts warn of their larger actions
+            action = self._env.expert_policy.get_action(full)
+        return np.clip(action, -1, 1).astype(np.float32)
+
+    def close(self) -> None:
+        """Free the simulation and its renderer."""
+        self._env.close()
