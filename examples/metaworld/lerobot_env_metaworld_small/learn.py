@@ -1,4 +1,4 @@
-"""MetaWorld from demonstrations to a table: record experts, train π₀ and others, evaluate them on scenes not in the data.
+"""MetaWorld from demonstrations to a table: record experts, train π₀ and others, evaluate them on unseen scenes.
 
     python -m lerobot_env_metaworld_small.learn [--tasks=… --episodes=… --steps=… --full=true]
 
