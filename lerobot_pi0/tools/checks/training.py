@@ -49,8 +49,10 @@ def reading(subject: Subject) -> Iterable[Finding]:
     stored = [key for key in subject.dataset.cameras if features[key]["dtype"] == "image"]
     if not stored or chunk < 2:
         return
-    message = f"pictures of {some(stored)} are stored as images: to get the {chunk} actions of a chunk, LeRobot's reader decodes them "
-    message += f"{chunk} times for each sample"
+    message = (
+        f"pictures of {some(stored)} are stored as images: to get the {chunk} actions of a chunk, LeRobot's reader "
+        f"decodes them {chunk} times for each sample"
+    )
     if chunk * sum(np.prod(features[key]["shape"][:2]) for key in stored) < MANY_PIXELS:
         yield Finding(FINE, "reading", f"{message}, which is quick with these small ones")
         return
