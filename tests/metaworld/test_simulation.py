@@ -22,7 +22,7 @@ except RuntimeError as error:
 
 
 def test_only_the_pictures_are_others():
-    """Catches a cheap environment in which scenes, states or success are not LeRobot's: its numbers would be its own."""
+    """Catches a cheap environment whose scenes, states or success are not LeRobot's."""
     env = MetaworldSmallEnv(task="pick-place-v3", image_size=64).create_envs(2)["pick-place-v3"][0]
     small, _ = env.reset(seed=[5, 6])
     full, _ = MetaworldEnv("pick-place-v3", obs_type="pixels_agent_pos").reset(seed=6)
