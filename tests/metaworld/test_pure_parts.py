@@ -11,6 +11,11 @@ from lerobot_env_metaworld_small import evaluate, learn, policies, record, repor
 from lerobot_env_metaworld_small.configuration_metaworld_small import MetaworldSmallEnv
 from lerobot_env_metaworld_small.record import RecordConfig
 
+TEN = [
+    "peg-unplug-side-v3", "peg-insert-side-v3", "sweep-into-v3", "basketball-v3", "pick-out-of-hole-v3", "push-v3",
+    "pick-place-v3", "stick-push-v3", "stick-pull-v3", "disassemble-v3",
+]  # fmt: skip
+
 
 def test_the_policy_knows_the_environments_observation_without_a_rename():
     """A name or shape in the data that LeRobot's environment does not have: lerobot-eval would ask for a rename."""
@@ -45,6 +50,15 @@ def test_every_task_has_one_difficulty():
     assert [name for name, _ in tasks.by_difficulty(tasks.parse(tasks.FIVE))] == ["easy", "hard"]
     with pytest.raises(ValueError, match="no task 'reach'"):
         tasks.parse("reach")
+
+
+def test_the_ten_tasks_stay():
+    """Ten other tasks than those that were drawn before the first training: results could not be compared."""
+    found = tasks.parse("ten")
+    assert [(name, len(each)) for name, each in tasks.by_difficulty(found)] == [
+        ("easy", 1), ("medium", 3), ("hard", 3), ("very_hard", 3),
+    ]  # fmt: skip
+    assert found == TEN
 
 
 def test_tasks_are_recorded_in_turns(tmp_path):

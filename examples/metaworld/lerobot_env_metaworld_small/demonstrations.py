@@ -6,12 +6,9 @@ import numpy as np
 from lerobot.envs.metaworld import MetaworldEnv
 
 from . import seeds
+from .constants import ACTION
 from .env import Simulation, SmallMetaworld
 
-STATE = ("hand_x", "hand_y", "hand_z", "gripper")
-ACTION = ("move_x", "move_y", "move_z", "grip")
-FULL_STATE = 39
-FPS = 80
 _PUSH_STEPS = (3, 8)  # length of a push: a hand moves at most 1 cm a step
 
 

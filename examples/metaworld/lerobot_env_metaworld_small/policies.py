@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .demonstrations import ACTION, STATE
+from .constants import ACTION, STATE
 
 REPO = "local/metaworld"
 LOG_EVERY = 50  # training steps

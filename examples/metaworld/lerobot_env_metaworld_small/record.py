@@ -21,7 +21,7 @@ import draccus
 from lerobot_env_virtual_so100.record import DATA_FILE_MB, SCENES_FILE, join, quiet
 from tqdm import tqdm
 
-from . import seeds
+from . import constants, seeds
 from .configuration_metaworld_small import IMAGE_SIZE
 from .tasks import parse
 
@@ -70,13 +70,11 @@ def features(image_size: int) -> dict:
     """The dataset's features. With these names, a policy needs no rename in LeRobot's environment."""
     from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_IMAGE, OBS_STATE
 
-    from . import demonstrations
-
     image = {"dtype": "image", "shape": (image_size, image_size, 3), "names": ["height", "width", "channel"]}
     names = {
-        OBS_STATE: list(demonstrations.STATE),
-        OBS_ENV_STATE: [f"full_{i}" for i in range(demonstrations.FULL_STATE)],
-        ACTION: list(demonstrations.ACTION),
+        OBS_STATE: list(constants.STATE),
+        OBS_ENV_STATE: [f"full_{i}" for i in range(constants.FULL_STATE)],
+        ACTION: list(constants.ACTION),
     }
     return {OBS_IMAGE: image} | {
         key: {"dtype": "float32", "shape": (len(each),), "names": each} for key, each in names.items()
@@ -117,7 +115,7 @@ def write_block(config: RecordConfig, block: Block) -> int:
     import torch
     from lerobot.datasets import LeRobotDataset
 
-    from .demonstrations import FPS, Demonstrator
+    from .demonstrations import Demonstrator
 
     torch.set_num_threads(1)  # one process per core
     root = _draft(block.folder(config))
@@ -125,7 +123,7 @@ def write_block(config: RecordConfig, block: Block) -> int:
     demonstrator = Demonstrator(block.task, config.pixels, config.pushes, config.hold)
     dataset = LeRobotDataset.create(
         config.repo_id,
-        fps=FPS,
+        fps=constants.FPS,
         features=features(config.pixels or 480),
         root=root,
         robot_type="metaworld",

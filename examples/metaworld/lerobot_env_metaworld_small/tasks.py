@@ -1,6 +1,7 @@
 """MetaWorld's tasks by name and difficulty, from LeRobot's own list."""
 
 import json
+import random
 from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.util import find_spec
@@ -21,25 +22,32 @@ def groups() -> dict[str, list[str]]:
     return _list()["DIFFICULTY_TO_TASKS"]
 
 
+def ten() -> list[str]:
+    """Ten tasks that were drawn before any of them was trained: 1 easy, 3 medium, 3 hard, 3 very hard."""
+    rng, counts = random.Random(0), {"easy": 1, "medium": 3, "hard": 3, "very_hard": 3}
+    return [task for name, count in counts.items() for task in rng.sample(groups()[name], count)]
+
+
 def instruction(task: str) -> str:
     """The sentence that LeRobot's environment gives to policies."""
     return _list()["TASK_DESCRIPTIONS"][task]
 
 
 def parse(text: str) -> list[str]:
-    """Tasks of a list with commas of tasks and difficulty groups, each once.
+    """Tasks of a list with commas of tasks, difficulty groups and "ten", each once.
 
     Raises:
         ValueError: there is no such task or group.
     """
     found: list[str] = []
+    sets = groups() | {"ten": ten()}
     for name in (x.strip() for x in text.split(",")):
-        if name not in groups() and name not in _list()["TASK_DESCRIPTIONS"]:
+        if name not in sets and name not in _list()["TASK_DESCRIPTIONS"]:
             raise ValueError(
-                f"MetaWorld has no task {name!r}. Groups: {', '.join(groups())}. Tasks: "
+                f"MetaWorld has no task {name!r}. Groups: {', '.join(sets)}. Tasks: "
                 f"{', '.join(_list()['TASK_DESCRIPTIONS'])}"
             )
-        found += groups().get(name, [name])
+        found += sets.get(name, [name])
     return list(dict.fromkeys(found))
 
 
