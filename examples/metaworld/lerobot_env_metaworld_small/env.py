@@ -25,18 +25,15 @@ class SmallMetaworld(MetaworldEnv):
         draw_cheaply(self._env, self.observation_width)
 
     def render(self) -> np.ndarray:
-        """The picture of the camera: (image_size, image_size, 3) uint8."""
-        self._make_current()
-        return super().render()
+        """The picture of the last observation, (image_size, image_size, 3) uint8: videos need not be drawn anew."""
+        return self._picture
 
     def _format_raw_obs(self, raw_obs: np.ndarray) -> dict:
-        self._make_current()
-        return super()._format_raw_obs(raw_obs)
-
-    def _make_current(self) -> None:
-        """Let the next picture be drawn by the own GL context, and not by that of another environment."""
-        if self._env is not None and (viewer := self._env.mujoco_renderer.viewer) is not None:
-            viewer.make_context_current()
+        if (viewer := self._env.mujoco_renderer.viewer) is not None:
+            viewer.make_context_current()  # and not that of another environment in this process
+        seen = super()._format_raw_obs(raw_obs)
+        self._picture = seen["pixels"]
+        return seen
 
 
 def draw_cheaply(env, image_size: int) -> None:
