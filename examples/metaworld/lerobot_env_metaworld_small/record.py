@@ -43,7 +43,7 @@ class RecordConfig:
     repo_id: str = "local/metaworld"
     # Height and width of the pictures in pixels, drawn without shadows and multisampling.
     image_size: int = IMAGE_SIZE
-    # Draw as LeRobot does instead: 480 pixels, shadows, multisampling. 12 times slower on a CPU.
+    # Draw as LeRobot does instead: 480 pixels, shadows, multisampling. 18 times slower on a CPU.
     lerobot_renderer: bool = False
     # How likely a step begins a push of the hand that the expert has to correct; 0 for undisturbed demonstrations.
     pushes: float = 0.03
