@@ -36,7 +36,7 @@ def test_only_the_pictures_are_others():
 
 def test_a_demonstration():
     """Catches pushes that are recorded as the expert's actions, an end at the edge of success, another scene's seed."""
-    plain, pushed = (Demonstrator("reach-v3", 32, pushes, hold=20) for pushes in (0.0, 0.2))
+    plain, pushed = (Demonstrator("reach-v3", 32, pushes, scatter=0, hold=20) for pushes in (0.0, 0.2))
     first, disturbed = plain.episode(3), pushed.episode(3)
     assert first.seed == disturbed.seed == 3 and first.instruction == "Reach a goal position"
     assert not np.array_equal(first.states[-1], disturbed.states[-1])

@@ -9,7 +9,9 @@ from . import seeds
 from .constants import ACTION
 from .env import Simulation, SmallMetaworld
 
+LIMIT = 350  # steps in which the expert has to succeed
 _PUSH_STEPS = (3, 8)  # length of a push: a hand moves at most 1 cm a step
+_SCATTER_STEPS = (5, 26)  # length of the way to another start
 
 
 @dataclass
@@ -40,15 +42,16 @@ class Demonstrator:
         image_size: height and width of the pictures; None for LeRobot's own renderer (480, shadows, multisampling).
         pushes: how likely a step begins a push, which moves the hand and is not recorded: so the data shows how to
             return from places where a policy may drift.
+        scatter: how likely an episode begins with the hand elsewhere, up to 25 cm away. If all began at one place, the
+            place of a moving hand would tell where it is going, and a small policy would not learn to look.
         hold: steps that the expert goes on once the task is solved. Without them all data ends at the edge of success,
             and a policy that is slightly off stops before it.
-        limit: steps in which the task has to be solved.
     """
 
-    def __init__(self, task: str, image_size: int | None, pushes: float, hold: int, limit: int = 400):
+    def __init__(self, task: str, image_size: int | None, pushes: float, scatter: float, hold: int):
         self._task = task
         self._sim = Simulation(make_env(task, image_size))
-        self._pushes, self._hold, self._limit = pushes, hold, limit
+        self._pushes, self._scatter, self._hold = pushes, scatter, hold
 
     def episode(self, index: int) -> Episode:
         """The demonstration with this number; always the same one.
@@ -75,7 +78,11 @@ class Demonstrator:
         # LeRobot's environment draws the goal of some tasks at a wrong place until the first step. This step is not
         # recorded.
         full, _ = sim.step(np.zeros(len(ACTION), np.float32))
-        while len(frames) < (self._limit if end is None else end):
+        if rng.random() < self._scatter:
+            away = np.append(rng.uniform((-1, -1, -0.5), 1), -1).astype(np.float32)  # seldom down, with an open gripper
+            for _ in range(rng.integers(*_SCATTER_STEPS)):
+                full, _ = sim.step(away)
+        while len(frames) < (LIMIT if end is None else end):
             action = sim.expert(full)
             frames.append((*sim.look(full), full, action))
             full, solved = sim.step(push.disturb(action))

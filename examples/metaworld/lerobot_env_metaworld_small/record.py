@@ -47,6 +47,8 @@ class RecordConfig:
     lerobot_renderer: bool = False
     # How likely a step begins a push of the hand that the expert has to correct; 0 for undisturbed demonstrations.
     pushes: float = 0.03
+    # How likely an episode begins with the hand elsewhere than in an evaluation.
+    scatter: float = 0.5
     # Steps recorded after the task is solved.
     hold: int = 20
     # Processes that simulate and write; the dataset is the same for any number.
@@ -56,7 +58,7 @@ class RecordConfig:
         parse(self.tasks)
         if not 1 <= self.episodes <= seeds.MAX_EPISODES:
             raise ValueError(f"--episodes={self.episodes} has to be between 1 and {seeds.MAX_EPISODES}")
-        for name, least in {"processes": 1, "image_size": 16, "hold": 0, "pushes": 0}.items():
+        for name, least in {"processes": 1, "image_size": 16, "hold": 0, "pushes": 0, "scatter": 0}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"--{name}={getattr(self, name)} has to be at least {least}")
 
@@ -120,7 +122,7 @@ def write_block(config: RecordConfig, block: Block) -> int:
     torch.set_num_threads(1)  # one process per core
     root = _draft(block.folder(config))
     shutil.rmtree(root, ignore_errors=True)
-    demonstrator = Demonstrator(block.task, config.pixels, config.pushes, config.hold)
+    demonstrator = Demonstrator(block.task, config.pixels, config.pushes, config.scatter, config.hold)
     dataset = LeRobotDataset.create(
         config.repo_id,
         fps=constants.FPS,
@@ -156,7 +158,7 @@ def check_same(config: RecordConfig) -> None:
     Raises:
         ValueError: blocks that are there were made with others.
     """
-    options = {name: getattr(config, name) for name in ("image_size", "lerobot_renderer", "pushes", "hold")}
+    options = {name: getattr(config, name) for name in ("image_size", "lerobot_renderer", "pushes", "scatter", "hold")}
     note = parts(config) / "options.json"
     if note.exists() and (before := json.loads(note.read_text())) != options:
         raise ValueError(f"{parts(config)} was begun with other options, {before}: give those, or remove it")
