@@ -9,6 +9,7 @@ from .constants import ACTION, STATE
 
 REPO = "local/metaworld"
 LOG_EVERY = 50  # training steps
+LEROBOTS_BATCH = 8  # lerobot-train's default
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,11 @@ def act(training: Training) -> dict[str, Any]:
     has no other sign of the task than the picture.
 
     Its ResNet starts from random weights too, and its chunk is as long as π₀'s: its default of 100 steps is longer
-    than most episodes.
+    than most episodes. The batch is LeRobot's default, because in equal time it makes few steps.
     """
     return training.options() | {
         "policy.type": "act",
+        "batch_size": LEROBOTS_BATCH,
         "policy.input_features": training.inputs(),
         "policy.chunk_size": training.chunk,
         "policy.pretrained_backbone_weights": "null",
@@ -104,6 +106,7 @@ def diffusion(training: Training) -> dict[str, Any]:
     """LeRobot's Diffusion Policy, which cannot be told the task either. Its ResNet starts from random weights."""
     return training.options() | {
         "policy.type": "diffusion",
+        "batch_size": LEROBOTS_BATCH,
         "policy.input_features": training.inputs(),
         "policy.horizon": 8 * ((training.chunk + 7) // 8),  # its U-Net halves the horizon three times
         "policy.n_action_steps": training.executed,
