@@ -41,7 +41,7 @@ class LearnConfig:
     # Demonstrations of each task.
     episodes: int = 50
     # Training steps of π₀; the other policies train for the same time.
-    steps: int = 10_000
+    steps: int = 8000
     # Observations per training step.
     batch_size: int = 16
     # Peak learning rate of π₀.
