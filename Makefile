@@ -1,10 +1,11 @@
 # Two commands are all a newcomer needs: `make demo` and `make test`. Both set up what they need first.
 PYTHON := .venv/bin/python
 READY := .venv/.ready
+METAWORLD := .venv/.metaworld
 # A process for each core, each with whole files: what a file sets up is set up once.
 SPREAD := -n auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: help setup browser demo so100 test test-all finish test-next test-lerobot bench bench-gpu gpu-wheels lint format clean
+.PHONY: help setup browser demo so100 metaworld test test-all finish test-next test-lerobot bench bench-gpu gpu-wheels lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## / - /' | sort
@@ -23,6 +24,13 @@ demo: setup  ## simulate an SO-100, record demonstrations, train π₀, evaluate
 
 so100: setup  ## the way of a user with two arms, virtual ones: record, train, roll out (ARGS='--help' for options)
 	$(PYTHON) -m lerobot_env_virtual_so100.so100 $(ARGS)
+
+$(METAWORLD): $(READY) examples/metaworld/pyproject.toml
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -e examples/metaworld
+	@touch $@
+
+metaworld: setup $(METAWORLD)  ## MetaWorld's experts: record, train π₀ and ACT, evaluate (ARGS='--tasks=… --steps=…')
+	$(PYTHON) -m lerobot_env_metaworld_small.learn $(ARGS)
 
 test: setup  ## fast tests, on CPU, without network
 	$(PYTHON) -m pytest $(SPREAD) $(ARGS)

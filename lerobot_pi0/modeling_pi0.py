@@ -271,6 +271,8 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
     ) -> Tensor:
         """Squared errors of the velocity, float32 (B, K, T, dims of the robot's actions); see `Objective.losses`."""
         self._run.catch_up()
+        if self.training:
+            self._run.waiting.begin()
         return self.objective.losses(self.model, batch, noise, time, delay)
 
     def update(self) -> None:

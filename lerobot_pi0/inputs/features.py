@@ -113,3 +113,35 @@ def name_unread(config: PI0Config, features: Iterable[str]) -> None:
         logger.warning("%s of the dataset are not read: π₀ sees cameras, state and instruction", ", ".join(unread))
     if config.n_obs_steps != 1:
         logger.warning("n_obs_steps=%d is not read: π₀ sees one observation at a time", config.n_obs_steps)
+
+
+LONG_CHUNK = 0.25
+"""A chunk is long if this part of all its steps, or more, lies beyond the end of an episode."""
+
+
+def long_chunk(config: PI0Config, lengths: Sequence[int]) -> tuple[str, str] | None:
+    """What is wrong with a chunk that is long beside the episodes, and what to do; None if it is not long.
+
+    Args:
+        lengths: frames of each episode.
+    """
+    chunk, frames = config.chunk_size, np.asarray(lengths, np.int64)
+    last = np.minimum(frames, chunk)  # so many frames have a chunk that goes beyond the end
+    beyond = last * chunk - last * (last + 1) // 2
+    share = beyond.sum() / max(1, frames.sum() * chunk)
+    if share < LONG_CHUNK or config.mask_padded_actions:
+        return None
+    middle = int(np.median(frames))
+    return (
+        f"chunk_size={chunk} is long beside the episodes (median {middle} frames): {share:.0%} of all steps of chunks "
+        "lie beyond the end of their episode, where LeRobot repeats the last action, and the policy learns that",
+        f"train with --policy.chunk_size={max(1, middle // 4)}, or leave these steps out: "
+        "--policy.mask_padded_actions=true",
+    )
+
+
+def name_long_chunk(config: PI0Config, meta: Any) -> None:
+    """Warn of a chunk that is long beside the episodes of a dataset, `meta` being its LeRobotDatasetMetadata."""
+    episodes = getattr(meta, "episodes", None)
+    if episodes is not None and (said := long_chunk(config, episodes["length"])):
+        logger.warning("%s. To change it: %s", *said)

@@ -58,6 +58,10 @@ def bucket(length: int, most: int) -> int:
     return min(max(16, 1 << (length - 1).bit_length()), most)
 
 
+OF_BASES = (224, 224)
+"""Size of pictures in the configs of published bases, whatever they were trained on: it says nothing of a camera."""
+
+
 class ObservationMaker:
     """Makes observations for one policy; remembers which warnings it has given."""
 
@@ -198,7 +202,22 @@ class ObservationMaker:
         absent = [key for key in expected if key not in batch and "empty_camera" not in key]
         if absent:
             self._warn(f"cameras {absent} are absent: the policy acts without them", "absent cameras")
-        return {key: self._image(key, torch.as_tensor(batch[key]).to(device)) for key in present}
+        images = {key: self._image(key, torch.as_tensor(batch[key]).to(device)) for key in present}
+        for key, x in images.items():
+            self._compare_size(key, tuple(x.shape[2:]))
+        return images
+
+    def _compare_size(self, key: str, size: tuple[int, ...]) -> None:
+        """Warn of pictures that are larger or smaller than the config's: shrinking makes them others."""
+        shape = tuple(self.config.image_features[key].shape)
+        known = shape[1:] if shape[0] == 3 else shape[:2]
+        if size != known and known != OF_BASES:
+            self._warn(
+                f"{key!r} has pictures of {' × '.join(map(str, size))} pixels, the policy's config says "
+                f"{' × '.join(map(str, known))}. If it was trained on those, record or render that size: resized, "
+                "small things look different",
+                f"size of {key}",
+            )
 
     def _image(self, key: str, x: Tensor) -> Tensor:
         """The images with channels first, float32, in [0, 1] if the batch keeps LeRobot's contract."""

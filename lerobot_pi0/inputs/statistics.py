@@ -9,7 +9,7 @@ from lerobot.configs import FeatureType, NormalizationMode
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from ..configuration_pi0 import PI0Config
-from .features import Statistics, colour_cameras, log_cameras, name_unread
+from .features import Statistics, colour_cameras, log_cameras, name_long_chunk, name_unread
 from .joints import check_pairing, check_relative_names, names_in_config, relative_mask, take_names
 from .samples import has_state
 
@@ -39,6 +39,7 @@ def check_dataset(config: PI0Config, stats: Statistics | None, meta: Any) -> Non
     """
     take_names(config, meta)
     name_unread(config, getattr(meta, "features", None) or {})
+    name_long_chunk(config, meta)
     if meta is not None and not config.pretrained_path:
         log_cameras(config, colour_cameras(meta), {})
     recorded = getattr(meta, "features", None) or stats or {}

@@ -15,6 +15,7 @@ from ..network.pi0 import PI0
 from .ema import Ema, sharding
 from .guards import Guards
 from .optimizers import is_8bit, use_fused_kernel
+from .waiting import Waiting
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class Run:
         self.config = config
         self._ema: Ema | None = None
         self.guards = Guards(self._check_optimizer)
+        self.waiting = Waiting()
         self._sizes: PartSizes | None = None  # counted before training, which may shard the weights
         self._autocasts = self._warned_of_update = False
 
@@ -156,6 +158,7 @@ class Run:
     def update(self) -> None:
         """After a step of the optimizer: count it, so that the next draws are new, and update the averages."""
         self.guards.stepped = False
+        self.waiting.end()
         self.config.updates += 1
         if self._ema is not None:
             self._ema.update()

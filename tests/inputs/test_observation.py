@@ -277,6 +277,27 @@ def test_absent_cameras_are_warned_of_once(caplog):
     assert CAMERAS[0] not in message
 
 
+def test_pictures_of_another_size_are_warned_of_once(caplog):
+    """Catches a policy that is evaluated on large pictures, shrunk, after training on small ones, in silence."""
+    make, batch = maker(CAMERAS[:1]), make_batch(cameras=CAMERAS[:1])
+    make(batch, CPU)
+    assert not warnings(caplog)
+    known = tuple(make.config.image_features[FRONT].shape[1:])
+    larger = batch | {FRONT: torch.rand(2, 3, known[0] + 16, known[1])}
+    for _ in range(2):
+        make(larger, CPU)
+    (message,) = warnings(caplog)
+    assert f"{known[0] + 16} × {known[1]}" in message and f"config says {known[0]} × {known[1]}" in message
+
+
+def test_a_base_does_not_say_what_cameras_have(caplog):
+    """Catches a false alarm in each run that starts from a published base, which declares 224 pixels for any camera."""
+    make, batch = maker(CAMERAS[:1]), make_batch(cameras=CAMERAS[:1])
+    make.config.input_features[FRONT].shape = (3, 224, 224)
+    make(batch | {FRONT: torch.rand(2, 3, 480, 640)}, CPU)
+    assert not warnings(caplog)
+
+
 def test_a_cut_prompt_is_warned_of_once(caplog):
     """Catches an instruction whose end, often the object's name, the network never sees."""
     make = maker()

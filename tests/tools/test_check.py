@@ -266,6 +266,22 @@ def test_a_policy_that_is_yet_to_be_made(clean, capsys, tmp_path):
     assert "not counted" in serious(found)["warning prompts"]
 
 
+def test_what_training_would_only_show_later(tmp_path, capsys):
+    """Catches a slow reader, a chunk that is long beside the episodes, or a feature that is not read, in silence."""
+    big = {"change": pictures(lambda x: np.repeat(np.repeat(x, 4, 0), 4, 1)), "size": 256}
+    build(tmp_path / "data", frames=lambda episode: 12, **big)
+    info = json.loads((tmp_path / "data/meta/info.json").read_text())
+    info["features"]["observation.environment_state"] = info["features"][OBS_STATE]
+    (tmp_path / "data/meta/info.json").write_text(json.dumps(info))
+    edit_frames(tmp_path / "data", lambda table: table.insert(0, "observation.environment_state", table[OBS_STATE]))
+    _, found = findings(capsys, tmp_path / "data", "--policy.type=pi0", *SCRATCH)
+    said = serious(found)
+    assert "decodes them 8 times for each sample" in said["warning reading"]
+    assert "--dataset.streaming=true" in next(x["remedy"] for x in found if x["about"] == "reading")
+    assert "chunk_size=8 is long beside the episodes (median 12 frames)" in said["warning episodes"]
+    assert "observation.environment_state not read" in said["warning features"]
+
+
 def test_other_cameras(clean, tmp_path, capsys):
     """Catches cameras that lerobot-train will refuse, and a rename_map that is not followed."""
     shutil.copytree(clean / "policy", tmp_path / "policy")

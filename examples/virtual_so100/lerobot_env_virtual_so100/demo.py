@@ -14,13 +14,13 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import draccus
 
 from .constants import EPISODE_SECONDS, JOINTS
+from .running import environment, lines, run
 from .score import ScoreConfig, score, summary
 
 logger = logging.getLogger(__name__)
@@ -103,14 +103,6 @@ class DemoConfig:
         return self.run / "checkpoints" / "last" / "pretrained_model"
 
 
-def _environment() -> dict[str, str]:
-    """Environment variables of the commands: offline, no display, and this interpreter's folder first in PATH."""
-    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if sys.platform != "darwin":  # macOS renders without a display by itself
-        quiet["MUJOCO_GL"] = os.environ.get("MUJOCO_GL", "egl")
-    return {**os.environ, **quiet, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-
-
 def _check_rendering() -> None:
     """Stop now, and not after minutes, if this machine cannot render images.
 
@@ -118,43 +110,9 @@ def _check_rendering() -> None:
         SystemExit: it cannot; the message says what to install.
     """
     check = f"from {__package__}.scene import check_rendering; check_rendering()"
-    done = subprocess.run([sys.executable, "-c", check], env=_environment(), capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", check], env=environment(), capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr.strip().splitlines()[-1])
-
-
-def _run(title: str, command: list[str], log: Path, **environment: str) -> float:
-    """Run a command, keep its output in a file, show its progress bar. Returns seconds.
-
-    Raises:
-        SystemExit: it failed; the message says where its output is.
-    """
-    print(f"\n== {title}\n   {' '.join(command)}", flush=True)
-    started = time.perf_counter()
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as kept:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=_environment() | environment
-        )
-        assert process.stdout is not None
-        while chunk := process.stdout.read1():
-            kept.write(chunk)
-            kept.flush()
-            _show_progress(chunk)
-    if process.wait():
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        raise SystemExit(f"\n{command[0]} failed with status {process.returncode}; its output is in {log}:\n{tail}")
-    seconds = time.perf_counter() - started
-    print(f"\r   done in {seconds:.0f} s".ljust(110), flush=True)
-    return seconds
-
-
-def _show_progress(chunk: bytes) -> None:
-    """Show the newest progress bar or training line of a command's output, in place of the one before."""
-    for line in re.split(r"[\r\n]+", chunk.decode(errors="replace")):
-        if "it/s" in line or "s/it" in line or "ep/s" in line or "s/ep" in line or "step/s" in line or "loss:" in line:
-            text = line.strip().split("] ")[-1] if "loss:" in line else line.strip()
-            print(f"\r   {text[:105]}".ljust(110), end="", flush=True)
 
 
 def record(config: DemoConfig) -> float:
@@ -174,7 +132,7 @@ def _record(config: DemoConfig, root: Path, *options: str) -> float:
         return 0.0
     shutil.rmtree(root, ignore_errors=True)
     command = [sys.executable, "-m", f"{__package__}.record", f"--root={root}", f"--task={config.task}", *options]
-    return _run(f"demonstrations: {root.name}", command, _log(config, f"record_{root.name}"))
+    return run(f"demonstrations: {root.name}", command, _log(config, f"record_{root.name}"))
 
 
 def _log(config: DemoConfig, name: str) -> Path:
@@ -221,11 +179,11 @@ def train(config: DemoConfig) -> float:
     """`lerobot-train` with these options."""
     shutil.rmtree(config.run, ignore_errors=True)
     options = training_options(config)
-    command = ["lerobot-train", *(f"--{name}={value}" for name, value in options.items())]
+    command = ["lerobot-train", *lines(options)]
     # A step of this size is too short for two threads: the second gains nothing, and on a busy machine they wait for
     # each other. The other core loads data.
     threads = os.environ.get("OMP_NUM_THREADS", "1")
-    return _run(f"{config.steps} training steps", command, _log(config, "train"), OMP_NUM_THREADS=threads)
+    return run(f"{config.steps} training steps", command, _log(config, "train"), OMP_NUM_THREADS=threads)
 
 
 def evaluate(config: DemoConfig, instruction: str) -> tuple[dict, float]:
@@ -247,8 +205,8 @@ def evaluate(config: DemoConfig, instruction: str) -> tuple[dict, float]:
         "seed": 1000,
         "output_dir": folder,
     }
-    command = ["lerobot-eval", *(f"--{name}={value}" for name, value in options.items())]
-    seconds = _run(f"evaluation, instruction {instruction}", command, _log(config, f"eval_{instruction}"))
+    command = ["lerobot-eval", *lines(options)]
+    seconds = run(f"evaluation, instruction {instruction}", command, _log(config, f"eval_{instruction}"))
     outcomes = [json.loads(line) for line in results.read_text().splitlines()][: config.scenes]
     for video in sorted(folder.glob("videos/**/*.mp4"))[:1]:
         shutil.copy(video, config.output / f"{instruction}.mp4")

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from .constants import CAMERAS, EPISODE_SECONDS, FPS, IMAGE_SIZE, JOINTS, SPLITS
 
 logger = logging.getLogger(__name__)
-_DATA_FILE_MB = 2  # size at which a parquet file is full; small, because streaming shuffles and distributes whole files
+DATA_FILE_MB = 2  # size at which a parquet file is full; small, because streaming shuffles and distributes whole files
 SCENES_FILE = "meta/scenes.jsonl"
 ROBOT_TYPE = "so_follower"  # what `lerobot-record --robot.type=so100_follower` writes: the driver's class
 
@@ -76,7 +76,7 @@ def dataset_features(image_size: int) -> dict:
     return {**action, **hw_to_dataset_features({**joints, **cameras}, OBS_STR, use_video=False)}
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keep the progress display readable. To be called in every process, before LeRobot's dataset code is imported."""
     import datasets
 
@@ -88,7 +88,7 @@ def _quiet() -> None:
 
 def write_shard(config: RecordConfig, root: Path, seeds: range, progress) -> None:
     """Simulate scenes and write them to a dataset of their own; `progress(1)` is called after each episode."""
-    _quiet()
+    quiet()
     import torch
     from lerobot.datasets import LeRobotDataset
 
@@ -102,7 +102,7 @@ def write_shard(config: RecordConfig, root: Path, seeds: range, progress) -> Non
         root=root,
         robot_type=ROBOT_TYPE,
         use_videos=False,
-        data_files_size_in_mb=_DATA_FILE_MB,
+        data_files_size_in_mb=DATA_FILE_MB,
     )
     demonstrator = Demonstrator(config.task, config.fps, config.image_size, config.split)
     scenes = []
@@ -146,7 +146,7 @@ def join(repo_id: str, roots: list[Path], target: Path) -> None:
         repo_id,
         roots=roots,
         aggr_root=target,
-        data_files_size_in_mb=_DATA_FILE_MB,
+        data_files_size_in_mb=DATA_FILE_MB,
         concatenate_data=False,
     )
     for file in sorted((target / "meta" / "episodes").glob("chunk-*/file-*.parquet")):
@@ -185,7 +185,7 @@ def _run_workers(config: RecordConfig, shards: list[tuple[Path, range]], bar: tq
 
 def record(config: RecordConfig) -> None:
     """Write the dataset that the options describe."""
-    _quiet()
+    quiet()
     shards = _shards(config)
     folder = shards[0][0].parent
     shutil.rmtree(folder, ignore_errors=True)  # may be left from an interrupted run

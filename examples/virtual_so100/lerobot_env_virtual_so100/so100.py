@@ -20,6 +20,7 @@ from .cell import Cell
 from .constants import EPISODE_SECONDS
 from .film import film
 from .record import join
+from .running import lines, run
 from .score import ScoreConfig, score, summary
 from .way import Way
 
@@ -144,8 +145,8 @@ def fast_path(config: SO100Config, policy: Path) -> dict[str, dict]:
         "env.results": results, "eval.n_episodes": config.scenes, "eval.batch_size": 1,
         "eval.use_async_envs": "false", "seed": config.seed, "output_dir": config.output / "eval",
     }  # fmt: skip
-    command = ["lerobot-eval", *(f"--{name}={value}" for name, value in options.items())]
-    demo._run("the same scenes without drivers: lerobot-eval", command, recipe.output / "logs" / "eval.txt")
+    command = ["lerobot-eval", *lines(options)]
+    run("the same scenes without drivers: lerobot-eval", command, recipe.output / "logs" / "eval.txt")
     scores = score(ScoreConfig(task=config.task, controls=[], results=results))
     return {"π₀ in the simulator (lerobot-eval)": scores["results"]}
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 from lerobot.datasets.utils import DEFAULT_TASKS_PATH as TASKS
 
+from ...inputs.features import long_chunk
 from ..data import some
 from ..recording import TOLERANCE_S
 from .subject import ERROR, FINE, WARNING, Finding, Subject
@@ -46,6 +47,8 @@ def episodes(subject: Subject) -> Iterable[Finding]:
             WARNING, "episodes", f"{message}; the rest of each chunk repeats the last action",
             f"record longer, or train with a shorter chunk_size (the median episode has {int(np.median(lengths))})",
         )  # fmt: skip
+    elif said := long_chunk(subject.config, lengths):
+        yield Finding(WARNING, "episodes", *said)
     recorded = dict(
         zip(subject.dataset.meta.episodes["episode_index"], subject.dataset.meta.episodes["length"], strict=True)
     )

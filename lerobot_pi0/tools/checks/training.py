@@ -3,14 +3,16 @@
 import copy
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from lerobot.datasets.utils import DEFAULT_TASKS_PATH as TASKS
 
 from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.errors import CheckpointError
+from ...inputs.features import NOT_READ
 from ...inputs.observation import ObservationMaker
 from .. import ToolError
-from ..data import preprocessor_for
+from ..data import preprocessor_for, some
 from ..recording import PictureError
 from ..show import network_parameters
 from .subject import ERROR, FINE, WARNING, Finding, Subject
@@ -32,6 +34,40 @@ def one_batch(subject: Subject) -> Iterable[Finding]:
         yield Finding(ERROR, "sample", f"the policy would not take the first frame: {error}", "see the errors above")
         return
     yield Finding(FINE, "sample", "the first frame goes through the processors, and the policy takes it")
+
+
+MANY_PIXELS = 500_000
+"""Pixels that a sample decodes in vain, from which on reading is slow: about 15 ms of a CPU core."""
+
+
+def reading(subject: Subject) -> Iterable[Finding]:
+    """Whether LeRobot's reader decodes more pictures than it uses: of images, those of all steps of a chunk.
+
+    Videos are decoded at the times that are asked for, and chunks of a context cache need no other frame.
+    """
+    features, chunk = subject.dataset.meta.features, len(subject.config.action_delta_indices or ())
+    stored = [key for key in subject.dataset.cameras if features[key]["dtype"] == "image"]
+    if not stored or chunk < 2:
+        return
+    message = (
+        f"pictures of {some(stored)} are stored as images: to get the {chunk} actions of a chunk, LeRobot's reader "
+        f"decodes them {chunk} times for each sample"
+    )
+    if chunk * sum(np.prod(features[key]["shape"][:2]) for key in stored) < MANY_PIXELS:
+        yield Finding(FINE, "reading", f"{message}, which is quick with these small ones")
+        return
+    yield Finding(
+        WARNING, "reading", message, "train with --dataset.streaming=true --num_workers=1, which decodes each once"
+    )
+
+
+def unread(subject: Subject) -> Iterable[Finding]:
+    """What the dataset holds and π₀ has no input for."""
+    if keys := [key for key in subject.dataset.meta.features if key in NOT_READ]:
+        yield Finding(
+            WARNING, "features", f"{some(keys)} not read: π₀ sees cameras, state and instruction",
+            "nothing to do if the policy is to act on what it sees; else record these numbers in observation.state",
+        )  # fmt: skip
 
 
 def weights(subject: Subject) -> Iterable[Finding]:

@@ -1,0 +1,56 @@
+"""Samples a second of LeRobot's two readers of a dataset, in one process without a policy.
+
+    python benchmarks/reading.py --root=DATA --chunk=20
+
+`lerobot-train` takes the second with `--dataset.streaming=true`.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import draccus
+import torch
+from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata, StreamingLeRobotDataset
+from lerobot.utils.constants import ACTION
+
+
+@dataclass
+class ReadingConfig:
+    """Time the readers of a dataset."""
+
+    # Folder of the dataset.
+    root: Path
+    # Actions of a chunk.
+    chunk: int = 50
+    # Samples to read with each.
+    samples: int = 500
+
+
+def milliseconds(samples: Iterable, count: int) -> float:
+    """Time of a sample, the first ones apart, in which files are opened and buffers are filled."""
+    iterator: Iterator = iter(samples)
+    next(iterator)
+    started = time.perf_counter()
+    for _ in range(count):
+        next(iterator)
+    return 1e3 * (time.perf_counter() - started) / count
+
+
+@draccus.wrap()
+def main(config: ReadingConfig) -> None:
+    """Print a line for each reader."""
+    meta = LeRobotDatasetMetadata("local/dataset", root=config.root)
+    times = {ACTION: [i / meta.fps for i in range(config.chunk)]}
+    whole = LeRobotDataset("local/dataset", root=config.root, delta_timestamps=times)
+    order = torch.randint(len(whole), (config.samples + 1,), generator=torch.Generator().manual_seed(0)).tolist()
+    stream = StreamingLeRobotDataset("local/dataset", root=config.root, delta_timestamps=times, seed=0)
+    readers = {"default": (whole[i] for i in order), "streaming": stream}
+    for name, samples in readers.items():
+        taken = milliseconds(samples, config.samples)
+        print(f"{name:10} {taken:7.2f} ms a sample, {1e3 / taken:7.1f} samples a second")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Options of `--env.type=metaworld_small`: LeRobot's own MetaWorld, drawn in another way."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import gymnasium as gym
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.envs.configs import EnvConfig, MetaworldEnv
+from lerobot.envs.utils import freeze_after_episode_end
+
+ENV_TYPE = "metaworld_small"
+IMAGE_SIZE = 128
+
+
+def _make_env(**kwargs) -> gym.Env:
+    from .env import SmallMetaworld  # imports MuJoCo: only where an environment is made
+
+    return SmallMetaworld(**kwargs)
+
+
+@EnvConfig.register_subclass(ENV_TYPE)
+@dataclass
+class MetaworldSmallEnv(MetaworldEnv):
+    """LeRobot's MetaWorld, with a renderer that is cheap on a CPU: no shadows, no multisampling, small pictures.
+
+    Tasks, cameras, states, actions, seeds and success are LeRobot's; only the pictures differ. Its other options are
+    those of `--env.type=metaworld`.
+
+    Attributes:
+        image_size: height and width of the pictures in pixels; that of the training data.
+    """
+
+    image_size: int = IMAGE_SIZE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.features["pixels/top"] = PolicyFeature(FeatureType.VISUAL, (self.image_size, self.image_size, 3))
+
+    def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict:
+        """{task group: {index of the task: vector environment}}, as LeRobot expects it.
+
+        Unlike LeRobot's, an environment whose episode is over rests until the next rollout, so that it costs nothing.
+        """
+        from lerobot.envs.metaworld import DIFFICULTY_TO_TASKS
+
+        asynchronous = use_async_envs and n_envs > 1
+        kind = partial(gym.vector.AsyncVectorEnv, context="forkserver") if asynchronous else gym.vector.SyncVectorEnv
+        found: dict = {}
+        for group in (name.strip() for name in self.task.split(",")):
+            tasks = DIFFICULTY_TO_TASKS.get(group, [group])
+            makers = [partial(_make_env, task=x, image_size=self.image_size, **self.gym_kwargs) for x in tasks]
+            found[group] = {i: kind([freeze_after_episode_end(make)] * n_envs) for i, make in enumerate(makers)}
+        return found

@@ -1,0 +1,84 @@
+"""LeRobot's MetaWorld environment, drawn without shadows and multisampling in small pictures, and its simulation."""
+
+import warnings
+
+import numpy as np
+from lerobot.envs.metaworld import MetaworldEnv
+
+
+class SmallMetaworld(MetaworldEnv):
+    """`lerobot.envs.metaworld.MetaworldEnv` with a renderer that a CPU can afford.
+
+    Args:
+        task: MetaWorld's name of the task, e.g. "door-open-v3".
+        image_size: height and width of the pictures in pixels.
+        kwargs: LeRobot's own, e.g. obs_type.
+    """
+
+    def __init__(self, task: str, image_size: int, **kwargs):
+        super().__init__(task, observation_width=image_size, observation_height=image_size, **kwargs)
+
+    def _ensure_env(self) -> None:
+        if self._env is not None:
+            return
+        super()._ensure_env()
+        draw_cheaply(self._env, self.observation_width)
+
+    def render(self) -> np.ndarray:
+        """The picture of the last observation, (image_size, image_size, 3) uint8: videos need not be drawn anew."""
+        return self._picture
+
+    def _format_raw_obs(self, raw_obs: np.ndarray) -> dict:
+        if (viewer := self._env.mujoco_renderer.viewer) is not None:
+            viewer.make_context_current()  # and not that of another environment in this process
+        seen = super()._format_raw_obs(raw_obs)
+        self._picture = seen["pixels"]
+        return seen
+
+
+def draw_cheaply(env, image_size: int) -> None:
+    """Let MetaWorld's environment draw small pictures, without shadows and multisampling. Before its first picture."""
+    env.mujoco_renderer.width = env.mujoco_renderer.height = image_size
+    env.model.vis.quality.offsamples = 0
+    env.model.vis.quality.shadowsize = 0
+    env.model.mat_reflectance[:] = 0  # reflections take a third of the time, and the camera sees none
+
+
+class Simulation:
+    """The simulation under LeRobot's environment: an episode goes on after its success, and only `look` draws.
+
+    Args:
+        env: LeRobot's environment or `SmallMetaworld`, with obs_type "pixels_agent_pos".
+    """
+
+    def __init__(self, env: MetaworldEnv):
+        self._env = env
+        self.instruction, self.steps = env.task_description, env._max_episode_steps
+
+    def reset(self, seed: int) -> np.ndarray:
+        """Begin the episode of a seed, as LeRobot's environment does; returns MetaWorld's observation (39,)."""
+        self._env._ensure_env()
+        self._env._env.seed(seed)
+        full, _ = self._env._env.reset(seed=seed)
+        return full
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, bool]:
+        """Execute an action (4,); returns MetaWorld's observation (39,), and whether the task is solved now."""
+        full, *_, info = self._env._env.step(action)
+        return full, bool(info["success"])
+
+    def look(self, full: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What LeRobot's environment shows to a policy: the picture (H, W, 3) uint8, and the state (4,)."""
+        seen = self._env._format_raw_obs(full)
+        return seen["pixels"], seen["agent_pos"]
+
+    def expert(self, full: np.ndarray) -> np.ndarray:
+        """The action (4,) of MetaWorld's expert, within [-1, 1]: the simulation clips what is larger."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the experts warn of their larger actions
+            action = self._env.expert_policy.get_action(full)
+        return np.clip(action, -1, 1).astype(np.float32)
+
+    def close(self) -> None:
+        """Free the simulation and its renderer."""
+        self._env.close()

@@ -1,0 +1,191 @@
+"""MetaWorld's example without MetaWorld: schema, seeds, blocks that are resumed, groups, intervals, commands."""
+
+import json
+from concurrent.futures import Future
+
+import numpy as np
+import pytest
+from lerobot.configs import FeatureType
+from lerobot.utils.feature_utils import dataset_to_policy_features
+from lerobot_env_metaworld_small import evaluate, learn, policies, record, report, seeds, tasks
+from lerobot_env_metaworld_small.configuration_metaworld_small import MetaworldSmallEnv
+from lerobot_env_metaworld_small.record import RecordConfig
+
+TEN = [
+    "peg-unplug-side-v3", "peg-insert-side-v3", "sweep-into-v3", "basketball-v3", "pick-out-of-hole-v3", "push-v3",
+    "pick-place-v3", "stick-push-v3", "stick-pull-v3", "disassemble-v3",
+]  # fmt: skip
+
+
+def test_the_policy_knows_the_environments_observation_without_a_rename():
+    """A name or shape in the data that LeRobot's environment does not have: lerobot-eval would ask for a rename."""
+    env = MetaworldSmallEnv(image_size=32)
+    shown = {env.features_map[key] for key in env.features}
+    found = dataset_to_policy_features(record.features(32))
+    assert {key: x.shape for key, x in found.items()} == {
+        "observation.image": (3, 32, 32),
+        "observation.state": (4,),
+        "observation.environment_state": (39,),
+        "action": (4,),
+    }
+    assert found.keys() - shown == {"observation.environment_state"}
+    assert found["observation.environment_state"].type is FeatureType.ENV
+
+
+def test_seeds_of_data_choosing_and_reporting_share_none():
+    """A scene that is trained on and evaluated on: its success would not be that of an unseen scene."""
+    assert not {*seeds.DATA} & {*seeds.CHOOSING} and not {*seeds.CHOOSING} & {*seeds.REPORTED}
+    assert not {*seeds.DATA} & {*seeds.REPORTED}
+    used = [seed for episode in range(seeds.MAX_EPISODES) for seed in seeds.of_episode(episode)]
+    assert len(used) == len({*used}) and {*used} <= {*seeds.DATA}
+    with pytest.raises(ValueError, match="at most 1000 episodes"):
+        seeds.of_episode(seeds.MAX_EPISODES)
+
+
+def test_every_task_has_one_difficulty():
+    """A task that is in no group, or in two: means over groups would leave it out, or count it twice."""
+    everything = tasks.parse("easy,medium,hard,very_hard")
+    assert len(everything) == 50 == sum(len(each) for _, each in tasks.by_difficulty(everything))
+    assert tasks.parse("reach-v3, reach-v3,hard")[0] == "reach-v3" and len(tasks.parse("reach-v3,reach-v3")) == 1
+    assert [name for name, _ in tasks.by_difficulty(tasks.parse(tasks.FIVE))] == ["easy", "hard"]
+    with pytest.raises(ValueError, match="no task 'reach'"):
+        tasks.parse("reach")
+
+
+def test_the_ten_tasks_stay():
+    """Ten other tasks than those that were drawn before the first training: results could not be compared."""
+    found = tasks.parse("ten")
+    assert [(name, len(each)) for name, each in tasks.by_difficulty(found)] == [
+        ("easy", 1), ("medium", 3), ("hard", 3), ("very_hard", 3),
+    ]  # fmt: skip
+    assert found == TEN
+
+
+def test_tasks_are_recorded_in_turns(tmp_path):
+    """Blocks task after task: a reader that shuffles near files would show one task for thousands of steps."""
+    config = RecordConfig(tmp_path / "data", tasks="reach-v3,push-v3", episodes=7)
+    found = list(record.blocks(config))
+    assert [block.task for block in found] == ["reach-v3", "push-v3"] * 2
+    assert [[*block.episodes] for block in found[::2]] == [[0, 1, 2, 3, 4], [5, 6]]
+
+
+class Here:
+    """A pool that works at once, in this process."""
+
+    def __init__(self, *_):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def shutdown(self, **_):
+        pass
+
+    def submit(self, function, *arguments):
+        future: Future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except KeyboardInterrupt as error:
+            future.set_exception(error)
+        return future
+
+
+def test_a_killed_recording_goes_on(tmp_path, monkeypatch):
+    """A second start that records complete blocks again, or takes an unfinished one for complete."""
+    config, written, joined = RecordConfig(tmp_path / "data", episodes=12), [], []
+
+    def write(config, block):
+        if len(written) == 2:
+            (tmp_path / "data.parts" / "reach-v3_10_12.unfinished").mkdir()
+            raise KeyboardInterrupt
+        written.append(block.episodes)
+        block.folder(config).mkdir()
+        return len(block.episodes)
+
+    def join(repo_id, roots, target):
+        joined.extend(root.name for root in roots)
+        (target / "meta").mkdir(parents=True)
+        (target / record.SCENES_FILE).write_text("")
+
+    monkeypatch.setattr(record, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(record, "write_block", write)
+    monkeypatch.setattr(record, "join", join)
+    with pytest.raises(KeyboardInterrupt):
+        record.record(config)
+    with pytest.raises(ValueError, match="other options"):
+        record.record(RecordConfig(tmp_path / "data", episodes=12, hold=5))
+    written[:] = written[1:]  # the third block is written now
+    record.record(config)
+    assert [[*each] for each in written] == [[5, 6, 7, 8, 9], [10, 11]]
+    assert joined == ["reach-v3_0_5", "reach-v3_5_10", "reach-v3_10_12"]
+    record.record(config)  # complete: nothing is done
+    assert len(written) == 2 and not (tmp_path / "data.parts").exists()
+
+
+def test_means_of_groups_and_their_interval():
+    """A mean over tasks in place of groups: 28 easy tasks would outweigh 5 very hard ones."""
+    found = {"reach-v3": [True] * 10, "door-open-v3": [True] * 10, "pick-place-v3": [False] * 10}
+    row = report.summary(found)
+    assert row["mean_of_groups"]["rate"] == 0.5 and row["all"]["rate"] == pytest.approx(2 / 3)
+    assert row["groups"]["easy"]["successes"] == 20 and row["groups"]["hard"]["trials"] == 10
+    mixed = {"reach-v3": [True] * 10 + [False] * 10, "pick-place-v3": [True] * 5 + [False] * 15}
+    low, high = report.bootstrap(mixed)
+    assert low < report.mean_of_groups(mixed) == 0.375 < high and high - low > 0.2
+    text = report.table({"π₀": row, "random actions": row})
+    assert "pick-place-v3" in text and "10/10 (72 – 100 %)" in text and "50.0%" in text
+
+
+def test_shares_of_processes():
+    """A task that no process evaluates, or two do."""
+    whole = evaluate.Evaluation(("a", "b", "c"), 20, 0, 128, 2)
+    assert [share.tasks for share in whole.shares()] == [("a", "c"), ("b",)]
+    assert len(evaluate.Evaluation(("a",), 20, 0, 128, 2).shares()) == 1
+
+
+def test_what_lerobot_eval_wrote():
+    """Successes read under another task's name."""
+    entries = [{"task_group": x, "task_id": 0, "metrics": {"successes": y}} for x, y in (("b", [0, 1]), ("a", [1, 1]))]
+    assert evaluate.successes({"per_task": entries}, ("a", "b")) == {"a": [True, True], "b": [False, True]}
+    with pytest.raises(ValueError, match="nothing of c"):
+        evaluate.successes({"per_task": entries}, ("c",))
+
+
+def test_equal_time(tmp_path, monkeypatch):
+    """Another policy that trains for more time than π₀: the comparison would be its own."""
+    log = "step:20 loss:1 updt_s:0.500 data_s:0.100\nstep:40 loss:1 updt_s:{} data_s:0.050"
+    config = learn.LearnConfig(steps=1000, output=tmp_path)
+    ours = policies.pi0(config.training("pi0"), config.learning_rate)
+    other = policies.act(config.training("act"))
+
+    def train(config, options):
+        text = log.format("0.150" if options["policy.type"] == "pi0" else "0.750")
+        (tmp_path / "logs" / f"{options['output_dir'].name}.txt").write_text(text)
+
+    (tmp_path / "logs").mkdir()
+    monkeypatch.setattr(learn, "train", train)
+    assert learn.steps_in_equal_time(config, ours, other) == 250
+
+
+def test_other_policies_are_not_given_what_the_environment_does_not_show(tmp_path):
+    """ACT trained on places of objects: it would fail at its first step in LeRobot's environment, which has none."""
+    training = learn.LearnConfig(output=tmp_path).training("act")
+    for make in (policies.act, policies.diffusion):
+        assert json.loads(make(training)["policy.input_features"]).keys() == {"observation.image", "observation.state"}
+
+
+def test_the_picture_has_a_row_of_each_task(tmp_path):
+    """Rows of one task under the names of others, if episodes are found by their order among the tasks."""
+    (tmp_path / "meta").mkdir()
+    lines = [json.dumps({"task": task, "seed": 0}) for task in ("b", "b", "a", "b")]
+    (tmp_path / record.SCENES_FILE).write_text("\n".join(lines))
+    assert report.first_episodes(tmp_path) == {"b": 0, "a": 2}
+
+
+def test_curves_are_drawn(tmp_path):
+    """A curve that cannot be drawn, after an hour of training."""
+    points = {100: {"reach-v3": [True, False]}, 200: {"reach-v3": [True, True]}}
+    report.plot_curves({"π₀": points}, tmp_path / "curve.png")
+    assert np.fromfile(tmp_path / "curve.png", np.uint8).size > 1000

@@ -1,0 +1,80 @@
+"""MetaWorld's example in the simulation, and as a whole with two tasks."""
+
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("metaworld", reason="pip install -e examples/metaworld (make metaworld does)")
+
+from lerobot.datasets import LeRobotDataset
+from lerobot.envs.metaworld import MetaworldEnv
+from lerobot_env_metaworld_small import learn, record
+from lerobot_env_metaworld_small.configuration_metaworld_small import MetaworldSmallEnv
+from lerobot_env_metaworld_small.demonstrations import Demonstrator, make_env
+from lerobot_env_metaworld_small.env import Simulation
+from lerobot_env_virtual_so100.scene import check_rendering
+
+try:
+    check_rendering()
+except RuntimeError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+
+def test_only_the_pictures_are_others():
+    """Catches a cheap environment whose scenes, states or success are not LeRobot's."""
+    env = MetaworldSmallEnv(task="pick-place-v3", image_size=64).create_envs(2)["pick-place-v3"][0]
+    small, _ = env.reset(seed=[5, 6])
+    full, _ = MetaworldEnv("pick-place-v3", obs_type="pixels_agent_pos").reset(seed=6)
+    assert np.array_equal(small["agent_pos"][1], full["agent_pos"])
+    assert small["pixels"].shape == (2, 64, 64, 3) and full["pixels"].shape == (480, 480, 3)
+    shrunk = full["pixels"].reshape(32, 15, 32, 15, 3).mean(axis=(1, 3))
+    ours = env.reset(seed=[5, 6])[0]["pixels"][1].reshape(32, 2, 32, 2, 3).mean(axis=(1, 3))
+    assert np.abs(shrunk - ours).mean() < 20, "not the same scene, or not the same way up"
+    env.close()
+
+
+def test_a_demonstration():
+    """Catches pushes that are recorded as the expert's actions, an end at the edge of success, another scene's seed."""
+    plain, pushed = (Demonstrator("reach-v3", 32, pushes, scatter=0, hold=20) for pushes in (0.0, 0.2))
+    first, disturbed = plain.episode(3), pushed.episode(3)
+    assert first.seed == disturbed.seed == 3 and first.instruction == "Reach a goal position"
+    assert not np.array_equal(first.states[-1], disturbed.states[-1])
+    goal = first.full_states[-1, -3:]
+    errors = np.linalg.norm(first.states[:, :3] - goal, axis=1)
+    assert errors[-1] < 0.03 < errors[-22]  # success is within 0.05 of the fingers
+    for episode in (first, disturbed):
+        wanted = goal - episode.full_states[:, :3]
+        clear = np.abs(wanted) > 0.02
+        assert (np.sign(episode.actions[:, :3]) == np.sign(wanted))[clear].all()
+    assert first.images.shape == (len(first.actions), 32, 32, 3)
+
+
+def test_experts_solve_what_random_actions_do_not():
+    """Catches a control that is given the task's solution, or an expert that acts on another scene."""
+    from lerobot_env_metaworld_small.evaluate import control
+
+    assert control("reach-v3", range(20_000, 20_003), expert=True) == [True] * 3
+    assert control("pick-place-v3", range(20_000, 20_002), expert=False) == [False] * 2
+    sim = Simulation(make_env("reach-v3", None))
+    assert np.array_equal(sim.reset(7), sim.reset(7)) and not np.array_equal(sim.reset(7), sim.reset(8))
+
+
+@pytest.mark.slow
+def test_a_small_version(tmp_path, capsys):
+    """Catches a step of the whole that does not fit the next: data, LeRobot's commands, their results, the report."""
+    config = learn.LearnConfig(
+        tasks="reach-v3,drawer-close-v3", episodes=6, steps=30, trials=2, saves=2, image_size=64, output=tmp_path
+    )
+    rows = learn.learn(config)
+    assert rows.keys() == {"π₀", "ACT", "random actions"}
+    assert all(row["all"]["trials"] == 4 for row in rows.values())
+    assert "drawer-close-v3" in capsys.readouterr().out
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["curves"]["π₀"].keys() == {"15", "30"} and scores["scores"] == json.loads(json.dumps(rows))
+    assert (tmp_path / "tasks.png").stat().st_size > 10_000 and (tmp_path / "curve.png").exists()
+    dataset = LeRobotDataset("local/metaworld", root=config.recording().root)
+    assert dataset.num_episodes == 12 and dataset.fps == 80
+    scenes = [json.loads(line) for line in (dataset.root / record.SCENES_FILE).read_text().splitlines()]
+    ends = ["reach-v3", "drawer-close-v3"]
+    assert [scene["task"] for scene in scenes] == ["reach-v3"] * 5 + ["drawer-close-v3"] * 5 + ends
