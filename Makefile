@@ -35,7 +35,7 @@ metaworld: setup $(METAWORLD)  ## MetaWorld's experts: record, train π₀ and A
 test: setup  ## fast tests, on CPU, without network
 	$(PYTHON) -m pytest $(SPREAD) $(ARGS)
 
-test-all: setup browser  ## slow tests too
+test-all: setup browser $(METAWORLD)  ## slow tests too
 	$(PYTHON) -m pytest -m '' $(ARGS)
 
 finish: setup  ## the package from its wheel, in a bare environment, through all that a user does

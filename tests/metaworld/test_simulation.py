@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-pytest.importorskip("metaworld", reason="pip install -e examples/metaworld (make metaworld does)")
+pytest.importorskip("metaworld", reason="pip install -e examples/metaworld (make test-all does)")
 
 from lerobot.datasets import LeRobotDataset
 from lerobot.envs.metaworld import MetaworldEnv
@@ -19,6 +19,8 @@ try:
     check_rendering()
 except RuntimeError as error:
     pytest.skip(str(error), allow_module_level=True)
+
+pytestmark = pytest.mark.slow  # MetaWorld is an extra of its example, which `make test-all` installs
 
 
 def test_only_the_pictures_are_others():
@@ -60,7 +62,6 @@ def test_experts_solve_what_random_actions_do_not():
     assert np.array_equal(sim.reset(7), sim.reset(7)) and not np.array_equal(sim.reset(7), sim.reset(8))
 
 
-@pytest.mark.slow
 def test_a_small_version(tmp_path, capsys):
     """Catches a step of the whole that does not fit the next: data, LeRobot's commands, their results, the report."""
     config = learn.LearnConfig(
