@@ -14,6 +14,11 @@ from lerobot_env_virtual_so100.bus import VirtualBus
 from lerobot_env_virtual_so100.cell import Cell
 from scservo_sdk import PortHandler
 
+try:  # after 0.6.1 LeRobot's loop sleeps there
+    from lerobot.utils import cycle_timer
+except ImportError:
+    cycle_timer = None
+
 if sys.platform == "darwin":
     pytest.skip("macOS has no pseudo-terminals at 1 Mbaud, which LeRobot asks for: use Linux", allow_module_level=True)
 
@@ -47,8 +52,10 @@ def follow_stepped_cell(patch: pytest.MonkeyPatch, cell: Cell) -> None:
         cell.elapse(seconds)
         now[0] += seconds
 
-    patch.setattr(lerobot_record, "time", SimpleNamespace(perf_counter=lambda: now[0], sleep=sleep))
-    patch.setattr(lerobot_record, "precise_sleep", sleep)
+    for module in (lerobot_record, cycle_timer):
+        if module is not None:
+            patch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0], sleep=sleep))
+            patch.setattr(module, "precise_sleep", sleep, raising=False)
 
 
 def too_busy(load: float, cores: int) -> bool:
