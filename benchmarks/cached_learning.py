@@ -1,0 +1,216 @@
+"""Study of training on cached contexts: success at equal processor time, with a cache and without.
+
+    python -m lerobot_env_virtual_so100.record --root=outputs/hover_600 --task=hover --episodes=600
+    OMP_NUM_THREADS=1 python benchmarks/cached_learning.py --policy=DIR --dataset=outputs/hover_600
+
+`--policy` is what `make demo` trained: its VLM knows the task reach, and stays frozen. Its expert goes on from there,
+or begins from random weights (`--new-expert`), and learns the task hover, which is not in the demo's data.
+
+The commands are `lerobot-pi0 cache` and `lerobot-train`, called in one process, one after the other. Time is the
+processor time of this process (`time.process_time`), so that other programs on the machine hardly change the result.
+A run may use `--seconds` of it: its caching, loading, training and saving, but not the import of LeRobot. From two
+short runs of each kind it is known what a step takes, and so how many steps fit; the table shows the time that
+was used. Runs that exist already are used again.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from control import Driver, measure
+from learning import Row, held_out_batches, held_out_errors, mean_and_range, record_held_out
+from lerobot.scripts import lerobot_train
+from lerobot_env_virtual_so100.demo import DemoConfig, training_options
+from lerobot_env_virtual_so100.score import wilson
+
+from lerobot_pi0 import PI0Policy
+from lerobot_pi0.tools import main as lerobot_pi0
+
+CONDITIONS: dict[str, tuple[str, ...] | None] = {
+    "no cache": None,
+    "every frame": ("--every=1",),
+    "every fifth frame": ("--every=5",),
+    "every frame, 8 bits": ("--every=1", "--bits=8"),
+    "every fifth frame, 8 bits": ("--every=5", "--bits=8"),
+}
+CALIBRATION = 30, 130  # steps
+TASK = "hover"
+
+
+def processor_seconds(call: Callable[[], Any]) -> float:
+    """Processor time of a call, in all threads of this process."""
+    before = time.process_time()
+    call()
+    return time.process_time() - before
+
+
+@dataclass(frozen=True)
+class CachedStudy:
+    """Settings that all runs share."""
+
+    policy: Path
+    dataset: Path
+    held_out: Path
+    output: Path
+    seconds: float
+    scenes: int
+
+    def remembered(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` found, now or in an earlier call of the study."""
+        file = self.output / f"{name}.json"
+        if not file.exists():
+            file.write_text(json.dumps(make(), indent=2) + "\n")
+        return json.loads(file.read_text())
+
+    def contexts(self, condition: str) -> Path:
+        return self.output / f"contexts, {condition}"
+
+    def caching(self, condition: str) -> float:
+        """Compute the contexts of a condition; returns processor seconds."""
+        how = CONDITIONS[condition]
+        if how is None:
+            return 0.0
+        policy = {key: x for key, x in self.options(1, 0).items() if key.startswith("policy.")}
+        data = {"dataset.repo_id": "local/hover", "dataset.root": self.dataset}
+        options = policy | data | {"output": self.contexts(condition), "num_workers": 0}
+
+        def make() -> float:
+            shutil.rmtree(self.contexts(condition), ignore_errors=True)
+            return processor_seconds(lambda: lerobot_pi0(["cache", *(f"--{k}={v}" for k, v in options.items()), *how]))
+
+        return self.remembered(f"caching, {condition}", make)
+
+    def options(self, steps: int, seed: int) -> dict[str, object]:
+        """The demo's options of `lerobot-train`, which go on from a policy and train the expert alone."""
+        own = {
+            "policy.pretrained_path": self.policy,
+            "policy.train_expert_only": "true",
+            "policy.save_expert_only": "true",
+            "dataset.root": self.dataset,
+            "num_workers": 0,
+        }
+        return training_options(DemoConfig(steps=steps, seed=seed)) | own
+
+    def train(self, condition: str, steps: int, seed: int, folder: Path) -> float:
+        """`lerobot-train`; returns processor seconds."""
+        shutil.rmtree(folder, ignore_errors=True)
+        options = self.options(steps, seed) | {"output_dir": folder}
+        if CONDITIONS[condition] is not None:
+            contexts = self.contexts(condition)
+            data = {"dataset.root": contexts / "dataset", "dataset.streaming": "false"}
+            options |= data | {"policy.context_cache": contexts}
+        command = ["lerobot-train", *(f"--{key}={x}" for key, x in options.items())]
+        with mock.patch.object(sys, "argv", command):
+            return processor_seconds(lerobot_train.main)
+
+    def steps(self, condition: str) -> int:
+        """How many steps fit into what caching has left of the time."""
+        caching, folder = self.caching(condition), self.output / "calibration"
+
+        def make() -> list[float]:
+            return [self.train(condition, steps, 0, folder) for steps in CALIBRATION]
+
+        short, long = self.remembered(f"calibration, {condition}", make)
+        step = (long - short) / (CALIBRATION[1] - CALIBRATION[0])
+        return round((self.seconds - caching - short) / step) + CALIBRATION[0]
+
+    @cached_property
+    def held_out_batches(self) -> dict[str, dict[str, Any]]:
+        return held_out_batches(self.held_out)
+
+    def score(self, policy: Path) -> Row:
+        """Successes in unseen scenes, and errors on held-out frames."""
+        driver = Driver(policy, self.scenes, task=TASK)
+        every = training_options(DemoConfig())["policy.n_action_steps"]
+        return held_out_errors(driver, self.held_out_batches) | measure(driver, "none", 0, int(str(every)))
+
+    def complete(self, condition: str, seed: int) -> Row:
+        """Train and score one run."""
+
+        def make() -> Row:
+            steps, folder = self.steps(condition), self.output / "run"
+            used = self.caching(condition) + self.train(condition, steps, seed, folder)
+            row = {"condition": condition, "seed": seed, "steps": steps, "seconds": used}
+            return row | self.score(folder / "checkpoints" / "last" / "pretrained_model")
+
+        return self.remembered(f"{condition}, {seed}", make)
+
+
+def with_new_expert(policy: Path, folder: Path) -> Path:
+    """A checkpoint with the VLM of a policy, and an expert and projections from random weights."""
+    if not folder.exists():
+        trained = PI0Policy.from_pretrained(policy)
+        torch.manual_seed(0)
+        new = PI0Policy(trained.config)
+        vlm = {name: x for name, x in trained.state_dict().items() if ".paligemma." in name}
+        new.load_state_dict(vlm, strict=False)
+        shutil.copytree(policy, folder)
+        new.save_pretrained(folder)
+    return folder
+
+
+def success(rows: list[Row], scenes: int) -> str:
+    """Successes of several seeds with Wilson's interval, and of each."""
+    wins, total = sum(row["successes"] for row in rows), scenes * len(rows)
+    low, high = wilson(wins, total)
+    each = ", ".join(str(row["successes"]) for row in rows)
+    return f"{wins}/{total} ({low:.0%} – {high:.0%}): {each}"
+
+
+def table(rows: list[Row], study: CachedStudy) -> str:
+    """A line for each condition."""
+    lines = [
+        "| contexts | caching, s | steps | all, s | success, and by seed | loss | error | error, first frames |",
+        "|" + "---|" * 8,
+    ]
+    for condition in CONDITIONS:
+        if own := [row for row in rows if row["condition"] == condition]:
+            used = " ".join(f"{row['seconds']:.0f}" for row in own)
+            numbers = [mean_and_range([row[key] for row in own]) for key in ("loss_all", "error_all", "error_first")]
+            lines.append(
+                f"| {condition} | {study.caching(condition):.0f} | {own[0]['steps']} | {used} | "
+                f"{success(own, study.scenes)} | {' | '.join(numbers)} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policy", type=Path, required=True, help="folder of a policy that make demo trained")
+    parser.add_argument("--dataset", type=Path, required=True, help="folder of demonstrations of the task hover")
+    parser.add_argument("--output", type=Path, default=Path("outputs/cached_learning"), help="folder of runs and table")
+    parser.add_argument("--seconds", type=float, default=180.0, help="processor time of a run (default: 180)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1000, 1001, 1002], help="seeds of training")
+    parser.add_argument("--scenes", type=int, default=100, help="unseen scenes for each run (default: 100)")
+    parser.add_argument("--episodes", type=int, default=60, help="held-out episodes (default: 60)")
+    parser.add_argument("--new-expert", action="store_true", help="train the expert from random weights")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    held_out = options.output / "held_out"
+    options.output.mkdir(parents=True, exist_ok=True)
+    record_held_out(held_out, options.episodes, TASK)
+    policy = options.policy.resolve()
+    if options.new_expert:
+        policy = with_new_expert(policy, (options.output / "new_expert").resolve())
+    study = CachedStudy(policy, options.dataset, held_out, options.output, options.seconds, options.scenes)
+    print("before training:", success([study.remembered("before", lambda: study.score(options.policy))], study.scenes))
+    rows = []
+    for seed in options.seeds:
+        for condition in CONDITIONS:
+            rows.append(study.complete(condition, seed))
+            (options.output / "table.md").write_text(table(rows, study) + "\n")
+    print(table(rows, study))
+
+
+if __name__ == "__main__":
+    main()
