@@ -87,7 +87,8 @@ def answers(driver: Driver, obs: Observation, draws: tuple[Tensor, ...]) -> dict
     losses, gradient = learn(driver.policy, obs, draws)
     actions = chunk(driver.policy, obs, draws[1][:, 0])
     degrees = torch.as_tensor(driver.post(actions.flatten(0, 1)))[:, ARM]
-    keys, values = (torch.stack([layer[i] for layer in obs.prefix]) for i in (0, 1))
+    mask_BS = driver.policy.model.encode_prefix(obs)[1]  # padding is not read
+    keys, values = (torch.stack([layer[i] for layer in obs.prefix])[:, mask_BS] for i in (0, 1))
     return {
         "keys": keys, "values": values, "losses": losses, "gradient": gradient, "chunk": actions, "degrees": degrees
     }  # fmt: skip
