@@ -195,10 +195,10 @@ def table(rows: list[Row], study: CachedStudy) -> str:
     ]
     for condition in CONDITIONS:
         if own := [row for row in rows if row["condition"] == condition]:
-            used = " ".join(f"{row['seconds']:.0f}" for row in own)
+            used = ", ".join(f"{row['seconds']:.1f}" for row in own)
             numbers = [mean_and_range([row[key] for row in own]) for key in ("loss_all", "error_all", "error_first")]
             lines.append(
-                f"| {condition} | {study.caching(condition):.0f} | {own[0]['steps']} | {used} | "
+                f"| {condition} | {study.caching(condition):.1f} | {own[0]['steps']} | {used} | "
                 f"{success(own, study.scenes)} | {' | '.join(numbers)} |"
             )
     return "\n".join(lines)
