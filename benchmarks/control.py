@@ -66,6 +66,7 @@ class Driver:
     seed: int = 1000
     batch: int = 25
     options: dict[str, Any] = field(default_factory=dict)
+    task: str = "reach"
     policy: PI0Policy = field(init=False)
 
     def __post_init__(self) -> None:
@@ -80,7 +81,7 @@ class Driver:
         seeds = range(self.seed, self.seed + self.scenes)
         for first in range(0, self.scenes, self.batch):
             group = seeds[first : first + self.batch]
-            envs = [VirtualSO100GymEnv("reach") for _ in group]
+            envs = [VirtualSO100GymEnv(self.task) for _ in group]
             yield envs, [env.reset(seed=seed)[0] for env, seed in zip(envs, group, strict=True)]
 
     def observe(self, envs: list[VirtualSO100GymEnv], seen: list[dict]) -> dict[str, Any]:
@@ -154,7 +155,7 @@ def drive(driver: Driver, envs: list, seen: list[dict], chunk: Chunk, delay: int
     told = np.stack([env.simulation.arm.state for env in envs])
     at = asked = 0
     coming: tuple[int, Tensor] | None = None
-    for tick in range(episode_steps("reach", FPS)):
+    for tick in range(episode_steps(driver.task, FPS)):
         if coming is None and (plan is None or tick - asked >= every + (delay if sync else 0)):
             left = None if plan is None or sync else plan[:, at:]
             coming, asked = (tick + delay, chunk(driver.observe(envs, seen), left, delay)), tick

@@ -92,15 +92,8 @@ class Study:
 
     @cached_property
     def held_out_batches(self) -> dict[str, dict[str, Any]]:
-        """Frames of episodes that no run has seen: the first frame of each episode, and a sample of all frames."""
-        meta = LeRobotDatasetMetadata("local/held_out", root=self.held_out)
-        config = PI0Policy.config_class(chunk_size=50)
-        dataset = LeRobotDataset(
-            "local/held_out", root=self.held_out, delta_timestamps=resolve_delta_timestamps(config, meta)
-        )
-        starts = [int(i) for i in meta.episodes["dataset_from_index"]]
-        rows = {"first": starts, "all": range(0, len(dataset), STRIDE)}
-        return {name: default_collate([dataset[i] for i in chosen]) for name, chosen in rows.items()}
+        """Frames of episodes that no run has seen."""
+        return held_out_batches(self.held_out)
 
     def complete(self, variant: str, seed: int, steps: int) -> Row:
         """Train and score one run, in a process of its own."""
@@ -121,12 +114,7 @@ class Study:
             for kind in ("average", "weights"):
                 if kind == "weights":
                     take_weights(driver.policy, folder)
-                row: Row = {"step": int(folder.name), "kind": kind}
-                for frames, batch in self.held_out_batches.items():
-                    with torch.no_grad():
-                        loss, info = driver.policy(driver.pre(dict(batch)))
-                    row |= {f"loss_{frames}": loss.item(), f"error_{frames}": info["chunk_error"]}
-                yield row
+                yield {"step": int(folder.name), "kind": kind} | held_out_errors(driver, self.held_out_batches)
 
     def _successes(self, name: str) -> Row:
         """Successes of the last checkpoint, with its weights and with the average."""
@@ -136,6 +124,26 @@ class Study:
         average = measure(driver, "none", 0, every)["successes"]
         take_weights(driver.policy, folder)
         return {"average": average, "weights": measure(driver, "none", 0, every)["successes"]}
+
+
+def held_out_batches(root: Path) -> dict[str, dict[str, Any]]:
+    """The first frame of each episode, and a sample of all frames."""
+    meta = LeRobotDatasetMetadata("local/held_out", root=root)
+    config = PI0Policy.config_class(chunk_size=50)
+    dataset = LeRobotDataset("local/held_out", root=root, delta_timestamps=resolve_delta_timestamps(config, meta))
+    starts = [int(i) for i in meta.episodes["dataset_from_index"]]
+    rows = {"first": starts, "all": range(0, len(dataset), STRIDE)}
+    return {name: default_collate([dataset[i] for i in chosen]) for name, chosen in rows.items()}
+
+
+def held_out_errors(driver: Driver, batches: dict[str, dict[str, Any]]) -> Row:
+    """Losses and errors of sampled chunks on such frames."""
+    row: Row = {}
+    for frames, batch in batches.items():
+        with torch.no_grad():
+            loss, info = driver.policy(driver.pre(dict(batch)))
+        row |= {f"loss_{frames}": loss.item(), f"error_{frames}": info["chunk_error"]}
+    return row
 
 
 def take_weights(policy: PI0Policy, checkpoint: Path) -> None:
@@ -200,11 +208,11 @@ def plot(rows: list[Row], study: Study, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def record_held_out(folder: Path, episodes: int) -> None:
+def record_held_out(folder: Path, episodes: int, task: str = "reach") -> None:
     """Record demonstrations in scenes of the validation stream, unless they exist."""
     if not (folder / "meta" / "info.json").exists():
         module = "lerobot_env_virtual_so100.record"
-        options = [f"--root={folder}", "--split=validation", f"--episodes={episodes}"]
+        options = [f"--root={folder}", f"--task={task}", "--split=validation", f"--episodes={episodes}"]
         subprocess.run([sys.executable, "-m", module, *options], check=True)
 
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from cached_world import CHUNK, EPISODES, FRAMES, SIZES, batches, cache, norm, run_of, step, write_policy, write_world
@@ -256,8 +257,8 @@ def test_it_cannot_act(world):
         policy.model.vision(obs[0])
 
 
-def test_check(world, capsys):
-    """Catches a check before training that passes contexts of other options, or asks for what the run does not."""
+def test_check(world, tmp_path, capsys):
+    """Catches a check before training that passes contexts of other options or other words."""
     command = [
         "check", f"--policy.path={world / 'base'}", f"--policy.context_cache={world / 'float32'}",
         "--dataset.repo_id=test/tiny", f"--dataset.root={world / 'data'}", "--images=4", "--json",
@@ -269,6 +270,13 @@ def test_check(world, capsys):
     assert [x["grade"] for x in said] == ["fine", "error"]
     assert "21 contexts, every=1, are this policy's" in said[0]["message"]
     assert "dtype 'float32', wanted 'bfloat16'" in said[1]["message"]
+    shutil.copytree(world / "data", tmp_path / "data")
+    tasks = pandas.read_parquet(tmp_path / "data/meta/tasks.parquet")
+    tasks.rename({"reach cube 2": "reach cube 3"}).to_parquet(tmp_path / "data/meta/tasks.parquet")
+    main([*command, f"--dataset.root={tmp_path / 'data'}"])  # the last one counts
+    said = [x for x in json.loads(capsys.readouterr().out)["findings"] if x["about"] == "contexts"]
+    assert [x["grade"] for x in said] == ["error"]
+    assert "the prompt of sample 14 has the tokens" in said[0]["message"]
 
 
 # --- caching -------------------------------------------------------------------------------------------------------

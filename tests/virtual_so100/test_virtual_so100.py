@@ -129,7 +129,7 @@ def test_units_are_those_of_the_follower():
         env.step(np.full(6, np.nan))
 
 
-@pytest.mark.parametrize(("task", "episodes"), [("reach", 8), ("pick_place", 3)])
+@pytest.mark.parametrize(("task", "episodes"), [("reach", 8), ("hover", 8), ("pick_place", 3)])
 def test_expert_succeeds_and_random_fails(task, episodes, capsys):
     """A task nobody can do or anybody does: no success rate on it would mean anything."""
     env = VirtualSO100GymEnv(task, pixels=False)

@@ -24,9 +24,10 @@ class VirtualSO100Env(EnvConfig):
     """A simulated SO-100 with two cameras.
 
     Attributes:
-        task: "reach" (go to the one of three cubes that the instruction names) or "pick_place" (cube onto the disc).
+        task: "reach" (go to the one of three cubes that the instruction names), "hover" (stop above it) or "pick_place"
+            (cube onto the disc).
         fps: control steps a second; must be that of the data a policy was trained on.
-        episode_length: steps after which an episode ends; by default the task's (2.8 s, 13 s).
+        episode_length: steps after which an episode ends; by default the task's (2.8 s, or 13 s for pick_place).
         image_size: height and width of the cameras' images in pixels; that of the training data.
         split: stream of scenes, "train", "validation" or "test". Data is recorded from the first two; they share
             no scene with "test" whatever the seeds.

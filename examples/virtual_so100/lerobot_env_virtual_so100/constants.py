@@ -5,7 +5,7 @@ CAMERAS = ("front", "left")
 FPS = 10
 IMAGE_SIZE = 64
 # Length of an episode in seconds of simulated time.
-EPISODE_SECONDS = {"reach": 2.8, "pick_place": 13.0}
+EPISODE_SECONDS = {"reach": 2.8, "hover": 2.8, "pick_place": 13.0}
 ENV_TYPE = "virtual_so100"
 SPLITS = ("train", "validation", "test")
 INSTRUCTIONS = ("named", "swapped")

@@ -12,7 +12,7 @@ from .tasks import Layout, make_task, scene_rng
 
 # The disturbance is executed but not recorded: so the data shows how to return from places where a policy may drift.
 _NOISE_DEGREES, _NOISE_MEMORY = 2.0, 0.7
-_NOISE_SECONDS = {"reach": 0.3, "pick_place": 1.2}
+_NOISE_SECONDS = {"reach": 0.3, "hover": 0.3, "pick_place": 1.2}
 # Shares of the reach scenes that show one, two and three cubes. A policy learns positions from scenes with one cube,
 # and words from scenes with three.
 _CUBES_SHOWN = (0.15, 0.35, 0.5)

@@ -37,7 +37,8 @@ class VirtualSO100GymEnv(gym.Env):
         render_mode: str = "rgb_array",
         pixels: bool = True,
     ):
-        """See `VirtualSO100Env` for the options; without `pixels` nothing is rendered (for controls)."""
+        """See `VirtualSO100Env` for the options. Without `pixels`, which may change between steps, nothing is rendered:
+        for controls, and for steps that no policy sees."""
         if instruction not in INSTRUCTIONS:
             raise ValueError(f"instruction must be one of {', '.join(INSTRUCTIONS)}, not {instruction!r}")
         self.metadata = {**self.metadata, "render_fps": fps}
@@ -49,7 +50,7 @@ class VirtualSO100GymEnv(gym.Env):
         self._swapped = instruction == "swapped"
         self._split, self._image_size, self._render_size = split, image_size, render_size
         self._results = None if results is None else Path(results)
-        self._pixels = pixels
+        self.pixels = pixels
         self.simulation = Simulation(self._task.spec, fps)
         self.layout: Layout | None = None
         self._steps = 0
@@ -59,7 +60,7 @@ class VirtualSO100GymEnv(gym.Env):
         joints = (len(JOINTS),)
         images = spaces.Box(0, 255, (self._image_size, self._image_size, 3), np.uint8)
         observations = {"agent_pos": spaces.Box(-np.inf, np.inf, joints, np.float32)}
-        if self._pixels:
+        if self.pixels:
             observations["pixels"] = spaces.Dict(dict.fromkeys(CAMERAS, images))
         self.observation_space = spaces.Dict(observations)
         arm = self.simulation.arm
@@ -116,7 +117,7 @@ class VirtualSO100GymEnv(gym.Env):
 
     def _observation(self) -> dict:
         observation = {"agent_pos": self.simulation.arm.state.astype(np.float32)}
-        if self._pixels:
+        if self.pixels:
             images = self.simulation.images(self._image_size, self._image_size)
             observation["pixels"] = dict(zip(CAMERAS, images, strict=True))
         return observation

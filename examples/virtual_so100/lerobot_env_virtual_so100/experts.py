@@ -10,9 +10,8 @@ import numpy as np
 from lerobot_env_so101.scripted.pick_place import Phase, PickPlaceController, phase_target
 
 from .scene import CUBE_HALF
+from .tasks import HOVER_HEIGHT
 
-_REACH_CLEARANCE = 0.014  # m above the cube's top: the fingertips, 7 mm below the grasp point, touch nothing
-_REACH_HOVER = 0.055  # m above the cube's top before the arm is above it: higher than all cubes
 _DESCEND_INNER, _DESCEND_OUTER = 0.012, 0.06  # m of horizontal distance between which the arm descends
 _REACH_SPEED = 180.0  # degrees/s
 _TRAVEL_RANGE = 0.03  # m of horizontal distance
@@ -42,6 +41,9 @@ class ReachExpert:
     when the arm starts, and each step of a chunk would guess another moment.
     """
 
+    clearance = 0.014  # m above the cube's top: the fingertips, 7 mm below the grasp point, touch nothing
+    travel = 0.055  # m above the cube's top before the arm is above it: higher than all cubes
+
     def __init__(self, sim, fps: int):
         self._sim = sim
         self._max_step, self._opening_step = _REACH_SPEED / fps, _OPENING_SPEED / fps
@@ -54,9 +56,9 @@ class ReachExpert:
         """Begin an episode that names this cube."""
         self._held = 0
         top = self._sim.cube(colour) + np.array([0.0, 0.0, CUBE_HALF])
-        self._point = top + np.array([0.0, 0.0, _REACH_CLEARANCE])
+        self._point = top + np.array([0.0, 0.0, self.clearance])
         self._low = self._sim.arm.reach(self._point, _OPEN_NEAR)
-        self._high = self._sim.arm.reach(top + np.array([0.0, 0.0, _REACH_HOVER]), _OPEN_NEAR)
+        self._high = self._sim.arm.reach(top + np.array([0.0, 0.0, self.travel]), _OPEN_NEAR)
 
     @property
     def settled(self) -> bool:
@@ -90,6 +92,12 @@ class ReachExpert:
         goal = self._low + height * (self._high - self._low)
         goal[-1] = _OPEN_NEAR + (_OPEN_FAR - _OPEN_NEAR) * min(1.0, distance / _OPEN_RANGE)
         return _step_towards(self._sim.arm, goal, self._max_step)
+
+
+class HoverExpert(ReachExpert):
+    """Moves as `ReachExpert` does, but stays above the named cube."""
+
+    clearance = travel = HOVER_HEIGHT
 
 
 # Offset in m of the cube between the open jaws, away from the fixed jaw, which would otherwise come down on the cube's
@@ -169,4 +177,4 @@ class PickPlaceExpert:
 
 def make_expert(task: str, sim, fps: int) -> ReachExpert | PickPlaceExpert:
     """The expert of a task, driving `sim` at `fps` control steps a second."""
-    return {"reach": ReachExpert, "pick_place": PickPlaceExpert}[task](sim, fps)
+    return {"reach": ReachExpert, "hover": HoverExpert, "pick_place": PickPlaceExpert}[task](sim, fps)

@@ -37,9 +37,9 @@ class RecordConfig:
 
     # Folder of the new dataset; it must not exist.
     root: Path
-    # What is demonstrated: reach or pick_place.
+    # What is demonstrated: reach, hover or pick_place.
     task: str = "reach"
-    # Number of episodes (rounded up to whole scenes: reach gives one for each cube that a scene shows).
+    # Number of episodes (rounded up to whole scenes: reach and hover give one for each cube that a scene shows).
     episodes: int = 600
     # Name of the dataset.
     repo_id: str = "local/virtual_so100"

