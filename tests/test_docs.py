@@ -327,7 +327,8 @@ def known_options() -> set[str]:
         config_class(f"lerobot_env_virtual_so100.{name}")
         for name in ("record", "score", "demo", "so100", "cell", "two_instructions")
     ]
-    classes += [config_class("lerobot.async_inference.robot_client")]
+    classes += [config_class(f"lerobot_env_metaworld_small.{name}") for name in ("record", "learn")]
+    classes += [config_class("lerobot.async_inference.robot_client"), config_class("reading")]
     found = {"--policy.path", "--help", "--teleop.type"}
     for one in classes:
         out = io.StringIO()

@@ -87,7 +87,7 @@ def test_what_the_pages_hold(pages):
     trees = {name: parsed(file) for name, file in pages.items()}
     headings = {name: [x.text for x in tree.iter("h2")] for name, tree in trees.items()}
     assert headings["check"] == ["Warnings", "Cameras", "Joints", "Fine"]
-    assert headings["check, faults"] == ["Errors", "Cameras", "Joints", "Fine"]
+    assert headings["check, faults"] == ["Errors", "Warnings", "Cameras", "Joints", "Fine"]
     assert "joints action has 4 dims" in text_of(trees["check, faults"])
     assert "→ to fine-tune for another robot" in text_of(trees["check, faults"])
     assert len(list(trees["check"].iter("img"))) == 2 * 3 and "joint_5" in text_of(trees["check"])
