@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-pytest.importorskip("metaworld", reason="pip install -e examples/metaworld (make test-all does)")
+pytest.importorskip("metaworld.policies", reason="pip install -e examples/metaworld (make test-all does)")
 
 from lerobot.datasets import LeRobotDataset
 from lerobot.envs.metaworld import MetaworldEnv
