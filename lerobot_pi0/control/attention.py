@@ -183,6 +183,12 @@ def words(tokenizer: Any, tokens_L: list[int], weights_L: list[float]) -> list[t
     return [(tokenizer.decode(tokens_L[a:b]).strip(" ") or " ", sum(weights_L[a:b])) for a, b in spans]
 
 
+def words_of(tokenizer: Any, obs: Observation, found: Parts, row: int = 0) -> list[tuple[str, float]]:
+    """`words` of one observation of a batch, whose parts were found."""
+    real = obs.token_mask_BL[row].cpu()
+    return words(tokenizer, obs.tokens_BL[row].cpu()[real].tolist(), found.prompt_BL[row].cpu()[real].tolist())
+
+
 def heats(found: Parts, batch: Mapping[str, Any], config: PI0Config, row: int = 0) -> dict[str, Tensor]:
     """The weight at each pixel of the pictures of one observation, by camera: float32 (height, width) each.
 

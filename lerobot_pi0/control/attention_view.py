@@ -15,7 +15,7 @@ import numpy as np
 from ..configuration_pi0 import PI0Config
 from ..inputs.steps import TOKENIZER_STEP
 from ..network.pi0 import PI0, Observation
-from .attention import Parts, heats, parts, recorded, words
+from .attention import Parts, heats, parts, recorded, words_of
 
 logger = logging.getLogger(__name__)
 
@@ -80,9 +80,7 @@ class AttentionView:
         text = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
         if TOKENIZER_STEP not in batch:
             return text
-        real = obs.token_mask_BL[0].cpu()
-        tokens, weights = obs.tokens_BL[0].cpu()[real].tolist(), found.prompt_BL[0][real].tolist()
-        return f"{text}\n\n{lines(words(batch[TOKENIZER_STEP].input_tokenizer, tokens, weights))}"
+        return f"{text}\n\n{lines(words_of(batch[TOKENIZER_STEP].input_tokenizer, obs, found))}"
 
     def _add_text_view(self, rerun: Any) -> None:
         """Show the text beside LeRobot's views, once it has arranged them, which it does after its first frame."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ...control.attention import Parts, heats, parts, recorded, words
+from ...control.attention import Parts, heats, parts, recorded, words_of
 from ...control.attention_view import COLOUR, tint
 from ...inputs.steps import PI0TokenizerStep
 from ...modeling_pi0 import PI0Policy
@@ -52,15 +52,13 @@ def looks(runner: Runner, rows: Sequence[int]) -> list[Look]:
     made = []
     for i, row in enumerate(rows):
         hot = heats(found, batch, runner.config, i)
-        tokens = obs.tokens_BL[i][obs.token_mask_BL[i]].tolist()
-        weights = found.prompt_BL[i][obs.token_mask_BL[i].cpu()].tolist()
         alone = Parts(*(x[i : i + 1] for x in found))
         made.append(
             Look(
                 int(runner.columns.frame[row]),
                 [_uint8(batch[key][i]) for key in hot],
                 [x.numpy() for x in hot.values()],
-                words(tokenizer, tokens, weights),
+                words_of(tokenizer, obs, found, i),
                 alone.shares([key.removeprefix("observation.images.") for key in hot]),
             )
         )
