@@ -79,6 +79,11 @@ class PI0Config(BuiltinPI0Config):
     optimizer_8bit: bool | None = option(False, of_the_run=True)
     # openpi's augmentation of the images in training. None means False.
     augment_images: bool | None = option(False, of_the_run=True, openpi=True)
+    # Shift each training image at random by up to this part of its side (wrist cameras' stay): a small network then
+    # learns where things are, and not which scene it is. None means 0.
+    augment_shift: float | None = option(
+        0.0, Rule(lambda x: 0 <= x < 0.5, "has to be at least 0 and below 0.5"), of_the_run=True
+    )
     # Leave steps after the end of an episode out of the loss. None means False.
     mask_padded_actions: bool | None = option(False, of_the_run=True)
     # Strip prompts and put spaces for underscores and line breaks, as openpi does. None: as the checkpoint, or False.

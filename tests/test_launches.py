@@ -110,10 +110,11 @@ def test_step(launches, size):
     assert update.launches["_fused_adamw_"] == 1
 
 
-def test_augmented_step_waits_no_more(launches):
+@pytest.mark.parametrize(("name", "value"), [("augment_images", True), ("augment_shift", 0.1)])
+def test_augmented_step_waits_no_more(launches, name, value):
     """Catches draws of the augmentation that need a copy or a wait of their own."""
     on_gpu = launches.Step(launches.Ours, launches.SIZES["small"], 2, 3, "cuda")
-    on_gpu.policy.config.augment_images = True
+    setattr(on_gpu.policy.config, name, value)
     with NoFloat64():
         _, counted = on_gpu.forward()
     assert counted.waits == ["tolist", "tolist"]

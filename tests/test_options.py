@@ -24,6 +24,7 @@ POSITIVE, FINITE = "has to be above 0 and finite", "has to be 0 or more and fini
 ALLOWED = {
     "flow_samples": [1, 8],
     "ema_decay": [0, 0.0, 0.99],
+    "augment_shift": [0, 0.02, 0.49],
     "solver_tolerance": [1e-6, 1],
     "max_action_step": [1e-3, 5, math.inf],
     "action_range_margin": [0, 0.1, math.inf],
@@ -47,6 +48,7 @@ ALLOWED = {
 REFUSED = {
     "flow_samples": ([0, -1], "has to be at least 1"),
     "ema_decay": ([-0.1, 1, 1.5, math.nan], "has to be at least 0 and below 1; openpi's is 0.99"),
+    "augment_shift": ([-0.01, 0.5, math.nan], "has to be at least 0 and below 0.5"),
     "solver_tolerance": ([0, -1, math.nan], "has to be more than 0"),
     "time_sampling_warmup_steps": ([-1], "has to be at least 0"),
     "max_action_step": ([0, -1, math.nan], "has to be more than 0, or inf for no bound"),
@@ -73,7 +75,7 @@ FEW = [name for name in RULES if choices(name)]
 DEFAULTS = {
     "flow_samples": 1, "save_expert_only": False, "save_tokenizer": True, "cuda_graphs": True,
     "solver": "euler", "solver_tolerance": 1e-2, "image_resize": "lerobot",
-    "rtc_training_max_delay": 0, "ema_decay": 0.0, "augment_images": False, "clean_prompts": False,
+    "rtc_training_max_delay": 0, "ema_decay": 0.0, "augment_images": False, "augment_shift": 0.0, "clean_prompts": False,
     "mask_padded_actions": False, "optimizer_8bit": False, "recipe": "lerobot", "text_tokenizer_name": "bytes",
     "vlm_path": None, "vlm_quantization": None, "rtc_guidance": None, "max_action_step": None,
     "action_range_margin": None, "context_cache": None, "time_sampling_warmup_steps": 0,
@@ -114,6 +116,7 @@ KINDS = {
     "max_action_step": (["5", False], NUMBER),
     "use_relative_actions": ([1, "false", None, 0.0], BOOL),
     "augment_images": ([1, "yes"], BOOL),
+    "augment_shift": (["0.1", True], NUMBER),
     "text_tokenizer_name": ([3, True, ["bytes"]], "has to be a text"),
     "relative_exclude_joints": (["gripper", None, 3], "has to be a list"),
 }
@@ -199,7 +202,7 @@ def test_defaults():
 
 OTHER = {"flow_samples": 3, "solver": "heun", "solver_tolerance": 0.5, "rtc_training_max_delay": 4, "ema_decay": 0.5,
          "save_expert_only": True, "save_tokenizer": False, "cuda_graphs": False,
-         "augment_images": True, "clean_prompts": True, "image_resize": "openpi",
+         "augment_images": True, "augment_shift": 0.02, "clean_prompts": True, "image_resize": "openpi",
          "mask_padded_actions": True, "optimizer_8bit": True, "recipe": "openpi", "text_tokenizer_name": "t",
          "vlm_path": "v", "vlm_quantization": "int8", "rtc_guidance": "vjp", "max_action_step": 2.0,
          "action_range_margin": 0.5, "context_cache": "contexts",
@@ -209,7 +212,7 @@ OTHER = {"flow_samples": 3, "solver": "heun", "solver_tolerance": 0.5, "rtc_trai
 @pytest.mark.parametrize("name", OPTIONS)
 def test_who_says_it(name):
     """Catches a run that overrules the user's option, or inherits an option that was only for the earlier run."""
-    of_the_run = ("ema_decay", "augment_images", "mask_padded_actions", "optimizer_8bit", "recipe", "vlm_quantization",
+    of_the_run = ("ema_decay", "augment_images", "augment_shift", "mask_padded_actions", "optimizer_8bit", "recipe", "vlm_quantization",
                   "context_cache", "time_sampling_warmup_steps", "show_attention")  # fmt: skip
     saved = {name: OTHER[name]}
     unset, asked = tiny_config(), tiny_config(**saved)

@@ -133,6 +133,7 @@ def checked(options: Options) -> PI0Config:
             raise ToolError(f"--{name}={value} has to be at least 1")
     config.train_expert_only = config.save_expert_only = True
     config.augment_images = config.compile_model = False
+    config.augment_shift = 0
     return config
 
 

@@ -39,7 +39,7 @@ DIMS = 6
 
 CACHED = {
     "train_expert_only": True, "save_expert_only": True, "context_cache": "contexts", "augment_images": False,
-    "vlm_quantization": None,
+    "augment_shift": 0, "vlm_quantization": None,
 }  # fmt: skip
 MODES: dict[str, tuple[dict[str, Any], bool]] = {
     "frozen VLM": ({"train_expert_only": True}, False),

@@ -1,8 +1,13 @@
-"""Augmentation of training images as in openpi: a random crop, rotation, brightness, contrast and saturation per image.
+"""Augmentation of training images: openpi's, and small random shifts.
 
-Images of wrist cameras, which move with the hand, are neither cropped nor rotated. Crop and rotation are one resampling
+openpi's is a random crop, rotation, brightness, contrast and saturation per image. Crop and rotation are one resampling
 here (two in openpi), and pixels outside of the picture are black. Source: openpi `models/model.py:
 preprocess_observation`, `models_pytorch/preprocessing_pytorch.py`.
+
+Shifts are by whole pixels, and edges are repeated (Kostrikov et al. 2020, arXiv 2004.13649). They blur nothing, so small
+things stay visible, but no two passes over a scene show the same pixels: a scene cannot be known by heart.
+
+Images of wrist cameras, which move with the hand, keep their place in both.
 
 Axes: B batch, N cameras, C channels, H height, W width.
 """
@@ -59,14 +64,39 @@ def change_of(uniform_FBN: Tensor, fixed: Sequence[bool]) -> Change:
     )
 
 
-def draw(seed: int, update: int, samples: Sequence[int], cameras: int) -> Tensor:
-    """Uniform numbers (F, B, N) for `change_of`, which depend only on seed, update and sample; on the CPU.
+def draw(use: str, numbers: int, seed: int, update: int, samples: Sequence[int], cameras: int) -> Tensor:
+    """Uniform numbers (F, B, N), which depend only on their use, seed, update and sample; on the CPU.
 
     Args:
+        use: what they are for, so that two uses get different numbers.
+        numbers: F, numbers for each image.
         samples: a number per observation, such as its index in the dataset.
     """
-    draws = [torch.rand(6, cameras, generator=generator_of("images", seed, update, sample)) for sample in samples]
-    return torch.stack(draws, dim=1)
+    generators = [generator_of(use, seed, update, sample) for sample in samples]
+    return torch.stack([torch.rand(numbers, cameras, generator=generator) for generator in generators], dim=1)
+
+
+def shift(images_BNCHW: Tensor, uniform_2BN: Tensor, fixed: Sequence[bool], most: float) -> Tensor:
+    """Move each image by whole pixels in both directions; what it leaves is filled with its edge.
+
+    Args:
+        uniform_2BN: two numbers from 0 to below 1 for each image: how far to the left, and how far up.
+        fixed: per camera, whether it stays.
+        most: largest shift as a fraction of the image's side.
+    """
+    side = images_BNCHW.shape[-1]
+    farthest = int(most * side)
+    pixels = (uniform_2BN * (2 * farthest + 1)).long() - farthest
+    places = torch.arange(side, device=images_BNCHW.device)
+    shifted = []
+    for camera, still in enumerate(fixed):
+        images = images_BNCHW[:, camera]
+        if not still:
+            columns, rows = ((places + x[:, camera, None]).clamp(0, side - 1) for x in pixels)
+            batch = torch.arange(len(images), device=images.device)[:, None, None]
+            images = images.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        shifted.append(images)
+    return torch.stack(shifted, dim=1)
 
 
 def apply(images_BNCHW: Tensor, change: Change) -> Tensor:

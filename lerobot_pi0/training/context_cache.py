@@ -74,11 +74,11 @@ def observations(config: PI0Config) -> ObservationMaker:
     if not config.context_cache:
         return ObservationMaker(config)
     together = "does not go together with context_cache"
-    if config.augment_images:
-        raise ValueError(
-            f"augment_images {together}, whose contexts are of pictures as they were recorded: set "
-            "--policy.augment_images=false"
-        )
+    for name, off in (("augment_images", "false"), ("augment_shift", "0")):
+        if getattr(config, name):
+            raise ValueError(
+                f"{name} {together}, whose contexts are of pictures as they were recorded: set --policy.{name}={off}"
+            )
     if config.vlm_quantization:
         raise ValueError(f"vlm_quantization {together}, which needs no VLM at all: leave it out")
     if kind := sharding():

@@ -88,7 +88,7 @@ class Objective:
         with `mask_padded_actions`.
         """
         cfg, device = self.config, _device(model)
-        augmented = model.training and cfg.augment_images
+        augmented = model.training and (cfg.augment_images or cfg.augment_shift)
         obs, index = self._observe.with_index(batch, device, self._augment if augmented else None)
         actions = self._observe.actions(batch, device)[:, None]
         if noise is None or time is None or (delay is None and cfg.rtc_training_max_delay):
@@ -156,15 +156,22 @@ class Objective:
 
     def _augment(self, images_BNCHW: Tensor, cameras: list[str], index: list[int] | None) -> Tensor:
         """Images of these cameras, each with a random change that depends on seed, update, sample and camera."""
+        cfg, fixed = self.config, ["wrist" in key for key in cameras]
         if index is not None:
             _check_index(index, len(images_BNCHW))
-            every = list(self.config.image_features)
-            uniform = augment.draw(self._seed, self.config.updates, index, len(every))
-            uniform = uniform[..., [every.index(key) for key in cameras]]
-            uniform = draws.send([uniform], images_BNCHW.device)[0]
-        else:
-            uniform = torch.rand(6, *images_BNCHW.shape[:2], device=images_BNCHW.device)
-        return augment.apply(images_BNCHW, augment.change_of(uniform, ["wrist" in key for key in cameras]))
+
+        def uniform(use: str, numbers: int) -> Tensor:
+            if index is None:
+                return torch.rand(numbers, *images_BNCHW.shape[:2], device=images_BNCHW.device)
+            every = list(cfg.image_features)
+            drawn = augment.draw(use, numbers, self._seed, cfg.updates, index, len(every))
+            return draws.send([drawn[..., [every.index(key) for key in cameras]]], images_BNCHW.device)[0]
+
+        if cfg.augment_images:
+            images_BNCHW = augment.apply(images_BNCHW, augment.change_of(uniform("images", 6), fixed))
+        if cfg.augment_shift:
+            images_BNCHW = augment.shift(images_BNCHW, uniform("shifts", 2), fixed, cfg.augment_shift)
+        return images_BNCHW
 
     def _times(self) -> flow.BetaTime:
         """The distribution of times of this update: with `time_sampling_warmup_steps`, near the noise at first."""

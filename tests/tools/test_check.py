@@ -282,6 +282,24 @@ def test_what_training_would_only_show_later(tmp_path, capsys):
     assert "observation.environment_state not read" in said["warning features"]
 
 
+@pytest.mark.parametrize("frames", [6, 12], ids=["shorter than a chunk", "hardly longer"])
+def test_a_run_that_goes_on_is_not_warned_of_its_chunks(tmp_path, capsys, frames):
+    """Catches a warning of chunks that the weights have learnt from already; and silence where the data is another."""
+    build(tmp_path / "data", frames=lambda episode: frames)
+    meta = LeRobotDatasetMetadata("test/checked", root=tmp_path / "data")
+    policy = PI0Policy(tiny_config(CAMERAS[:2], chunk_size=8, n_action_steps=4, action_feature_names=NAMES))
+    other = {key: {name: 1.5 * x for name, x in values.items()} for key, values in meta.stats.items()}
+    for folder, stats in {"same": meta.stats, "other": other}.items():
+        policy.save_pretrained(tmp_path / folder)
+        for pipeline in make_pi0_pre_post_processors(policy.config, stats):
+            pipeline.save_pretrained(tmp_path / folder)
+    _, found = findings(capsys, tmp_path / "data", tmp_path / "same")
+    assert serious(found) == {}
+    for which in ([tmp_path / "other"], ["--policy.type=pi0", *SCRATCH], [tmp_path / "same", "--policy.chunk_size=9"]):
+        _, found = findings(capsys, tmp_path / "data", *which)
+        assert "warning episodes" in serious(found), which
+
+
 def test_other_cameras(clean, tmp_path, capsys):
     """Catches cameras that lerobot-train will refuse, and a rename_map that is not followed."""
     shutil.copytree(clean / "policy", tmp_path / "policy")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from conftest import CAMERAS, make_batch, relative, small_policy
 
-from lerobot_pi0.training.augment import Change, apply, change_of, draw
+from lerobot_pi0.training.augment import Change, apply, change_of, draw, shift
 
 SIDE = 40
 
@@ -91,17 +91,33 @@ def test_autocast_moves_nothing():
 
 def test_draws():
     """Catches draws that a resumed run, or one on two processes, would not repeat; and draws that repeat too much."""
-    both = draw(3, 5, [10, 20], 2)
-    assert torch.equal(both[:, 1:], draw(3, 5, [20], 2))
-    draws = [both[:, :1], both[:, 1:], draw(4, 5, [10], 2), draw(3, 6, [10], 2)]
-    assert len({x.sum().item() for x in draws}) == 4
+    both = draw("images", 6, 3, 5, [10, 20], 2)
+    assert torch.equal(both[:, 1:], draw("images", 6, 3, 5, [20], 2))
+    other = [draw("images", 6, 4, 5, [10], 2), draw("images", 6, 3, 6, [10], 2), draw("shifts", 6, 3, 5, [10], 2)]
+    assert len({x.sum().item() for x in (both[:, :1], both[:, 1:], *other)}) == 5
+
+
+@pytest.mark.parametrize(("most", "pixels"), [(0.1, 4), (0.02, 0), (0.03, 1)])
+def test_shifts(most, pixels):
+    """Catches a shift that blurs, goes too far or never far enough, wraps around, or moves a fixed camera."""
+    images, steps = picture(2 * pixels + 1, 2), 2 * pixels + 1
+    uniform = torch.stack([(torch.arange(steps) + 0.5) / steps, (torch.arange(steps).flip(0) + 0.5) / steps])
+    found = shift(images, uniform[..., None].expand(-1, -1, 2), [False, True], most)
+    assert torch.equal(found[:, 1], images[:, 1])
+    edged = F.pad(images[:, 0], (pixels,) * 4, mode="replicate")
+    for i in range(steps):  # from the far left and bottom to the far right and top
+        top, left = 2 * pixels - i, i
+        assert torch.equal(found[i, 0], edged[i, :, top : top + SIDE, left : left + SIDE])
+    ends = shift(images[:1], torch.tensor([0.0, 1 - 2**-24]).view(2, 1, 1).expand(2, 1, 2), [False, False], most)
+    assert torch.equal(ends[0, 0], edged[0, :, 2 * pixels :, :SIDE][:, :SIDE])
 
 
 @pytest.mark.usefixtures("small")
-def test_only_in_training():
+@pytest.mark.parametrize(("name", "value", "off"), [("augment_images", True, False), ("augment_shift", 0.2, 0)])
+def test_only_in_training(name, value, off):
     """Catches augmented images at the robot or in held-out losses, none in training, or others after a resume."""
     torch.manual_seed(0)
-    policy = small_policy(CAMERAS, augment_images=True)
+    policy = small_policy(CAMERAS, **{name: value})
     batch = make_batch() | {"index": torch.tensor([4, 8])}
 
     def images() -> torch.Tensor:
@@ -122,5 +138,5 @@ def test_only_in_training():
     policy.config.updates = 0
     del batch[CAMERAS[0]]  # the others keep their changes
     assert torch.equal(images().view(2, 2, 3, 32, 32), first.view(2, 3, 3, 32, 32)[:, 1:])
-    policy.config.augment_images = False
+    setattr(policy.config, name, off)
     assert torch.equal(images().view(2, 2, 3, 32, 32), plain.view(2, 3, 3, 32, 32)[:, 1:])

@@ -168,6 +168,7 @@ def test_lora(world):
     ("options", "message"),
     [
         ({"augment_images": True}, "augment_images does not go together with context_cache"),
+        ({"augment_shift": 0.02}, "augment_shift does not go together with context_cache"),
         ({"recipe": "openpi"}, "augment_images does not go together"),
         ({"vlm_quantization": "nf4"}, "vlm_quantization does not go together"),
         ({"train_expert_only": False}, "train_expert_only=false does not go together"),

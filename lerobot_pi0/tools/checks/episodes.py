@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 from lerobot.datasets.utils import DEFAULT_TASKS_PATH as TASKS
 
+from ...configuration_pi0 import PI0Config
 from ...inputs.features import long_chunk
 from ..data import some
 from ..recording import TOLERANCE_S
@@ -39,16 +40,10 @@ def prompts(subject: Subject) -> Iterable[Finding]:
 
 def episodes(subject: Subject) -> Iterable[Finding]:
     """Shorter than a chunk, not as long as the metadata says, or with time stamps off the fps."""
-    columns, chunk, fps = subject.columns, subject.config.chunk_size, subject.dataset.meta.fps
+    columns, fps = subject.columns, subject.dataset.meta.fps
     numbers, lengths = np.unique(columns.episode, return_counts=True)
-    if (short := numbers[lengths < chunk]).size:
-        message = f"{len(short)} of {len(numbers)} episodes are shorter than a chunk of {chunk}: {some(short.tolist())}"
-        yield Finding(
-            WARNING, "episodes", f"{message}; the rest of each chunk repeats the last action",
-            f"record longer, or train with a shorter chunk_size (the median episode has {int(np.median(lengths))})",
-        )  # fmt: skip
-    elif said := long_chunk(subject.config, lengths):
-        yield Finding(WARNING, "episodes", *said)
+    if not subject.goes_on:  # otherwise the weights have learnt from chunks as long as these already
+        yield from long_chunks(subject.config, numbers, lengths)
     recorded = dict(
         zip(subject.dataset.meta.episodes["episode_index"], subject.dataset.meta.episodes["length"], strict=True)
     )
@@ -65,6 +60,23 @@ def episodes(subject: Subject) -> Iterable[Finding]:
         yield Finding(ERROR, "episodes", message, "frames were lost or doubled: copy the dataset anew, or delete these")
     yield from off_the_grid(subject)
     yield Finding(FINE, "episodes", f"{len(numbers)} of {lengths.min()} to {lengths.max()} frames, at {fps} fps")
+
+
+def long_chunks(config: PI0Config, numbers: np.ndarray, lengths: np.ndarray) -> Iterable[Finding]:
+    """Chunks that are longer than episodes, or nearly.
+
+    Args:
+        numbers, lengths: number and frames of each episode.
+    """
+    chunk = config.chunk_size
+    if (short := numbers[lengths < chunk]).size:
+        message = f"{len(short)} of {len(numbers)} episodes are shorter than a chunk of {chunk}: {some(short.tolist())}"
+        yield Finding(
+            WARNING, "episodes", f"{message}; the rest of each chunk repeats the last action",
+            f"record longer, or train with a shorter chunk_size (the median episode has {int(np.median(lengths))})",
+        )  # fmt: skip
+    elif said := long_chunk(config, lengths):
+        yield Finding(WARNING, "episodes", *said)
 
 
 def off_the_grid(subject: Subject) -> Iterable[Finding]:

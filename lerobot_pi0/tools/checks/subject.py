@@ -68,6 +68,19 @@ class Subject:
         return self.dataset.meta.stats or {}
 
     @cached_property
+    def goes_on(self) -> bool:
+        """Whether the weights learnt from this very data, in chunks of this length: the run would go on as it began."""
+        before, keys = self.trained.config, (OBS_STATE, ACTION)
+        if before is None or before.chunk_size != self.config.chunk_size:
+            return False
+        pairs = [(self.trained.stats.get(key, {}), self.stats.get(key, {})) for key in keys]
+        return all(
+            name in ours and name in theirs and _same(ours[name], theirs[name])
+            for theirs, ours in pairs
+            for name in ("mean", "std", "min", "max")
+        )
+
+    @cached_property
     def noise(self) -> np.ndarray:
         """The least change of each joint of the state that counts as a motion (D)."""
         return noise_of(self.columns.state_ND, self.columns.episode)
@@ -94,6 +107,12 @@ class Subject:
 
 def array(x: Any) -> np.ndarray:
     return np.asarray(x, dtype=np.float64).reshape(-1)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether these are the same numbers, but for their being rounded to float32."""
+    x, y = array(a), array(b)
+    return x.shape == y.shape and bool(np.allclose(x, y, rtol=1e-5, atol=1e-7))
 
 
 def clearly_less(a: float, b: float, floor: float) -> bool:
