@@ -15,6 +15,8 @@ EXPLAINED_IN = ("training", "control", "checkpoints", "troubleshooting", "learni
 OVERRIDDEN = ("train_expert_only", "tokenizer_max_length", "image_resolution")
 """LeRobot's options that may stay unset here, with a default that depends on the rest."""
 
+RECIPES = ("openpi", "small")
+
 TOP = """\
 # Options of this plugin
 
@@ -24,7 +26,7 @@ out of date.
 Write each option as `--policy.NAME=VALUE`, in `lerobot-train`, `lerobot-eval`, `lerobot-rollout` and `lerobot-pi0`. An
 option that you do not set takes the checkpoint's value, or else the default. Options marked **run** belong to one
 training run: a checkpoint records them, but the next run that starts from it does not inherit them. `recipe=openpi`
-changes the defaults in the column "openpi".
+and `recipe=small` change the defaults in the columns with these names.
 
 All other options of `--policy.type=pi0` are LeRobot's, with LeRobot's meaning: `lerobot-train --policy.type=pi0 --help`
 lists them.
@@ -54,8 +56,8 @@ def rows() -> list[str]:
     found = []
     for name, option in OPTIONS.items():
         run = "run" if option.of_the_run else ""
-        cells = [f"`{name}`", shown(option.default), shown(option.openpi) if option.openpi is not None else ""]
-        found.append(f"| {' | '.join([*cells, run, explanation(name)])} |")
+        recipes = [shown(option.recipes[x]) if x in option.recipes else "" for x in RECIPES]
+        found.append(f"| {' | '.join([f'`{name}`', shown(option.default), *recipes, run, explanation(name)])} |")
     return found
 
 
@@ -63,8 +65,8 @@ def page() -> str:
     """The whole page."""
     lines = [
         TOP,
-        "| option | default | openpi | run | what it does, and where to read more |",
-        "|---|---|---|---|---|",
+        f"| option | default | {' | '.join(RECIPES)} | run | what it does, and where to read more |",
+        "|---|---|---|---|---|---|",
         *rows(),
         "",
     ]

@@ -24,8 +24,8 @@ from lerobot.optim import AdamWConfig, LRSchedulerConfig
 from lerobot.policies.pi0.configuration_pi0 import PI0Config as BuiltinPI0Config
 
 from .network.sizes import EXPERT_PRESETS, PALIGEMMA_PRESETS, Architecture
-from .rules import LEROBOTS, Rule, above, at_least, kinds_of, one_of
-from .training import optimizers
+from .rules import BELOW_HALF, LEROBOTS, Rule, above, at_least, kinds_of, one_of
+from .training import recipes
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +43,13 @@ class Option(NamedTuple):
     rule: Rule | None
     of_the_run: bool
     """Whether a checkpoint remembers it, but does not hand it on to the runs that begin with it."""
-    openpi: Any
-    """The default under recipe="openpi", where that is another."""
+    recipes: dict[str, Any]
+    """By recipe: the default under it, where that is another."""
 
 
-def option(default: Any = None, rule: Rule | None = None, *, of_the_run: bool = False, openpi: Any = None) -> Any:
+def option(default: Any = None, rule: Rule | None = None, *, of_the_run: bool = False, **recipes: Any) -> Any:
     """A field of PI0Config that is None until somebody sets it; the arguments are those of `Option`."""
-    return field(default=None, metadata={"option": Option(default, rule, of_the_run, openpi)})
+    return field(default=None, metadata={"option": Option(default, rule, of_the_run, recipes)})
 
 
 @dataclass
@@ -79,17 +79,15 @@ class PI0Config(BuiltinPI0Config):
     optimizer_8bit: bool | None = option(False, of_the_run=True)
     # openpi's augmentation of the images in training. None means False.
     augment_images: bool | None = option(False, of_the_run=True, openpi=True)
-    # Shift each training image at random by up to this part of its side (wrist cameras' stay): a small network then
-    # learns where things are, and not which scene it is. None means 0.
-    augment_shift: float | None = option(
-        0.0, Rule(lambda x: 0 <= x < 0.5, "has to be at least 0 and below 0.5"), of_the_run=True
-    )
+    # Move each training image by up to this part of its side, except wrist cameras': for small networks. None means 0.
+    augment_shift: float | None = option(0.0, BELOW_HALF, of_the_run=True, small=0.02)
     # Leave steps after the end of an episode out of the loss. None means False.
     mask_padded_actions: bool | None = option(False, of_the_run=True)
     # Strip prompts and put spaces for underscores and line breaks, as openpi does. None: as the checkpoint, or False.
     clean_prompts: bool | None = option(False, openpi=True)
-    # "openpi" takes its schedule, weight decay, average, augmentation and prompts as defaults. None means "lerobot".
-    recipe: str | None = option("lerobot", one_of("lerobot", "openpi"), of_the_run=True)
+    # "openpi" takes its schedule, weight decay, average, augmentation and prompts as defaults; "small" what a small
+    # network needs to learn from random weights. None means "lerobot".
+    recipe: str | None = option("lerobot", one_of("lerobot", "openpi", "small"), of_the_run=True)
     # Put the tokenizer's files into checkpoints, for robots without a network. None means True.
     save_tokenizer: bool | None = option(True)
     # Write only the trained weights, and which checkpoint the frozen ones come from. None means False.
@@ -115,7 +113,7 @@ class PI0Config(BuiltinPI0Config):
     rtc_guidance: str | None = option(None, one_of("vjp", "identity", "trained"))
     # For training from scratch: until the weights have had this many updates, times are near the noise, where only
     # images and words tell the action; then LeRobot's, for smooth chunks. None means 0.
-    time_sampling_warmup_steps: int | None = option(0, at_least(0), of_the_run=True)
+    time_sampling_warmup_steps: int | None = option(0, at_least(0), of_the_run=True, small=1500)
     # Train chunks that begin with up to so many known actions, for real-time chunking. None means 0.
     rtc_training_max_delay: int | None = option(0)
 
@@ -150,8 +148,8 @@ class PI0Config(BuiltinPI0Config):
         if self.tokenizer_max_length is None:
             self.takes_length = True
             self.tokenizer_max_length = 128 if self.tokenizer == BYTE_TOKENIZER else 48
-        if self.recipe == "openpi":
-            self._set_unset({name: x.openpi for name, x in OPTIONS.items()})
+        self._set_unset({name: x.recipes.get(str(self.recipe)) for name, x in OPTIONS.items()})
+        recipes.set_lerobots(self)
         self._check()
 
     def _set_unset(self, values: dict[str, Any]) -> None:
@@ -273,6 +271,8 @@ class PI0Config(BuiltinPI0Config):
                 vlm_is_pretrained,
                 "pretrained" if vlm_is_pretrained else "random",
             )
+        if not vlm_is_pretrained:
+            recipes.advise(self)
         self._check()
 
     def call_after_save(self, note: Callable[[Path, dict[str, dict[str, Any]]], None]) -> None:
@@ -280,19 +280,12 @@ class PI0Config(BuiltinPI0Config):
         self.__dict__["_after_save"] = note
 
     def get_optimizer_preset(self) -> AdamWConfig:
-        """LeRobot's; openpi's recipe hardly decays weights, and averages have to travel with the optimizer."""
-        preset = super().get_optimizer_preset()
-        if self.recipe == "openpi" and preset.weight_decay == BuiltinPI0Config.optimizer_weight_decay:
-            preset.weight_decay = 1e-10
-        if self.optimizer_8bit:
-            kind = optimizers.AveragedAdamW8bitConfig if self.ema_decay else optimizers.AdamW8bitConfig
-            return kind(**vars(preset))
-        return optimizers.AveragedAdamWConfig(**vars(preset)) if self.ema_decay else preset
+        """The recipe's AdamW, with the averages and the 8-bit moments that were asked for."""
+        return recipes.optimizer(self, super().get_optimizer_preset())
 
     def get_scheduler_preset(self) -> LRSchedulerConfig:
-        """LeRobot's, or openpi's: the same numbers, but never rescaled, and the decay begins after the warm-up."""
-        preset = super().get_scheduler_preset()
-        return optimizers.WarmupCosineConfig(**vars(preset)) if self.recipe == "openpi" else preset
+        """The recipe's schedule."""
+        return recipes.schedule(self, super().get_scheduler_preset())
 
     @property
     def action_delta_indices(self) -> list[int] | None:  # type: ignore[override]
@@ -305,6 +298,8 @@ class PI0Config(BuiltinPI0Config):
             from .training.context_cache import take_features  # it needs this module
 
             take_features(self, features)
+        if self.recipe == "small" and self.pretrained_path is None:
+            recipes.take_dims(self, features)
 
     def to_files(self) -> dict[str, dict[str, Any]]:
         """Content of a checkpoint's config.json, LeRobot's keys alone, and of this plugin's file."""

@@ -30,6 +30,7 @@ def above(least: float, says: str = "") -> Rule:
     return Rule(lambda x: x > least, says or f"has to be more than {least}")
 
 
+BELOW_HALF = Rule(lambda x: 0 <= x < 0.5, "has to be at least 0 and below 0.5")
 POSITIVE = Rule(lambda x: 0 < x < math.inf, "has to be above 0 and finite")
 FINITE = Rule(lambda x: 0 <= x < math.inf, "has to be 0 or more and finite")
 

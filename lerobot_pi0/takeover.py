@@ -15,7 +15,7 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.optim import LRSchedulerConfig, OptimizerConfig
 from lerobot.processor import DataProcessorPipeline, NormalizerProcessorStep
 
-from .configuration_pi0 import PI0Config, encode_set, optimizers
+from .configuration_pi0 import PI0Config, encode_set, recipes
 
 TAKEOVER_VARIABLE = "LEROBOT_PI0_TAKEOVER"
 
@@ -39,8 +39,8 @@ def take_over(version: str) -> None:
     took_over = PreTrainedConfig.get_known_choices()["pi0"] is PI0Config
     PreTrainedConfig.get_known_choices()["pi0"] = PI0Config
     draccus.encode.register(PI0Config, encode_set)
-    OptimizerConfig.get_known_choices().update(optimizers.OPTIMIZERS)
-    LRSchedulerConfig.get_known_choices().update(optimizers.SCHEDULES)
+    OptimizerConfig.get_known_choices().update(recipes.optimizers.OPTIMIZERS)
+    LRSchedulerConfig.get_known_choices().update(recipes.optimizers.SCHEDULES)
     _accept_trained_mode(sys.modules.get("lerobot.rollout.context"))
     _record_saved_pipelines()
     _rebuild_saved_pipelines()

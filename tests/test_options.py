@@ -75,9 +75,10 @@ FEW = [name for name in RULES if choices(name)]
 DEFAULTS = {
     "flow_samples": 1, "save_expert_only": False, "save_tokenizer": True, "cuda_graphs": True,
     "solver": "euler", "solver_tolerance": 1e-2, "image_resize": "lerobot",
-    "rtc_training_max_delay": 0, "ema_decay": 0.0, "augment_images": False, "augment_shift": 0.0, "clean_prompts": False,
-    "mask_padded_actions": False, "optimizer_8bit": False, "recipe": "lerobot", "text_tokenizer_name": "bytes",
-    "vlm_path": None, "vlm_quantization": None, "rtc_guidance": None, "max_action_step": None,
+    "rtc_training_max_delay": 0, "ema_decay": 0.0, "augment_images": False, "augment_shift": 0.0,
+    "clean_prompts": False, "mask_padded_actions": False, "optimizer_8bit": False, "recipe": "lerobot",
+    "text_tokenizer_name": "bytes", "vlm_path": None, "vlm_quantization": None, "rtc_guidance": None,
+    "max_action_step": None,
     "action_range_margin": None, "context_cache": None, "time_sampling_warmup_steps": 0,
     "show_attention": False,
 }  # fmt: skip
@@ -212,8 +213,8 @@ OTHER = {"flow_samples": 3, "solver": "heun", "solver_tolerance": 0.5, "rtc_trai
 @pytest.mark.parametrize("name", OPTIONS)
 def test_who_says_it(name):
     """Catches a run that overrules the user's option, or inherits an option that was only for the earlier run."""
-    of_the_run = ("ema_decay", "augment_images", "augment_shift", "mask_padded_actions", "optimizer_8bit", "recipe", "vlm_quantization",
-                  "context_cache", "time_sampling_warmup_steps", "show_attention")  # fmt: skip
+    of_the_run = ("ema_decay", "augment_images", "augment_shift", "mask_padded_actions", "optimizer_8bit", "recipe",
+                  "vlm_quantization", "context_cache", "time_sampling_warmup_steps", "show_attention")  # fmt: skip
     saved = {name: OTHER[name]}
     unset, asked = tiny_config(), tiny_config(**saved)
     unset.resolve(saved, vlm_is_pretrained=True)

@@ -107,7 +107,7 @@ def test_the_import_is_cheap(answers):
     found, _ = answers["lerobot.policies first"]
     ours = {name for name in found["new modules"] if name.startswith("lerobot_")}
     rooms = {"configuration_pi0", "network", "network.sizes", "rules", "takeover", "training"}
-    optimizers = {f"training.{name}" for name in ("ema", "optimizers")}
+    optimizers = {f"training.{name}" for name in ("ema", "optimizers", "recipes")}
     assert ours == {"lerobot_policy_pi0", "lerobot_pi0"} | {f"lerobot_pi0.{name}" for name in rooms | optimizers}
     assert not [name for name in found["new modules"] if name not in ours and not is_light(name)]
 

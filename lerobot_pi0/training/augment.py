@@ -4,8 +4,8 @@ openpi's is a random crop, rotation, brightness, contrast and saturation per ima
 here (two in openpi), and pixels outside of the picture are black. Source: openpi `models/model.py:
 preprocess_observation`, `models_pytorch/preprocessing_pytorch.py`.
 
-Shifts are by whole pixels, and edges are repeated (Kostrikov et al. 2020, arXiv 2004.13649). They blur nothing, so small
-things stay visible, but no two passes over a scene show the same pixels: a scene cannot be known by heart.
+Shifts are by whole pixels, and edges are repeated (Kostrikov et al. 2020, arXiv 2004.13649). They blur nothing, so
+small things stay visible, but no two passes over a scene show the same pixels: it cannot be known by heart.
 
 Images of wrist cameras, which move with the hand, keep their place in both.
 

@@ -51,8 +51,9 @@ class Waiting:
         self._said = True
         logger.warning(
             "training waits for data: %.0f ms before each step of %.0f ms. More --num_workers; and if pictures are "
-            "stored as images, not as video, --dataset.streaming=true --num_workers=1: LeRobot's other reader decodes "
-            "all pictures of a chunk to get its actions. `lerobot-pi0 check` says if this dataset is one of those",
+            "stored as images, LeRobot's reader decodes all of a chunk to get its actions: make videos of them "
+            "(lerobot-edit-dataset --operation.type=convert_image_to_video). `lerobot-pi0 check` says if this dataset "
+            "is one of those",
             1e3 * wait,
             1e3 * step,
         )

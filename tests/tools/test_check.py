@@ -277,7 +277,7 @@ def test_what_training_would_only_show_later(tmp_path, capsys):
     _, found = findings(capsys, tmp_path / "data", "--policy.type=pi0", *SCRATCH)
     said = serious(found)
     assert "decodes them 8 times for each sample" in said["warning reading"]
-    assert "--dataset.streaming=true" in next(x["remedy"] for x in found if x["about"] == "reading")
+    assert "=convert_image_to_video" in next(x["remedy"] for x in found if x["about"] == "reading")
     assert "chunk_size=8 is long beside the episodes (median 12 frames)" in said["warning episodes"]
     assert "observation.environment_state not read" in said["warning features"]
 

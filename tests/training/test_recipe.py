@@ -1,10 +1,12 @@
-"""openpi's recipe: its schedule against optax's, its numbers against openpi's source, and who wins over it."""
+"""openpi's recipe: its schedule against optax's, its numbers against openpi's source, and who wins over it; and the
+recipe for small networks."""
 
 import optax
 import pytest
 import torch
 from conftest import CAMERAS, stats, tiny_config
 from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
+from lerobot.utils.constants import ACTION, OBS_STATE
 
 from lerobot_pi0 import PI0Policy
 from lerobot_pi0.training.optimizers import AveragedAdamWConfig, WarmupCosineConfig
@@ -48,6 +50,39 @@ def test_who_wins():
     assert config.get_optimizer_preset().weight_decay == 0.1
     with pytest.raises(ValueError, match=r"recipe='jax'.*openpi"):
         tiny_config(recipe="jax")
+
+
+def test_small():
+    """Catches a small recipe that leaves LeRobot's numbers, overrules the user's, or pads the data's dims."""
+    config = tiny_config(recipe="small", max_state_dim=32, max_action_dim=32)
+    optimizer, schedule = config.get_optimizer_preset(), config.get_scheduler_preset()
+    assert (optimizer.lr, optimizer.betas, optimizer.weight_decay) == (8e-4, (0.9, 0.999), 0.01)
+    assert (schedule.peak_lr, schedule.decay_lr) == (8e-4, 8e-6)
+    assert (config.augment_shift, config.time_sampling_warmup_steps) == (0.02, 1500)
+    features = {OBS_STATE: {"shape": (7,)}, ACTION: {"shape": (6,)}}
+    config.set_dataset_feature_metadata(features)
+    assert (config.max_state_dim, config.max_action_dim) == (7, 6)
+    asked = tiny_config(
+        recipe="small", optimizer_lr=1e-3, augment_shift=0, time_sampling_warmup_steps=0, max_state_dim=16
+    )
+    asked.set_dataset_feature_metadata(features)
+    assert (asked.optimizer_lr, asked.augment_shift, asked.time_sampling_warmup_steps) == (1e-3, 0, 0)
+    assert asked.max_state_dim == 16
+    for other in (tiny_config(), tiny_config(recipe="small", pretrained_path="there")):  # weights have their own dims
+        before = other.max_state_dim, other.max_action_dim
+        other.set_dataset_feature_metadata(features)
+        assert (other.max_state_dim, other.max_action_dim) == before
+
+
+def test_who_needs_the_small_recipe_is_told(caplog):
+    """Catches a small network that hardly learns, in silence; and a word to those who have chosen."""
+    for options, told in (({}, True), ({"recipe": "small"}, False), ({"optimizer_lr": 1e-3}, False)):
+        caplog.clear()
+        tiny_config(**options).resolve({}, vlm_is_pretrained=False)
+        assert ("--policy.recipe=small" in caplog.text) is told, options
+    caplog.clear()
+    tiny_config().resolve({}, vlm_is_pretrained=True)
+    assert "recipe" not in caplog.text
 
 
 def test_a_checkpoint_does_not_hand_its_recipe_on(tmp_path):

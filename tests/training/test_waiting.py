@@ -30,7 +30,7 @@ def test_a_run_that_waits_longer_than_it_computes_says_so_once(caplog, wait, pau
         watch.end()
     said = [x.getMessage() for x in caplog.records if x.levelno == logging.WARNING]
     assert len(said) == warned
-    assert all("300 ms before each step of 100 ms" in x and "--dataset.streaming=true" in x for x in said)
+    assert all("300 ms before each step of 100 ms" in x and "convert_image_to_video" in x for x in said)
 
 
 def test_the_policy_tells_when_a_step_begins_and_ends(small, monkeypatch):

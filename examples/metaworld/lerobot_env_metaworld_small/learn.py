@@ -39,7 +39,7 @@ class LearnConfig:
     # Tasks and difficulty groups (easy, medium, hard, very_hard), with commas.
     tasks: str = FIVE
     # Demonstrations of each task.
-    episodes: int = 50
+    episodes: int = 100
     # Training steps of π₀; the other policies train for the same time.
     steps: int = 8000
     # Observations per training step.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .constants import ACTION, STATE
+from .constants import STATE
 
 REPO = "local/metaworld"
 LOG_EVERY = 50  # training steps
@@ -41,8 +41,7 @@ class Training:
         return {
             "dataset.repo_id": REPO,
             "dataset.root": self.dataset,
-            # LeRobot's other reader decodes the pictures of all steps of a chunk to get their actions.
-            "dataset.streaming": "true",
+            # Not --dataset.streaming: LeRobot's stream shuffles 1000 frames at a time, which are a dozen episodes here.
             "num_workers": 1,
             "batch_size": self.batch_size,
             "steps": self.steps,
@@ -66,15 +65,12 @@ def pi0(training: Training, learning_rate: float) -> dict[str, Any]:
     """π₀, the small preset from random weights. It reads picture, state and sentence."""
     return training.options() | {
         "policy.type": "pi0",
+        "policy.recipe": "small",
         "policy.paligemma_variant": "tiny",
         "policy.action_expert_variant": "tiny",
         "policy.image_resolution": f"[{training.image_size}, {training.image_size}]",
         "policy.chunk_size": training.chunk,
-        # Only the dims that there are: with padding, most of the small expert's input would be noise in padded dims.
-        "policy.max_state_dim": len(STATE),
-        "policy.max_action_dim": len(ACTION),
         "policy.optimizer_lr": learning_rate,
-        "policy.optimizer_betas": "[0.9, 0.999]",
         "policy.scheduler_warmup_steps": min(100, training.steps),
         "policy.scheduler_decay_steps": training.steps,
         "policy.scheduler_decay_lr": learning_rate / 100,

@@ -3,9 +3,9 @@
     python -m lerobot_env_metaworld_small.record --root=DIR --tasks=door-open-v3,reach-v3 --episodes=50
 
 Features, names and rate are those with which a policy is evaluated by `lerobot-eval --env.type=metaworld` without a
-rename. Images are stored in many small parquet files, for `lerobot-train --dataset.streaming=true`. A recording that
-was killed goes on with the same command: blocks of episodes that are complete are kept. In addition to LeRobot's own
-files, `meta/scenes.jsonl` has the task and the seed of each episode.
+rename. Pictures are stored as videos: LeRobot's reader would decode stored images for every action of a chunk. A
+recording that was killed goes on with the same command: blocks of episodes that are complete are kept. In addition to
+LeRobot's own files, `meta/scenes.jsonl` has the task and the seed of each episode.
 """
 
 import json
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import draccus
-from lerobot_env_virtual_so100.record import DATA_FILE_MB, SCENES_FILE, join, quiet
+from lerobot_env_virtual_so100.record import SCENES_FILE, join, quiet
 from tqdm import tqdm
 
 from . import constants, seeds
@@ -27,6 +27,7 @@ from .tasks import parse
 
 logger = logging.getLogger(__name__)
 BLOCK = 5  # episodes that are written, and kept after a kill, together
+CRF = 12  # quality of the videos: LeRobot's 30 would smear goals of three pixels
 
 
 @dataclass
@@ -48,9 +49,9 @@ class RecordConfig:
     # How likely a step begins a push of the hand that the expert has to correct; 0 for undisturbed demonstrations.
     pushes: float = 0.03
     # How likely an episode begins with the hand elsewhere than in an evaluation.
-    scatter: float = 0.0
+    scatter: float = 0.5
     # Steps recorded after the task is solved.
-    hold: int = 20
+    hold: int = 10
     # Processes that simulate and write; the dataset is the same for any number.
     processes: int = 2
 
@@ -72,7 +73,7 @@ def features(image_size: int) -> dict:
     """The dataset's features. With these names, a policy needs no rename in LeRobot's environment."""
     from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_IMAGE, OBS_STATE
 
-    image = {"dtype": "image", "shape": (image_size, image_size, 3), "names": ["height", "width", "channel"]}
+    image = {"dtype": "video", "shape": (image_size, image_size, 3), "names": ["height", "width", "channel"]}
     names = {
         OBS_STATE: list(constants.STATE),
         OBS_ENV_STATE: [f"full_{i}" for i in range(constants.FULL_STATE)],
@@ -115,6 +116,7 @@ def write_block(config: RecordConfig, block: Block) -> int:
     """Record the episodes of a block; returns how many. Its folder appears when it is complete."""
     quiet()
     import torch
+    from lerobot.configs.video import RGBEncoderConfig
     from lerobot.datasets import LeRobotDataset
 
     from .demonstrations import Demonstrator
@@ -129,8 +131,9 @@ def write_block(config: RecordConfig, block: Block) -> int:
         features=features(config.pixels or 480),
         root=root,
         robot_type="metaworld",
-        use_videos=False,
-        data_files_size_in_mb=DATA_FILE_MB,
+        rgb_encoder=RGBEncoderConfig(vcodec="h264", pix_fmt="yuv444p", crf=CRF),
+        streaming_encoding=True,
+        encoder_threads=1,
     )
     scenes = []
     for index in block.episodes:

@@ -1,6 +1,5 @@
 """Tables and pictures of success by task and difficulty."""
 
-import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -102,17 +101,14 @@ def plot_curves(curves: dict[str, dict[int, Successes]], output: Path) -> None:
 
 def picture(dataset: Path, tasks: list[str], output: Path, moments: int = 4) -> None:
     """A row of moments of one demonstration for each task, from the dataset's own pictures."""
-    import pyarrow.dataset
-    from PIL import Image
+    from lerobot.datasets import LeRobotDataset
 
-    files = pyarrow.dataset.dataset(dataset / "data")
     episodes = first_episodes(dataset)
     figure, axes = _axes(len(tasks), moments, (1.6 * moments, 1.75 * len(tasks)))
     for row, task in zip(axes, tasks, strict=True):
-        of_episode = pyarrow.dataset.field("episode_index") == episodes[task]
-        frames = files.to_table(columns=["observation.image"], filter=of_episode)["observation.image"].to_pylist()
+        frames = LeRobotDataset("local/metaworld", root=dataset, episodes=[episodes[task]])
         for axis, index in zip(row, np.linspace(0, len(frames) - 1, moments).round().astype(int), strict=True):
-            axis.imshow(Image.open(io.BytesIO(frames[index]["bytes"])))
+            axis.imshow(frames[int(index)]["observation.image"].permute(1, 2, 0).numpy())
             axis.set_axis_off()
         row[0].set_title(task, fontsize=8, loc="left")
     figure.tight_layout()

@@ -75,7 +75,7 @@ def long_chunks(config: PI0Config, numbers: np.ndarray, lengths: np.ndarray) -> 
             WARNING, "episodes", f"{message}; the rest of each chunk repeats the last action",
             f"record longer, or train with a shorter chunk_size (the median episode has {int(np.median(lengths))})",
         )  # fmt: skip
-    elif said := long_chunk(config, lengths):
+    elif said := long_chunk(config, lengths.tolist()):
         yield Finding(WARNING, "episodes", *said)
 
 
