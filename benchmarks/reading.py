@@ -1,4 +1,4 @@
-"""Samples a second of LeRobot's two readers of a dataset, in one process without a policy.
+"""CPU time of a sample from LeRobot's two readers of a dataset, in one process without a policy.
 
     python benchmarks/reading.py --root=DATA --chunk=20
 
@@ -15,6 +15,8 @@ import torch
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata, StreamingLeRobotDataset
 from lerobot.utils.constants import ACTION
 
+from lerobot_pi0.tools.folder import video_backend
+
 
 @dataclass
 class ReadingConfig:
@@ -29,13 +31,13 @@ class ReadingConfig:
 
 
 def milliseconds(samples: Iterable, count: int) -> float:
-    """Time of a sample, the first ones apart, in which files are opened and buffers are filled."""
+    """CPU time of a sample, the first one apart, in which files are opened and buffers are filled."""
     iterator: Iterator = iter(samples)
     next(iterator)
-    started = time.perf_counter()
+    started = time.process_time()
     for _ in range(count):
         next(iterator)
-    return 1e3 * (time.perf_counter() - started) / count
+    return 1e3 * (time.process_time() - started) / count
 
 
 @draccus.wrap()
@@ -43,13 +45,14 @@ def main(config: ReadingConfig) -> None:
     """Print a line for each reader."""
     meta = LeRobotDatasetMetadata("local/dataset", root=config.root)
     times = {ACTION: [i / meta.fps for i in range(config.chunk)]}
-    whole = LeRobotDataset("local/dataset", root=config.root, delta_timestamps=times)
+    options = {"root": config.root, "delta_timestamps": times}
+    whole = LeRobotDataset("local/dataset", video_backend=video_backend(), **options)
     order = torch.randint(len(whole), (config.samples + 1,), generator=torch.Generator().manual_seed(0)).tolist()
-    stream = StreamingLeRobotDataset("local/dataset", root=config.root, delta_timestamps=times, seed=0)
+    stream = StreamingLeRobotDataset("local/dataset", seed=0, **options)
     readers = {"default": (whole[i] for i in order), "streaming": stream}
     for name, samples in readers.items():
         taken = milliseconds(samples, config.samples)
-        print(f"{name:10} {taken:7.2f} ms a sample, {1e3 / taken:7.1f} samples a second")
+        print(f"{name:10} {taken:7.2f} ms of CPU time a sample")
 
 
 if __name__ == "__main__":

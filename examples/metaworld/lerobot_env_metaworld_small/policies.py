@@ -76,7 +76,7 @@ def pi0(training: Training, learning_rate: float) -> dict[str, Any]:
         "policy.scheduler_decay_lr": learning_rate / 100,
         # At first times near the noise, where only pictures and words tell the action; then LeRobot's, which make
         # chunks smooth.
-        "policy.time_sampling_warmup_steps": training.steps // 4,
+        "policy.time_sampling_warmup_steps": 2 * training.steps // 3,
     }
 
 

@@ -49,7 +49,7 @@ class RecordConfig:
     # How likely a step begins a push of the hand that the expert has to correct; 0 for undisturbed demonstrations.
     pushes: float = 0.03
     # How likely an episode begins with the hand elsewhere than in an evaluation.
-    scatter: float = 0.5
+    scatter: float = 1.0
     # Steps recorded after the task is solved.
     hold: int = 10
     # Processes that simulate and write; the dataset is the same for any number.
