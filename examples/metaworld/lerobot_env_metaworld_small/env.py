@@ -1,9 +1,14 @@
 """LeRobot's MetaWorld environment, drawn without shadows and multisampling in small pictures, and its simulation."""
 
+import os
+import sys
 import warnings
 
 import numpy as np
 from lerobot.envs.metaworld import MetaworldEnv
+
+if sys.platform.startswith("linux") and "DISPLAY" not in os.environ:
+    os.environ.setdefault("MUJOCO_GL", "egl")  # otherwise MuJoCo looks for a display, and fails
 
 
 class SmallMetaworld(MetaworldEnv):
