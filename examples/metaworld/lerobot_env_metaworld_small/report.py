@@ -9,6 +9,7 @@ from lerobot_env_virtual_so100.record import SCENES_FILE
 from lerobot_env_virtual_so100.score import wilson
 
 from .evaluate import Successes
+from .policies import REPO
 from .tasks import by_difficulty
 
 DRAWS = 10_000
@@ -106,7 +107,7 @@ def picture(dataset: Path, tasks: list[str], output: Path, moments: int = 4) -> 
     episodes = first_episodes(dataset)
     figure, axes = _axes(len(tasks), moments, (1.6 * moments, 1.75 * len(tasks)))
     for row, task in zip(axes, tasks, strict=True):
-        frames = LeRobotDataset("local/metaworld", root=dataset, episodes=[episodes[task]])
+        frames = LeRobotDataset(REPO, root=dataset, episodes=[episodes[task]])
         for axis, index in zip(row, np.linspace(0, len(frames) - 1, moments).round().astype(int), strict=True):
             axis.imshow(frames[int(index)]["observation.image"].permute(1, 2, 0).numpy())
             axis.set_axis_off()
