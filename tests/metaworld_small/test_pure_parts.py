@@ -176,6 +176,15 @@ def test_other_policies_are_not_given_what_the_environment_does_not_show(tmp_pat
         assert json.loads(make(training)["policy.input_features"]).keys() == {"observation.image", "observation.state"}
 
 
+def test_somebody_elses_folder_is_left_as_it_is(tmp_path):
+    """A dataset that this command has not written, lost because its folder was named."""
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / "info.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="no dataset of this command"):
+        record.record(RecordConfig(root=tmp_path))
+    assert (tmp_path / "meta" / "info.json").read_text() == "{}"
+
+
 def test_the_picture_has_a_row_of_each_task(tmp_path):
     """Rows of one task under the names of others, if episodes are found by their order among the tasks."""
     (tmp_path / "meta").mkdir()

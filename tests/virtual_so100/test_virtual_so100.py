@@ -14,9 +14,10 @@ package = pytest.importorskip(
 )
 
 import needs_rendering  # noqa: E402, F401
+from lerobot.datasets import LeRobotDatasetMetadata  # noqa: E402
 from lerobot.envs.factory import make_env, make_env_config  # noqa: E402
 from lerobot.envs.utils import NEW_ROLLOUT_OPTION, env_to_policy_features  # noqa: E402
-from lerobot_env_virtual_so100 import constants, record, score  # noqa: E402
+from lerobot_env_virtual_so100 import constants, demo, record, score  # noqa: E402
 from lerobot_env_virtual_so100.demonstrations import Demonstrator, cubes_shown  # noqa: E402
 from lerobot_env_virtual_so100.env import VirtualSO100GymEnv  # noqa: E402
 from lerobot_env_virtual_so100.experts import make_expert  # noqa: E402
@@ -236,6 +237,37 @@ def test_what_was_joined_can_be_joined_again(dataset_root, tmp_path):
     assert twice.num_episodes == 2 * EPISODES
     first, again = twice[0], twice[len(twice) // 2]
     assert torch.equal(first["action"], again["action"]) and first["task"] == again["task"]
+
+
+def test_a_recording_that_is_killed_while_it_is_joined_leaves_nothing(dataset_root, tmp_path, monkeypatch):
+    """Half a dataset, without statistics, where the next command looks for a whole one."""
+
+    def kill(file):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(record, "_correct_file_index", kill)
+        record.join("local/reach", [dataset_root], tmp_path / "reach")
+    assert not (tmp_path / "reach").exists()
+    record.join("local/reach", [dataset_root], tmp_path / "reach")
+    assert LeRobotDatasetMetadata("local/reach", root=tmp_path / "reach").total_episodes == EPISODES
+    assert [path.name for path in tmp_path.iterdir()] == ["reach"]
+
+
+@pytest.mark.parametrize(
+    ("written", "again"), [(["meta/info.json"], True), (["meta/info.json", "meta/scenes.jsonl"], False)]
+)
+def test_the_demo_records_again_what_is_not_complete(tmp_path, monkeypatch, written, again):
+    """An older version joined in place; a demo that takes half of a dataset for a whole one fails in training."""
+    config = demo.DemoConfig(output=tmp_path)
+    for name in written:
+        (config.dataset / name).parent.mkdir(parents=True, exist_ok=True)
+        (config.dataset / name).touch()
+    runs = []
+    monkeypatch.setattr(demo, "run", lambda title, command, log: runs.append(command) or 1.0)
+    demo.record(config)
+    assert len(runs) == again
+    assert config.dataset.exists() != again
 
 
 def test_streaming_gives_the_same_samples(dataset_root):

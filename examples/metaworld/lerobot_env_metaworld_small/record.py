@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import draccus
-from lerobot_env_virtual_so100.record import SCENES_FILE, join, quiet
+from lerobot_env_virtual_so100.record import SCENES_FILE, draft, join, quiet
 from tqdm import tqdm
 
 from . import constants, seeds
@@ -108,10 +108,6 @@ def blocks(config: RecordConfig) -> Iterator[Block]:
             yield Block(task, range(first, min(first + BLOCK, config.episodes)))
 
 
-def _draft(root: Path) -> Path:
-    return root.with_name(root.name + ".unfinished")
-
-
 def write_block(config: RecordConfig, block: Block) -> int:
     """Record the episodes of a block; returns how many. Its folder appears when it is complete."""
     quiet()
@@ -122,7 +118,7 @@ def write_block(config: RecordConfig, block: Block) -> int:
     from .demonstrations import Demonstrator
 
     torch.set_num_threads(1)  # one process per core
-    root = _draft(block.folder(config))
+    root = draft(block.folder(config))
     shutil.rmtree(root, ignore_errors=True)
     demonstrator = Demonstrator(block.task, config.pixels, config.pushes, config.scatter, config.hold)
     dataset = LeRobotDataset.create(
@@ -174,11 +170,14 @@ def record(config: RecordConfig) -> None:
 
     Raises:
         ExpertFailedError: an expert does not succeed.
+        FileExistsError: there is something else in its place.
         ValueError: a part of it was recorded with other options.
     """
     if (config.root / SCENES_FILE).exists():
         logger.info("%s is there already", config.root)
         return
+    if config.root.exists():
+        raise FileExistsError(f"--root={config.root} is no dataset of this command: remove it or choose another folder")
     quiet()
     check_same(config)
     wanted = list(blocks(config))
@@ -193,11 +192,7 @@ def record(config: RecordConfig) -> None:
             if future.exception():
                 pool.shutdown(wait=False, cancel_futures=True)
             bar.update(future.result())
-    draft = _draft(config.root)
-    shutil.rmtree(draft, ignore_errors=True)
-    join(config.repo_id, [block.folder(config) for block in wanted], draft)
-    shutil.rmtree(config.root, ignore_errors=True)
-    draft.rename(config.root)
+    join(config.repo_id, [block.folder(config) for block in wanted], config.root)
     shutil.rmtree(parts(config))
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import draccus
 
 from .constants import EPISODE_SECONDS, JOINTS
+from .record import SCENES_FILE
 from .running import environment, lines, run
 from .score import ScoreConfig, score, summary
 
@@ -127,7 +128,7 @@ def record_held_out(config: DemoConfig) -> float:
 
 
 def _record(config: DemoConfig, root: Path, *options: str) -> float:
-    if (root / "meta" / "info.json").exists():
+    if (root / SCENES_FILE).exists():  # written last: what an older version left half joined has none
         print(f"\n== demonstrations: {root} is there already")
         return 0.0
     shutil.rmtree(root, ignore_errors=True)

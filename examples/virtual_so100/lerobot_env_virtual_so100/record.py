@@ -136,10 +136,17 @@ def _shards(config: RecordConfig) -> list[tuple[Path, range]]:
     return [(folder / str(i), range(*bounds[i : i + 2])) for i in range(workers)]
 
 
-def join(repo_id: str, roots: list[Path], target: Path) -> None:
-    """Make one dataset of several with equal features, at `target`."""
+def draft(root: Path) -> Path:
+    """Where a dataset is written until it is complete: a run that is killed leaves nothing at `root`."""
+    return root.with_name(root.name + ".unfinished")
+
+
+def join(repo_id: str, roots: list[Path], root: Path) -> None:
+    """Make one dataset of several with equal features, at `root`, which appears when it is complete."""
     from lerobot.datasets.aggregate import aggregate_datasets
 
+    target = draft(root)
+    shutil.rmtree(target, ignore_errors=True)  # may be left from an interrupted run
     # Keep the files as they are: packing them into larger ones would rewrite them again and again.
     aggregate_datasets(
         [repo_id] * len(roots),
@@ -151,8 +158,9 @@ def join(repo_id: str, roots: list[Path], target: Path) -> None:
     )
     for file in sorted((target / "meta" / "episodes").glob("chunk-*/file-*.parquet")):
         _correct_file_index(file)
-    scenes = "".join((root / SCENES_FILE).read_text() for root in roots)
+    scenes = "".join((part / SCENES_FILE).read_text() for part in roots)
     (target / SCENES_FILE).write_text(scenes)
+    target.rename(root)
 
 
 def _correct_file_index(file: Path) -> None:
