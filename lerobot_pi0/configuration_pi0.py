@@ -12,9 +12,9 @@ text: LeRobot's commands show it with `--help`, and `help_of` gives it to code.
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import draccus
 from draccus.wrappers.docstring import get_attribute_docstring
@@ -24,7 +24,7 @@ from lerobot.optim import AdamWConfig, LRSchedulerConfig
 from lerobot.policies.pi0.configuration_pi0 import PI0Config as BuiltinPI0Config
 
 from .network.sizes import EXPERT_PRESETS, PALIGEMMA_PRESETS, Architecture
-from .rules import BELOW_HALF, LEROBOTS, Rule, above, at_least, kinds_of, one_of
+from .rules import BELOW_HALF, LEROBOTS, Option, Rule, above, at_least, kinds_of, one_of, option
 from .training import recipes
 
 logger = logging.getLogger(__name__)
@@ -33,23 +33,6 @@ PLUGIN_CONFIG_NAME = "lerobot_pi0.json"
 PALIGEMMA_TOKENIZER = "google/paligemma-3b-pt-224"
 BYTE_TOKENIZER = "bytes"
 """Name of transformers' ByT5 tokenizer, which is made in place: no vocabulary to download."""
-
-
-class Option(NamedTuple):
-    """What is known of an option that only this plugin has, beside its name, type and help text."""
-
-    default: Any
-    """What None means once the policy is built; None where it stays None."""
-    rule: Rule | None
-    of_the_run: bool
-    """Whether a checkpoint remembers it, but does not hand it on to the runs that begin with it."""
-    recipes: dict[str, Any]
-    """By recipe: the default under it, where that is another."""
-
-
-def option(default: Any = None, rule: Rule | None = None, *, of_the_run: bool = False, **recipes: Any) -> Any:
-    """A field of PI0Config that is None until somebody sets it; the arguments are those of `Option`."""
-    return field(default=None, metadata={"option": Option(default, rule, of_the_run, recipes)})
 
 
 @dataclass
@@ -114,6 +97,9 @@ class PI0Config(BuiltinPI0Config):
     # For training from scratch: until the weights have had this many updates, times are near the noise, where only
     # images and words tell the action; then LeRobot's, for smooth chunks. None means 0.
     time_sampling_warmup_steps: int | None = option(0, at_least(0), of_the_run=True, small=1500)
+    # Weight of a second loss in training where the data has observation.environment_state (simulators): to tell it from
+    # what is seen. Policies do not read it. None means 0.
+    environment_state_weight: float | None = option(0.0, at_least(0), of_the_run=True, small=0.1)
     # Train chunks that begin with up to so many known actions, for real-time chunking. None means 0.
     rtc_training_max_delay: int | None = option(0)
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import ModelCard
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor, nn
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 from . import kernels
 from .checkpoints.checkpoint import Checkpoint
 from .checkpoints.configs import check_without_checkpoint, resolve
-from .checkpoints.model_card import make_card
 from .checkpoints.names import VLM
 from .checkpoints.origin import Origin
 from .checkpoints.publishing import Publishing, remember_for_card, whole_state
@@ -38,6 +36,7 @@ from .kernels import absent
 from .network import init
 from .network.pi0 import PI0
 from .training import context_cache, lora
+from .training.environment_state import EnvironmentState
 from .training.objective import Objective
 from .training.run import Run
 
@@ -71,6 +70,7 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         check_without_checkpoint(config)
         self._build(config, dataset_stats, dataset_meta, {"start": vlm}, vlm is not None)
         self._initialise(name for name, _ in self.named_parameters() if vlm is None or not name.startswith(VLM))
+        self.objective.prepare(self.model)
         if vlm is not None:
             Checkpoint.open(vlm).read_vlm(self, config)
         self.finish()
@@ -131,7 +131,8 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         self._run.prepare(self.model, trains)
         absent.hide_from_ddp(self)
         sampler = Sampler(config.compile_mode if config.compile_model else None, config.cuda_graphs)
-        self.objective = Objective(config, self.observe, sampler, self._run.autocast)
+        places = EnvironmentState.of(config, stats) if trains else None
+        self.objective = Objective(config, self.observe, sampler, self._run.autocast, places)
         self._player = Player(config, self.observe, sampler, self._run.autocast, limits)
         self.init_rtc_processor()
         config.updates = saved.get("updates", 0)
@@ -198,11 +199,6 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         if writes:
             self.origin.save(save_directory, self.config, self, self._run.deployed_state(self, state))
 
-    def push_model_to_hub(self, *args: Any, **kwargs: Any) -> None:
-        """LeRobot's push; of `save_expert_only` over a folder, which nobody else has, it pushes all weights."""
-        with self.origin.complete_for_others(self.config):
-            super().push_model_to_hub(*args, **kwargs)
-
     def train(self, mode: bool = True) -> "PI0Policy":
         """Switch to training and its weights, or to evaluation and the averages; LeRobot calls this at every step."""
         self._run.catch_up()
@@ -256,7 +252,7 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         """
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction={reduction!r} is not one of mean, none")
-        loss, per_sample, info = self.objective.summary(self.losses(batch, noise, time, delay))
+        loss, per_sample, info = self.objective.summary(*self._losses(batch, noise, time, delay))
         self._run.guards.check_loss(self, info["loss"], per_sample, batch)
         if not (self.training or torch.is_grad_enabled()):
             info["chunk_error"] = self.objective.chunk_error(self.model, batch, self._player.sample)
@@ -270,10 +266,13 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         delay: Tensor | None = None,
     ) -> Tensor:
         """Squared errors of the velocity, float32 (B, K, T, dims of the robot's actions); see `Objective.losses`."""
+        return self._losses(batch, noise, time, delay)[0]
+
+    def _losses(self, batch: dict[str, Any], *draws: Tensor | None) -> tuple[Tensor, Tensor | None]:
         self._run.catch_up()
         if self.training:
             self._run.waiting.begin()
-        return self.objective.losses(self.model, batch, noise, time, delay)
+        return self.objective.losses(self.model, batch, *draws)
 
     def update(self) -> None:
         """Count a step of the optimizer: to be called after each, as LeRobot does, for new draws and averages."""
@@ -326,19 +325,6 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         if player.needs_chunk():
             player.start(self.predict_action_chunk(batch, **kwargs), batch)
         return player.next_action(batch)
-
-    def generate_model_card(  # type: ignore[override]
-        self,
-        dataset_repo_id: str | None,
-        model_type: str | None = None,
-        license: str | None = None,
-        tags: list[str] | None = None,
-        cfg: Any = None,
-        dataset_meta: Any = None,
-    ) -> ModelCard:
-        """The card that LeRobot pushes with the weights; needs no network."""
-        sizes = self._run.part_sizes(self.model)
-        return make_card(self.config, sizes, self.origin.start, dataset_repo_id, cfg, dataset_meta)
 
     def _get_default_peft_targets(self) -> dict[str, Any]:
         """What LoRA adapts: openpi's recipe, without the VLM if `train_expert_only` was asked for."""

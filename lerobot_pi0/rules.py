@@ -1,8 +1,8 @@
-"""Rules of options: what the value of an option has to be, one by one and by the kind of its field."""
+"""Options of a config and their rules: how one is declared, and what its value has to be."""
 
-import dataclasses
 import math
 from collections.abc import Callable
+from dataclasses import field, fields
 from numbers import Integral, Real
 from types import NoneType
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
@@ -16,6 +16,23 @@ class Rule(NamedTuple):
     """The rule as the end of a sentence that begins with the option and its value."""
     choices: tuple[str, ...] = ()
     """All values that there are, where they are few."""
+
+
+class Option(NamedTuple):
+    """What is known of an option that only this plugin has, beside its name, type and help text."""
+
+    default: Any
+    """What None means once the policy is built; None where it stays None."""
+    rule: Rule | None
+    of_the_run: bool
+    """Whether a checkpoint remembers it, but does not hand it on to the runs that begin with it."""
+    recipes: dict[str, Any]
+    """By recipe: the default under it, where that is another."""
+
+
+def option(default: Any = None, rule: Rule | None = None, *, of_the_run: bool = False, **recipes: Any) -> Any:
+    """A field of the config that is None until somebody sets it; the arguments are those of `Option`."""
+    return field(default=None, metadata={"option": Option(default, rule, of_the_run, recipes)})
 
 
 def one_of(*choices: str) -> Rule:
@@ -50,7 +67,7 @@ def kinds_of(config: type) -> dict[str, tuple[Rule, bool]]:
         kinds = {*(get_args(annotation) if NoneType in get_args(annotation) else (annotation,))}
         kind = next(iter(kinds - {NoneType}))
         rule = KINDS.get(get_origin(kind) or kind)
-        if rule is not None and name in {field.name for field in dataclasses.fields(config)}:
+        if rule is not None and name in {x.name for x in fields(config)}:
             found[name] = rule, NoneType in kinds
     return found
 

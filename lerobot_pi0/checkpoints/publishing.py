@@ -91,3 +91,21 @@ class Publishing:
         remember_for_card(self.config, self._run.part_sizes(self.model), self.origin.start)
         with self.origin.complete_for_others(self.config):
             return super().push_to_hub(*args, **kwargs)  # type: ignore[misc]
+
+    def push_model_to_hub(self, *args: Any, **kwargs: Any) -> None:
+        """LeRobot's push; of `save_expert_only` over a folder, which nobody else has, it pushes all weights."""
+        with self.origin.complete_for_others(self.config):
+            super().push_model_to_hub(*args, **kwargs)  # type: ignore[misc]
+
+    def generate_model_card(
+        self,
+        dataset_repo_id: str | None,
+        model_type: str | None = None,
+        license: str | None = None,
+        tags: list[str] | None = None,
+        cfg: Any = None,
+        dataset_meta: Any = None,
+    ) -> ModelCard:
+        """The card that LeRobot pushes with the weights; needs no network."""
+        sizes = self._run.part_sizes(self.model)
+        return make_card(self.config, sizes, self.origin.start, dataset_repo_id, cfg, dataset_meta)

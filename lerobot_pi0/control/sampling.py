@@ -69,9 +69,10 @@ class Sampler:
         self.graphs = CudaGraphs() if cuda_graphs else None
         self.prefixes = CudaGraphs(of="a frozen VLM") if cuda_graphs and compile_mode is None else None
         self.compiled = compile_mode is not None
-        self.context, self.velocity = PI0.context, velocity
+        self.context, self.velocity, self.velocity_and_state = PI0.context, velocity, PI0.velocity_and_state
         if compile_mode is not None:
             self.context, self.velocity = compiled(PI0.context, compile_mode), compiled(velocity, compile_mode)
+            self.velocity_and_state = compiled(PI0.velocity_and_state, compile_mode)
 
     def training_context(self, model: PI0, obs: Observation) -> Context:
         """The context for a loss, in which `velocity` computes the state's token."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from lerobot.configs import FeatureType, PolicyFeature
-from lerobot.utils.constants import ACTION, OBS_STATE
+from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 
 from ..configuration_pi0 import PI0Config
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 Statistics = Mapping[str, Mapping[str, Any]]
 """Statistics of a dataset or of processors, by feature and then by kind, as in `meta.stats`."""
 
-NOT_READ = ("observation.environment_state", "observation.effort", "observation.velocity")
+NOT_READ = (OBS_ENV_STATE, "observation.effort", "observation.velocity")
 """Features that datasets may hold, but for which π₀ has no input."""
 
 
@@ -106,10 +106,15 @@ def log_cameras(
         )
 
 
+def unread_features(config: PI0Config, features: Iterable[str]) -> list[str]:
+    """Features that are read neither by π₀ nor by its training."""
+    told = {OBS_ENV_STATE} if config.environment_state_weight else set()
+    return [key for key in features if key in NOT_READ and key not in told]
+
+
 def name_unread(config: PI0Config, features: Iterable[str]) -> None:
     """Warn of features and options that π₀ does not read."""
-    unread = [key for key in features if key in NOT_READ]
-    if unread:
+    if unread := unread_features(config, features):
         logger.warning("%s of the dataset are not read: π₀ sees cameras, state and instruction", ", ".join(unread))
     if config.n_obs_steps != 1:
         logger.warning("n_obs_steps=%d is not read: π₀ sees one observation at a time", config.n_obs_steps)

@@ -211,6 +211,13 @@ class PI0(nn.Module):
             x_BKTA: K chunks per observation, which do not see each other.
             time_embedding: `embed_time` of the actions' times; broadcasts against (B, K, T, W).
         """
+        return self.velocity_and_state(x_BKTA, time_embedding, context)[0]
+
+    def velocity_and_state(
+        self, x_BKTA: Tensor, time_embedding: Tensor, context: Context
+    ) -> tuple[Tensor, Tensor | None]:
+        """`velocity`, and the state's token after the last layer (B, 1, W), if it runs with the actions. No action
+        depends on it; training may."""
         samples, steps = x_BKTA.shape[1:3]
         width = self.arch.expert.width
         actions = self.action_in_proj(x_BKTA.to(self.action_in_proj.weight.dtype))
@@ -223,6 +230,6 @@ class PI0(nn.Module):
             h = torch.cat([state.to(h.dtype), h], dim=1)
         rope, mask = context.rope_and_mask or self.rope_and_mask(context, samples, steps, h.dtype)
         h = self.expert(h, rope, mask, context.cache)
-        h = h if state is None else h[:, 1:]
+        state, h = (None, h) if state is None else (h[:, :1], h[:, 1:])
         velocity = self.action_out_proj(h.to(self.action_out_proj.weight.dtype))
-        return rearrange(velocity, "b (k t) a -> b k t a", k=samples).float()
+        return rearrange(velocity, "b (k t) a -> b k t a", k=samples).float(), state

@@ -20,6 +20,7 @@ from ..kernels.cuda_attention import attention_order
 from ..network import flow
 from ..network.pi0 import PI0, Context, Observation
 from . import augment, draws
+from .environment_state import EnvironmentState
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ NEAR_NOISE = 0.2
 class NetworkCalls(Protocol):
     """The network calls that a loss needs, as functions of the network."""
 
-    velocity: Callable[..., Tensor]
+    velocity_and_state: Callable[..., tuple[Tensor, Tensor | None]]
 
     def training_context(self, model: PI0, obs: Observation) -> Context:
         """`PI0.context` without the state's token."""
@@ -52,6 +53,7 @@ class Objective:
         observe: ObservationMaker,
         calls: NetworkCalls,
         autocast: Callable[[], AbstractContextManager[Any]],
+        places: EnvironmentState | None = None,
     ) -> None:
         """Take the seed of the draws from torch's generator.
 
@@ -59,10 +61,17 @@ class Objective:
             observe: turns batches into observations.
             calls: how the network is called.
             autocast: the context in which the network is called.
+            places: the second loss, if there is one.
         """
+        self._places = places
         self.config, self._observe, self._calls, self._autocast = config, observe, calls, autocast
         self._seed = torch.initial_seed()
         self._chunk_errors = ChunkErrors()
+
+    def prepare(self, model: PI0) -> None:
+        """Prepare a network whose weights are random for its losses."""
+        if self._places is not None:
+            self._places.prepare(model)
 
     @property
     def _joints(self) -> list[str]:
@@ -79,8 +88,9 @@ class Objective:
         noise: Tensor | None = None,
         time: Tensor | None = None,
         delay: Tensor | None = None,
-    ) -> Tensor:
-        """Squared errors of the velocity, float32 (B, K, T, dims of the robot's actions).
+    ) -> tuple[Tensor, Tensor | None]:
+        """Squared errors of the velocity, float32 (B, K, T, dims of the robot's actions); and in training the second
+        loss (B,), if there is one.
 
         With `rtc_training_max_delay` the first `delay` actions are known (arXiv 2512.05964): they enter without noise,
         at t = 0, and their errors are zero. The errors of the other actions are scaled so that the mean over T is the
@@ -96,16 +106,24 @@ class Objective:
             given = zip((noise, time, delay), drawn, strict=True)
             noise, time, delay = (new if old is None else old for old, new in given)
         _check_draws(actions, noise, time, delay)
-        errors = self.errors(model, obs, actions, noise, time, delay)
+        places = self._places if model.training else None
+        if places is not None:
+            noise = places.without_padding(model, noise)
+        errors, state = self.errors_and_state(model, obs, actions, noise, time, delay)
+        told = None if places is None else places.loss(model, state, batch)
         masked = cfg.mask_padded_actions if model.training else IS_PAD in batch
         if masked:
             valid = self._observe.valid(batch, device)[:, None, :, None].float()
             errors = errors * valid  # in training every valid step has the same weight, whatever the batch
             if not model.training:  # the mean over T becomes the mean over the valid steps
                 errors = errors / valid.mean(dim=2, keepdim=True).clamp(min=1 / cfg.chunk_size)
-        return errors
+        return errors, told
 
-    def errors(
+    def errors(self, *args: Any) -> Tensor:
+        """The errors of `errors_and_state`."""
+        return self.errors_and_state(*args)[0]
+
+    def errors_and_state(
         self,
         model: PI0,
         obs: Observation,
@@ -113,8 +131,9 @@ class Objective:
         noise: Tensor,
         time: Tensor,
         delay: Tensor | None = None,
-    ) -> Tensor:
-        """`losses` for given draws, before padded actions are masked. No control flow depends on a tensor's values."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Errors for given draws, before padded actions are masked, and the state's token (B, 1, W) after the last
+        layer. No control flow depends on a tensor's values."""
         time, free = time[..., None], torch.ones(1, device=time.device)
         if self.config.rtc_training_max_delay and delay is not None:
             free = (torch.arange(self.config.chunk_size, device=time.device) >= delay[..., None]).float()
@@ -123,17 +142,20 @@ class Objective:
         self._calls.begin()
         with self._autocast(), attention_order(x_t.device):
             context = self._calls.training_context(model, obs)
-            velocity = self._calls.velocity(model, x_t, time, model.embed_time(time), context)
+            velocity, state = self._calls.velocity_and_state(model, x_t, model.embed_time(time), context)
         errors = (velocity - target)[..., : self._dims].square()
-        return errors * (free / free.mean(dim=-1, keepdim=True))[..., None]
+        return errors * (free / free.mean(dim=-1, keepdim=True))[..., None], state
 
-    def summary(self, losses_BKTA: Tensor) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """The loss, the loss of each sample (B,), and numbers to log: the loss, and the loss of each joint."""
+    def summary(self, losses_BKTA: Tensor, told_B: Tensor | None = None) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """The loss, the loss of each sample (B,), and numbers to log: the loss, that of each joint, and the second."""
         per_sample = losses_BKTA.mean(dim=(1, 2, 3))
+        names, numbers = ["loss", *(f"loss_{joint}" for joint in self._joints)], [losses_BKTA.mean(dim=(0, 1, 2))]
+        if told_B is not None and self._places is not None:
+            names, numbers = [*names, "loss_environment_state"], [*numbers, told_B.mean()[None]]
+            per_sample = per_sample + self._places.weight * told_B
         loss = per_sample.mean()
-        numbers = torch.cat([loss[None], losses_BKTA.mean(dim=(0, 1, 2))]).tolist()  # one wait for the device
-        names = ["loss", *(f"loss_{joint}" for joint in self._joints)]
-        return loss, per_sample, dict(zip(names, numbers, strict=True))
+        found = torch.cat([loss[None], *numbers]).tolist()  # one wait for the device
+        return loss, per_sample, dict(zip(names, found, strict=True))
 
     def report_chunk_errors(self) -> None:
         """Log the errors of the chunks that were sampled since the last report."""

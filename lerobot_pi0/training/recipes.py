@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lerobot.optim import AdamWConfig, LRSchedulerConfig
 from lerobot.policies.pi0.configuration_pi0 import PI0Config as BuiltinPI0Config
-from lerobot.utils.constants import ACTION, OBS_STATE
+from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 
 from . import optimizers
 
@@ -48,10 +48,12 @@ def schedule(config: "PI0Config", preset: LRSchedulerConfig) -> LRSchedulerConfi
 
 
 def take_dims(config: "PI0Config", features: dict[str, Any]) -> None:
-    """Make states and actions as wide as the dataset's: with padding, a small expert would read mostly noise."""
-    for name, key in (("max_state_dim", OBS_STATE), ("max_action_dim", ACTION)):
-        if _is_lerobots(config, name) and key in features:
-            setattr(config, name, int(features[key]["shape"][0]))
+    """Make states and actions as wide as the dataset's: with padding, a small expert would read mostly noise. Only the
+    second loss has a use for padding (`environment_state`)."""
+    told = [OBS_ENV_STATE] if config.environment_state_weight else []
+    for name, keys in (("max_state_dim", [OBS_STATE]), ("max_action_dim", [ACTION, *told])):
+        if _is_lerobots(config, name) and keys[0] in features:
+            setattr(config, name, sum(int(features[key]["shape"][0]) for key in keys if key in features))
 
 
 def advise(config: "PI0Config") -> None:

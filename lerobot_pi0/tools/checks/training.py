@@ -9,7 +9,7 @@ from lerobot.datasets.utils import DEFAULT_TASKS_PATH as TASKS
 
 from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.errors import CheckpointError
-from ...inputs.features import NOT_READ
+from ...inputs.features import unread_features
 from ...inputs.observation import ObservationMaker
 from .. import ToolError
 from ..data import preprocessor_for, some
@@ -66,7 +66,7 @@ def reading(subject: Subject) -> Iterable[Finding]:
 
 def unread(subject: Subject) -> Iterable[Finding]:
     """What the dataset holds and π₀ has no input for."""
-    if keys := [key for key in subject.dataset.meta.features if key in NOT_READ]:
+    if keys := unread_features(subject.config, subject.dataset.meta.features):
         yield Finding(
             WARNING, "features", f"{some(keys)} not read: π₀ sees cameras, state and instruction",
             "nothing to do if the policy is to act on what it sees; else record these numbers in observation.state",
