@@ -60,6 +60,8 @@ class PI0Config(BuiltinPI0Config):
     )
     # Keep the optimizer's moments in 8 bits: a quarter of their memory, by bitsandbytes. None means False.
     optimizer_8bit: bool | None = option(False, of_the_run=True)
+    # Train the layers' matrices with Muon in place of AdamW: for random weights half the steps. None means False.
+    optimizer_muon: bool | None = option(False, of_the_run=True, small=True)
     # openpi's augmentation of the images in training. None means False.
     augment_images: bool | None = option(False, of_the_run=True, openpi=True)
     # Move each training image by up to this part of its side, except wrist cameras': for small networks. None means 0.
@@ -171,6 +173,8 @@ class PI0Config(BuiltinPI0Config):
                 f"compile_model does not go together with vlm_quantization={self.vlm_quantization} on the device "
                 f"{self.device}, whose layers nothing can trace: take one of the two"
             )
+        if self.optimizer_8bit and self.optimizer_muon:
+            raise ValueError("optimizer_8bit and optimizer_muon are two optimizers: set one of them to false")
         if not self.min_period < self.max_period:
             raise ValueError(f"min_period={self.min_period} has to be below max_period={self.max_period}")
         if not 0 < self.time_sampling_scale + self.time_sampling_offset < 1 + 1e-6:

@@ -6,7 +6,7 @@ openpi keeps it for all fine-tuning except LoRA (`training/config.py: ema_decay`
 averages. When a run is resumed, LeRobot restores the optimizer, so its state holds both the averages and the weights.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import Any
 
 import torch
@@ -25,15 +25,27 @@ def sharding() -> str | None:
     return str(getattr(kind, "value", kind)) if kind in SHARDED else None
 
 
-class Ema(list[nn.Parameter]):
-    """The trained parameters and their averages.
+class Trained(list[nn.Parameter]):
+    """The trained parameters, and which of them Muon would train.
 
-    It is a list of the parameters, because LeRobot passes the list that `get_optim_params` returns to the optimizer's
-    `build`, and there the averages are attached to the optimizer (`attach`).
+    It is a list of the parameters, because LeRobot passes what `get_optim_params` returns to the optimizer's `build`.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], matrices: Set[int] = frozenset()) -> None:
+        """Take the parameters, and the `id` of those that are matrices of layers."""
         super().__init__(parameters)
+        self.matrices = matrices
+
+    def parted(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """The matrices of layers, and the others."""
+        return [p for p in self if id(p) in self.matrices], [p for p in self if id(p) not in self.matrices]
+
+
+class Ema(Trained):
+    """The trained parameters and their averages, which `build` attaches to the optimizer (`attach`)."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float, matrices: Set[int] = frozenset()) -> None:
+        super().__init__(parameters, matrices)
         self.decay = decay
         self.averages: list[Tensor] = []  # empty until an optimizer is built
         self.deployed = False  # whether the parameters hold the averages, and `averages` the weights
@@ -41,6 +53,7 @@ class Ema(list[nn.Parameter]):
     @torch.no_grad()
     def attach(self, optimizer: Optimizer) -> None:
         """Start the averages at the parameters, and save and restore them with the optimizer's state."""
+        self[:] = [p for group in optimizer.param_groups for p in group["params"]]  # it may group them by kind
         self.averages = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in self]
         optimizer.register_state_dict_post_hook(self._store)
         optimizer.register_load_state_dict_post_hook(self._restore)

@@ -66,6 +66,36 @@ class AdamW8bitConfig(AdamWConfig):
 
 
 @dataclass
+class MuonConfig(AdamWConfig):
+    """Muon for the matrices of the layers, AdamW for all other weights (`optimizer_muon`)."""
+
+    def build(self, params: Any) -> Optimizer:
+        """Build it for the parameters that `PI0Policy.get_optim_params` returned.
+
+        Raises:
+            ImportError: torch has no Muon.
+            ValueError: the weights are sharded over processes, and a matrix is nowhere whole.
+        """
+        if kind := sharding():
+            raise ValueError(f"optimizer_muon does not go together with {kind}: set --policy.optimizer_muon=false")
+        try:
+            from .muon import MuonAdamW
+        except ImportError as error:
+            raise ImportError(
+                f"optimizer_muon needs torch 2.9 (pip install 'torch>=2.9'), and this is {torch.__version__}; or set "
+                "--policy.optimizer_muon=false"
+            ) from error
+        options = asdict(self)
+        del options["grad_clip_norm"]
+        return MuonAdamW(*params.parted(), **options)
+
+
+@dataclass
+class AveragedMuonConfig(AveragedAdamWConfig, MuonConfig):
+    """Muon and AdamW; the state carries the averages of the weights."""
+
+
+@dataclass
 class AveragedAdamW8bitConfig(AveragedAdamWConfig, AdamW8bitConfig):
     """AdamW with 8-bit moments; its state carries the averages of the weights in float32."""
 
@@ -90,10 +120,16 @@ def use_fused_kernel(optimizer: Optimizer, on: str = "cuda") -> None:
                 state["step"] = state["step"].to(p.device, torch.float32)
 
 
-def is_8bit(optimizer: Optimizer) -> bool:
-    """Whether `AdamW8bitConfig` built this optimizer."""
-    module = sys.modules.get(f"{__package__}.bitsandbytes_adamw")  # an import would need bitsandbytes
-    return module is not None and isinstance(optimizer, module.AdamW8bit)
+def kind_of(optimizer: Optimizer) -> str | None:
+    """The option with which this optimizer was built: optimizer_8bit, optimizer_muon, or None."""
+    for option, room, name in (
+        ("optimizer_8bit", "bitsandbytes_adamw", "AdamW8bit"),
+        ("optimizer_muon", "muon", "MuonAdamW"),
+    ):
+        module = sys.modules.get(f"{__package__}.{room}")  # an import could fail
+        if module is not None and isinstance(optimizer, getattr(module, name)):
+            return option
+    return None
 
 
 @dataclass
@@ -120,6 +156,8 @@ OPTIMIZERS = {
     "pi0_averaged_adamw": AveragedAdamWConfig,
     "pi0_adamw_8bit": AdamW8bitConfig,
     "pi0_averaged_adamw_8bit": AveragedAdamW8bitConfig,
+    "pi0_muon": MuonConfig,
+    "pi0_averaged_muon": AveragedMuonConfig,
 }
 SCHEDULES = {"pi0_warmup_cosine": WarmupCosineConfig}
 """Optimizers and schedules of the plugin by their names in train_config.json; `take_over` registers them."""

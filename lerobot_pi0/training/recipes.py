@@ -36,10 +36,9 @@ def optimizer(config: "PI0Config", preset: AdamWConfig) -> AdamWConfig:
     """LeRobot's; openpi's recipe hardly decays weights, and averages have to travel with the optimizer."""
     if config.recipe == "openpi" and _is_lerobots(config, "optimizer_weight_decay"):
         preset.weight_decay = 1e-10
-    if config.optimizer_8bit:
-        kind = optimizers.AveragedAdamW8bitConfig if config.ema_decay else optimizers.AdamW8bitConfig
-        return kind(**vars(preset))
-    return optimizers.AveragedAdamWConfig(**vars(preset)) if config.ema_decay else preset
+    name = "adamw_8bit" if config.optimizer_8bit else "muon" if config.optimizer_muon else "adamw"
+    kind = optimizers.OPTIMIZERS.get(f"pi0_averaged_{name}" if config.ema_decay else f"pi0_{name}")
+    return preset if kind is None else kind(**vars(preset))
 
 
 def schedule(config: "PI0Config", preset: LRSchedulerConfig) -> LRSchedulerConfig:

@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 from ..configuration_pi0 import PI0Config
 from ..kernels import absent, rounding
 from ..network.pi0 import PI0
-from .ema import Ema, sharding
+from .ema import Ema, Trained, sharding
 from .guards import Guards
-from .optimizers import is_8bit, use_fused_kernel
+from .optimizers import kind_of, use_fused_kernel
 from .waiting import Waiting
 
 logger = logging.getLogger(__name__)
@@ -93,8 +93,8 @@ class Run:
                 p.data = p.data.to(wanted)
         self.choose_autocast(policy)
 
-    def trained_parameters(self, model: PI0) -> list[nn.Parameter]:
-        """The parameters that are trained.
+    def trained_parameters(self, model: PI0) -> Trained:
+        """The parameters that are trained, and which of them are matrices of layers.
 
         Raises:
             ValueError: nothing would be trained, or a part of a rounded VLM would be.
@@ -106,7 +106,8 @@ class Run:
                 "a part of the VLM would be trained (--peft.target_modules?), but it is rounded, or not in memory: "
                 "leave vlm_quantization and context_cache out, or train the expert alone"
             )
-        trained = [p for p in model.parameters() if p.requires_grad]
+        layers = {id(p) for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2}
+        trained = Trained((p for p in model.parameters() if p.requires_grad), layers)
         if not trained:
             raise ValueError(
                 "nothing would be trained: the adapter's targets (--peft.target_modules) are only layers on which π₀'s "
@@ -114,7 +115,7 @@ class Run:
             )
         return trained
 
-    def averaged(self, trained: list[nn.Parameter]) -> list[nn.Parameter]:
+    def averaged(self, trained: Trained) -> Trained:
         """The same parameters, with their averages if `ema_decay` is set.
 
         Raises:
@@ -127,8 +128,8 @@ class Run:
                 f"ema_decay does not go together with {obstacle}: there the policy does not write the checkpoint, and "
                 "the average would be lost. Set --policy.ema_decay=0"
             )
-        if self._ema is None or [*map(id, self._ema)] != [*map(id, trained)]:
-            self._ema = Ema(trained, self.config.ema_decay)
+        if self._ema is None or {*map(id, self._ema)} != {*map(id, trained)}:
+            self._ema = Ema(trained, self.config.ema_decay, trained.matrices)
         return self._ema
 
     def deploy(self, deployed: bool) -> None:
@@ -179,9 +180,9 @@ class Run:
         )
         if self.config.ema_decay and (self._ema is None or not self._ema.averages):
             raise ValueError(f"ema_decay needs the policy's own optimizer, which carries the averages: {remedy}")
-        if bool(self.config.optimizer_8bit) != is_8bit(optimizer):
-            kind = type(optimizer).__name__
-            raise ValueError(f"optimizer_8bit={self.config.optimizer_8bit}, but the optimizer is {kind}: {remedy}")
+        for option in ("optimizer_8bit", "optimizer_muon"):
+            if bool(asked := getattr(self.config, option)) != (kind_of(optimizer) == option):
+                raise ValueError(f"{option}={asked}, but the optimizer is {type(optimizer).__name__}: {remedy}")
         use_fused_kernel(optimizer)
 
     def part_sizes(self, model: PI0) -> PartSizes:

@@ -1,9 +1,10 @@
 """A run that is killed with SIGKILL and resumed is the run that was not: losses, weights, optimizer, schedule.
 
-Five kinds of run: float32 with everything trained; bfloat16 with a frozen VLM, whose trained weights are float32
+Six kinds of run: float32 with everything trained; bfloat16 with a frozen VLM, whose trained weights are float32
 under autocast; one with openpi's recipe, which averages weights (a file holds the average, the optimizer both) and
-augments images; one that averages them with an optimizer of 8 bits; and LoRA, whose checkpoints hold an adapter
-and no policy. Losses are compared in hexadecimal, since LeRobot logs three digits of them.
+augments images; one that averages them with an optimizer of 8 bits; the recipe for small networks, with Muon and a
+second loss; and LoRA, whose checkpoints hold an adapter and no policy. Losses are compared in hexadecimal, since
+LeRobot logs three digits of them.
 """
 
 import json
@@ -29,6 +30,7 @@ KINDS = {
     "bfloat16": [*TINY, "--policy.dtype=bfloat16", "--policy.train_expert_only=true", "--policy.flow_samples=2"],
     "openpi": [*TINY, "--policy.train_expert_only=true", "--policy.recipe=openpi", "--policy.ema_decay=0.9"],
     "8 bits": [*TINY, "--policy.train_expert_only=true", "--policy.ema_decay=0.9", "--policy.optimizer_8bit=true"],
+    "small": [*TINY, "--policy.recipe=small"],
     "lora": ["--policy.path={base}", "--peft.method_type=LORA", "--peft.r=4"],
 }
 
@@ -104,7 +106,7 @@ def kill_in_the_middle(process: subprocess.Popen, mark: Path) -> None:
 def runs(tmp_path_factory) -> Path:
     """A folder per kind of run: `whole`, and `cut`, which was killed and then resumed; losses beside them."""
     folder = tmp_path_factory.mktemp("resume")
-    write_dataset(folder / "data")
+    write_dataset(folder / "data", environment=3)
     config = tiny_config(cameras=CAMERAS[:2])
     PI0Policy(config).save_pretrained(folder / "base")
     for pipeline in make_pi0_pre_post_processors(config, stats()):
