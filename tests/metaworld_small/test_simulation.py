@@ -23,22 +23,34 @@ except RuntimeError as error:
 pytestmark = pytest.mark.slow  # MetaWorld is an extra of its example, which `make test-all` installs
 
 
-def test_only_the_pictures_are_others():
-    """Catches a cheap environment whose scenes, states or success are not LeRobot's."""
-    env = MetaworldSmallEnv(task="pick-place-v3", image_size=64).create_envs(2)["pick-place-v3"][0]
-    small, _ = env.reset(seed=[5, 6])
-    full, _ = MetaworldEnv("pick-place-v3", obs_type="pixels_agent_pos").reset(seed=6)
-    assert np.array_equal(small["agent_pos"][1], full["agent_pos"])
-    assert small["pixels"].shape == (2, 64, 64, 3) and full["pixels"].shape == (480, 480, 3)
-    shrunk = full["pixels"].reshape(32, 15, 32, 15, 3).mean(axis=(1, 3))
-    ours = env.reset(seed=[5, 6])[0]["pixels"][1].reshape(32, 2, 32, 2, 3).mean(axis=(1, 3))
-    assert np.abs(shrunk - ours).mean() < 20, "not the same scene, or not the same way up"
+def seen(image_size: int | None, zoom: float) -> dict:
+    """What the second of two environments shows of scene 6."""
+    config = MetaworldSmallEnv(task="pick-place-v3", image_size=image_size, zoom=zoom)
+    env = config.create_envs(2)["pick-place-v3"][0]
+    first, _ = env.reset(seed=[5, 6])
+    assert first["pixels"].shape == (2, *config.features["pixels/top"].shape)
+    again, _ = env.reset(seed=[5, 6])
     env.close()
+    return {key: x[1] for key, x in again.items()}
+
+
+def test_only_the_pictures_are_others():
+    """Catches a cheap environment whose scenes, states or success are not LeRobot's, or that shows another part."""
+    full, _ = MetaworldEnv("pick-place-v3", obs_type="pixels_agent_pos").reset(seed=6)
+    for zoom, rows, columns in ((1, slice(0, 480), slice(0, 480)), (2, slice(120, 360), slice(168, 408))):
+        part = full["pixels"][rows, columns]
+        small, same = seen(64, zoom), seen(None, zoom)
+        assert np.array_equal(small["agent_pos"], full["agent_pos"])
+        assert np.array_equal(same["pixels"], part)
+        expected, ours = (
+            x.reshape(16, len(x) // 16, 16, len(x) // 16, 3).mean(axis=(1, 3)) for x in (part, small["pixels"])
+        )
+        assert np.abs(expected - ours).mean() < 20, "not the same scene, or not the same way up"
 
 
 def test_a_demonstration():
     """Catches pushes that are recorded as the expert's actions, an end at the edge of success, another scene's seed."""
-    plain, pushed = (Demonstrator("reach-v3", 32, pushes, scatter=0, hold=20) for pushes in (0.0, 0.2))
+    plain, pushed = (Demonstrator("reach-v3", 32, 2.0, pushes, scatter=0, hold=20) for pushes in (0.0, 0.2))
     first, disturbed = plain.episode(3), pushed.episode(3)
     assert first.seed == disturbed.seed == 3 and first.instruction == "Reach a goal position"
     assert not np.array_equal(first.states[-1], disturbed.states[-1])

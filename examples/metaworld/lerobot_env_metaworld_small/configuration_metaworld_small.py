@@ -10,6 +10,13 @@ from lerobot.envs.utils import freeze_after_episode_end
 
 ENV_TYPE = "metaworld_small"
 IMAGE_SIZE = 128
+LEROBOTS_SIZE = 480  # height and width of the pictures that LeRobot's renderer draws
+ZOOM = 2.0  # in all 50 tasks the middle half of the camera's picture shows hand and objects
+
+
+def shown_size(image_size: int | None, zoom: float) -> int:
+    """Height and width of the pictures that a policy sees."""
+    return round(LEROBOTS_SIZE / zoom) if image_size is None else image_size
 
 
 def _make_env(**kwargs) -> gym.Env:
@@ -23,18 +30,21 @@ def _make_env(**kwargs) -> gym.Env:
 class MetaworldSmallEnv(MetaworldEnv):
     """LeRobot's MetaWorld, with a renderer that is cheap on a CPU: no shadows, no multisampling, small pictures.
 
-    Tasks, cameras, states, actions, seeds and success are LeRobot's; only the pictures differ. Its other options are
+    Tasks, camera, states, actions, seeds and success are LeRobot's; only the pictures differ. Its other options are
     those of `--env.type=metaworld`.
 
     Attributes:
-        image_size: height and width of the pictures in pixels; that of the training data.
+        image_size: height and width of the pictures in pixels; that of the training data. None draws as LeRobot does.
+        zoom: how many times larger things are than in the camera's whole picture, of which the middle is shown.
     """
 
-    image_size: int = IMAGE_SIZE
+    image_size: int | None = IMAGE_SIZE
+    zoom: float = ZOOM
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.features["pixels/top"] = PolicyFeature(FeatureType.VISUAL, (self.image_size, self.image_size, 3))
+        side = shown_size(self.image_size, self.zoom)
+        self.features["pixels/top"] = PolicyFeature(FeatureType.VISUAL, (side, side, 3))
 
     def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict:
         """{task group: {index of the task: vector environment}}, as LeRobot expects it.
@@ -48,6 +58,7 @@ class MetaworldSmallEnv(MetaworldEnv):
         found: dict = {}
         for group in (name.strip() for name in self.task.split(",")):
             tasks = DIFFICULTY_TO_TASKS.get(group, [group])
-            makers = [partial(_make_env, task=x, image_size=self.image_size, **self.gym_kwargs) for x in tasks]
+            options = {"image_size": self.image_size, "zoom": self.zoom, **self.gym_kwargs}
+            makers = [partial(_make_env, task=task, **options) for task in tasks]
             found[group] = {i: kind([freeze_after_episode_end(make)] * n_envs) for i, make in enumerate(makers)}
         return found

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-from lerobot.envs.metaworld import MetaworldEnv
 
 from . import seeds
 from .constants import ACTION
@@ -39,7 +38,7 @@ class Demonstrator:
 
     Args:
         task: MetaWorld's name of the task.
-        image_size: height and width of the pictures; None for LeRobot's own renderer (480, shadows, multisampling).
+        image_size, zoom: of the pictures, as `SmallMetaworld` has them.
         pushes: how likely a step begins a push, which moves the hand and is not recorded: so the data shows how to
             return from places where a policy may drift.
         scatter: how likely an episode begins with the hand elsewhere, up to 25 cm away. If all began at one place, the
@@ -48,9 +47,9 @@ class Demonstrator:
             and a policy that is slightly off stops before it.
     """
 
-    def __init__(self, task: str, image_size: int | None, pushes: float, scatter: float, hold: int):
+    def __init__(self, task: str, image_size: int | None, zoom: float, pushes: float, scatter: float, hold: int):
         self._task = task
-        self._sim = Simulation(make_env(task, image_size))
+        self._sim = Simulation(make_env(task, image_size, zoom))
         self._pushes, self._scatter, self._hold = pushes, scatter, hold
 
     def episode(self, index: int) -> Episode:
@@ -94,10 +93,9 @@ class Demonstrator:
         return Episode(sim.instruction, seed, images, states.astype(np.float32), fulls.astype(np.float32), actions)
 
 
-def make_env(task: str, image_size: int | None) -> MetaworldEnv:
-    """LeRobot's environment of a task; drawn cheaply if there is a size of its pictures in pixels."""
-    options = {"obs_type": "pixels_agent_pos"}
-    return SmallMetaworld(task, image_size, **options) if image_size else MetaworldEnv(task, **options)
+def make_env(task: str, image_size: int | None, zoom: float = 1.0) -> SmallMetaworld:
+    """LeRobot's environment of a task, with pictures of this size and zoom, and the state."""
+    return SmallMetaworld(task, image_size, zoom, obs_type="pixels_agent_pos")
 
 
 class _Push:

@@ -7,8 +7,14 @@ import warnings
 import numpy as np
 from lerobot.envs.metaworld import MetaworldEnv
 
+from .configuration_metaworld_small import IMAGE_SIZE, ZOOM, shown_size
+
 if sys.platform.startswith("linux") and "DISPLAY" not in os.environ:
     os.environ.setdefault("MUJOCO_GL", "egl")  # otherwise MuJoCo looks for a display, and fails
+
+
+CENTRE = (0.5, 0.6)
+"""Where hand and objects are in the camera's picture, in the mean over all tasks: parts of its height and width."""
 
 
 class SmallMetaworld(MetaworldEnv):
@@ -16,18 +22,23 @@ class SmallMetaworld(MetaworldEnv):
 
     Args:
         task: MetaWorld's name of the task, e.g. "door-open-v3".
-        image_size: height and width of the pictures in pixels.
+        image_size: height and width of the pictures in pixels; None for LeRobot's own renderer.
+        zoom: how many times larger things are than in the camera's whole picture; only its middle is shown.
         kwargs: LeRobot's own, e.g. obs_type.
     """
 
-    def __init__(self, task: str, image_size: int, **kwargs):
-        super().__init__(task, observation_width=image_size, observation_height=image_size, **kwargs)
+    def __init__(self, task: str, image_size: int | None = IMAGE_SIZE, zoom: float = ZOOM, **kwargs):
+        side = shown_size(image_size, zoom)
+        super().__init__(task, observation_width=side, observation_height=side, **kwargs)
+        self._cheaply, self._whole = image_size is not None, round(side * zoom)
+        self._window = tuple(_middle(centre, side, self._whole) for centre in CENTRE)
 
     def _ensure_env(self) -> None:
         if self._env is not None:
             return
         super()._ensure_env()
-        draw_cheaply(self._env, self.observation_width)
+        if self._cheaply:
+            draw_cheaply(self._env, self._whole)
 
     def render(self) -> np.ndarray:
         """The picture of the last observation, (image_size, image_size, 3) uint8: videos need not be drawn anew."""
@@ -37,8 +48,14 @@ class SmallMetaworld(MetaworldEnv):
         if (viewer := self._env.mujoco_renderer.viewer) is not None:
             viewer.make_context_current()  # and not that of another environment in this process
         seen = super()._format_raw_obs(raw_obs)
-        self._picture = seen["pixels"]
+        self._picture = seen["pixels"] = np.ascontiguousarray(seen["pixels"][self._window])
         return seen
+
+
+def _middle(centre: float, side: int, whole: int) -> slice:
+    """The `side` pixels around a centre, or next to an edge, of so many."""
+    start = min(max(round(centre * whole - side / 2), 0), whole - side)
+    return slice(start, start + side)
 
 
 def draw_cheaply(env, image_size: int) -> None:
@@ -53,7 +70,7 @@ class Simulation:
     """The simulation under LeRobot's environment: an episode goes on after its success, and only `look` draws.
 
     Args:
-        env: LeRobot's environment or `SmallMetaworld`, with obs_type "pixels_agent_pos".
+        env: `SmallMetaworld` or LeRobot's environment, with obs_type "pixels_agent_pos".
     """
 
     def __init__(self, env: MetaworldEnv):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from lerobot_env_virtual_so100.running import lines, run
 
-from .configuration_metaworld_small import ENV_TYPE
+from .configuration_metaworld_small import ENV_TYPE, ZOOM
 
 AT_ONCE = 10  # scenes that share a pass of the policy
 
@@ -26,7 +26,7 @@ class Evaluation:
         tasks: names of MetaWorld's tasks.
         trials: scenes of each task.
         seed: seed of the first scene; the others follow it.
-        image_size: height and width of the pictures; None for LeRobot's own renderer.
+        image_size, zoom: of the pictures, as `SmallMetaworld` has them.
         processes: commands that run at once, each with a part of the tasks.
     """
 
@@ -35,6 +35,7 @@ class Evaluation:
     seed: int
     image_size: int | None
     processes: int
+    zoom: float = ZOOM
 
     def shares(self) -> list["Evaluation"]:
         """The parts of the processes: the tasks are dealt like cards."""
@@ -44,10 +45,10 @@ class Evaluation:
 
 def options(evaluation: Evaluation, policy: Path, output: Path) -> dict[str, object]:
     """Options of `lerobot-eval`."""
-    drawn = {"env.type": "metaworld"}
-    if evaluation.image_size is not None:
-        drawn = {"env.type": ENV_TYPE, "env.image_size": evaluation.image_size}
-    return drawn | {
+    return {
+        "env.type": ENV_TYPE,
+        "env.image_size": "null" if evaluation.image_size is None else evaluation.image_size,
+        "env.zoom": evaluation.zoom,
         "env.task": ",".join(evaluation.tasks),
         "policy.path": policy,
         "policy.device": "cpu",

@@ -21,7 +21,7 @@ import draccus
 from lerobot_env_virtual_so100.running import lines, run
 
 from . import evaluate, policies, report, seeds
-from .configuration_metaworld_small import IMAGE_SIZE
+from .configuration_metaworld_small import IMAGE_SIZE, ZOOM
 from .evaluate import Evaluation, Successes
 from .policies import Training
 from .record import RecordConfig
@@ -52,6 +52,8 @@ class LearnConfig:
     n_action_steps: int = 10
     # Height and width of the pictures in pixels.
     image_size: int = IMAGE_SIZE
+    # How many times larger things are than in the camera's whole picture; only its middle is shown.
+    zoom: float = ZOOM
     # Scenes of each task to evaluate on.
     trials: int = 20
     # Evaluate on seeds that are kept for choosing settings, not on those that are reported.
@@ -86,6 +88,7 @@ class LearnConfig:
             episodes=self.episodes,
             repo_id=policies.REPO,
             image_size=self.image_size,
+            zoom=self.zoom,
             processes=self.processes,
         )
 
@@ -106,7 +109,7 @@ class LearnConfig:
     def evaluation(self) -> Evaluation:
         """What policies are evaluated on."""
         first = (seeds.CHOOSING if self.choosing else seeds.REPORTED).start
-        return Evaluation(self.names, self.trials, first, self.image_size, self.processes)
+        return Evaluation(self.names, self.trials, first, self.image_size, self.processes, self.zoom)
 
 
 def record(config: LearnConfig) -> float:
@@ -233,7 +236,7 @@ def tell(config: LearnConfig, rows: dict, runs: dict, trained: dict[str, float],
     print(
         f"\n{config.trials} scenes of each task that are not in the data, drawn without shadows and multisampling at "
     )
-    print(f"{config.image_size} pixels; {config.episodes} demonstrations of each task.\n")
+    print(f"{config.image_size} pixels, zoom {config.zoom:g}; {config.episodes} demonstrations of each task.\n")
     print(report.table(rows))
     parts = ", ".join(f"{name} {options['steps']} steps in {trained[name]:.0f} s" for name, options in runs.items())
     print(f"\nTraining: {parts}. ACT and Diffusion Policy are not told the task: they see picture and state alone.")

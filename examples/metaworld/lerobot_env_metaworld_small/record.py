@@ -22,7 +22,7 @@ from lerobot_env_virtual_so100.record import SCENES_FILE, draft, join, quiet
 from tqdm import tqdm
 
 from . import constants, seeds
-from .configuration_metaworld_small import IMAGE_SIZE
+from .configuration_metaworld_small import IMAGE_SIZE, ZOOM, shown_size
 from .tasks import parse
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,8 @@ class RecordConfig:
     repo_id: str = "local/metaworld"
     # Height and width of the pictures in pixels, drawn without shadows and multisampling.
     image_size: int = IMAGE_SIZE
+    # How many times larger things are than in the camera's whole picture; only its middle is shown.
+    zoom: float = ZOOM
     # Draw as LeRobot does instead: 480 pixels, shadows, multisampling. 18 times slower on a CPU.
     lerobot_renderer: bool = False
     # How likely a step begins a push of the hand that the expert has to correct; 0 for undisturbed demonstrations.
@@ -59,7 +61,7 @@ class RecordConfig:
         parse(self.tasks)
         if not 1 <= self.episodes <= seeds.MAX_EPISODES:
             raise ValueError(f"--episodes={self.episodes} has to be between 1 and {seeds.MAX_EPISODES}")
-        for name, least in {"processes": 1, "image_size": 16, "hold": 0, "pushes": 0, "scatter": 0}.items():
+        for name, least in {"processes": 1, "image_size": 16, "hold": 0, "pushes": 0, "scatter": 0, "zoom": 1}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"--{name}={getattr(self, name)} has to be at least {least}")
 
@@ -120,11 +122,11 @@ def write_block(config: RecordConfig, block: Block) -> int:
     torch.set_num_threads(1)  # one process per core
     root = draft(block.folder(config))
     shutil.rmtree(root, ignore_errors=True)
-    demonstrator = Demonstrator(block.task, config.pixels, config.pushes, config.scatter, config.hold)
+    demonstrator = Demonstrator(block.task, config.pixels, config.zoom, config.pushes, config.scatter, config.hold)
     dataset = LeRobotDataset.create(
         config.repo_id,
         fps=constants.FPS,
-        features=features(config.pixels or 480),
+        features=features(shown_size(config.pixels, config.zoom)),
         root=root,
         robot_type="metaworld",
         rgb_encoder=RGBEncoderConfig(vcodec="h264", pix_fmt="yuv444p", crf=CRF),
@@ -157,7 +159,8 @@ def check_same(config: RecordConfig) -> None:
     Raises:
         ValueError: blocks that are there were made with others.
     """
-    options = {name: getattr(config, name) for name in ("image_size", "lerobot_renderer", "pushes", "scatter", "hold")}
+    kept = ("image_size", "zoom", "lerobot_renderer", "pushes", "scatter", "hold")
+    options = {name: getattr(config, name) for name in kept}
     note = parts(config) / "options.json"
     if note.exists() and (before := json.loads(note.read_text())) != options:
         raise ValueError(f"{parts(config)} was begun with other options, {before}: give those, or remove it")
