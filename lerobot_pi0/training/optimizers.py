@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from .ema import Ema, sharding
+from .muon import MuonAdamW
 
 
 @dataclass
@@ -73,18 +74,10 @@ class MuonConfig(AdamWConfig):
         """Build it for the parameters that `PI0Policy.get_optim_params` returned.
 
         Raises:
-            ImportError: torch has no Muon.
             ValueError: the weights are sharded over processes, and a matrix is nowhere whole.
         """
         if kind := sharding():
             raise ValueError(f"optimizer_muon does not go together with {kind}: set --policy.optimizer_muon=false")
-        try:
-            from .muon import MuonAdamW
-        except ImportError as error:
-            raise ImportError(
-                f"optimizer_muon needs torch 2.9 (pip install 'torch>=2.9'), and this is {torch.__version__}; or set "
-                "--policy.optimizer_muon=false"
-            ) from error
         options = asdict(self)
         del options["grad_clip_norm"]
         return MuonAdamW(*params.parted(), **options)
@@ -122,14 +115,10 @@ def use_fused_kernel(optimizer: Optimizer, on: str = "cuda") -> None:
 
 def kind_of(optimizer: Optimizer) -> str | None:
     """The option with which this optimizer was built: optimizer_8bit, optimizer_muon, or None."""
-    for option, room, name in (
-        ("optimizer_8bit", "bitsandbytes_adamw", "AdamW8bit"),
-        ("optimizer_muon", "muon", "MuonAdamW"),
-    ):
-        module = sys.modules.get(f"{__package__}.{room}")  # an import could fail
-        if module is not None and isinstance(optimizer, getattr(module, name)):
-            return option
-    return None
+    if isinstance(optimizer, MuonAdamW):
+        return "optimizer_muon"
+    module = sys.modules.get(f"{__package__}.bitsandbytes_adamw")  # an import would need bitsandbytes
+    return "optimizer_8bit" if module is not None and isinstance(optimizer, module.AdamW8bit) else None
 
 
 @dataclass
