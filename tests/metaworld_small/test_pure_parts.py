@@ -2,6 +2,7 @@
 
 import json
 from concurrent.futures import Future
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,6 +51,20 @@ def test_every_task_has_one_difficulty():
     assert [name for name, _ in tasks.by_difficulty(tasks.parse(tasks.FIVE))] == ["easy", "hard"]
     with pytest.raises(ValueError, match="no task 'reach'"):
         tasks.parse("reach")
+
+
+def test_a_task_may_have_its_own_number_of_episodes():
+    """Hard tasks with as few demonstrations as easy ones; or a number that is lost because a group comes later."""
+    found = tasks.demonstrations("reach-v3:12,easy, pick-place-v3 : 7", 3)
+    assert (found["reach-v3"], found["door-open-v3"], found["pick-place-v3"], len(found)) == (12, 3, 7, 29)
+    config = RecordConfig(Path("x"), tasks="reach-v3:12,push-v3", episodes=6)
+    planned = [(block.task, len(block.episodes)) for block in record.blocks(config)]
+    assert planned == [("reach-v3", 5), ("push-v3", 5), ("reach-v3", 5), ("push-v3", 1), ("reach-v3", 2)]
+    for wrong in ("reach-v3:", "reach-v3:0", "reach-v3:x"):
+        with pytest.raises(ValueError, match="number of episodes"):
+            tasks.parse(wrong)
+    with pytest.raises(ValueError, match="1001 episodes of push-v3"):
+        RecordConfig(Path("x"), tasks="reach-v3,push-v3:1001")
 
 
 def test_the_ten_tasks_stay():

@@ -36,9 +36,9 @@ CURVE_TRIALS = 5  # scenes of each task for the points of the curve before the l
 class LearnConfig:
     """Record demonstrations of MetaWorld's experts, train π₀ on them, evaluate it beside other policies."""
 
-    # Tasks and difficulty groups (easy, medium, hard, very_hard), with commas.
+    # Tasks and difficulty groups (easy, medium, hard, very_hard), with commas; reach-v3:250 has 250 demonstrations.
     tasks: str = FIVE
-    # Demonstrations of each task.
+    # Demonstrations of each task that names no number.
     episodes: int = 100
     # Training steps of π₀; the other policies train for the same time.
     steps: int = 8000
@@ -236,7 +236,9 @@ def tell(config: LearnConfig, rows: dict, runs: dict, trained: dict[str, float],
     print(
         f"\n{config.trials} scenes of each task that are not in the data, drawn without shadows and multisampling at "
     )
-    print(f"{config.image_size} pixels, zoom {config.zoom:g}; {config.episodes} demonstrations of each task.\n")
+    print(
+        f"{config.image_size} pixels, zoom {config.zoom:g}; {sum(config.recording().plan.values())} demonstrations.\n"
+    )
     print(report.table(rows))
     parts = ", ".join(f"{name} {options['steps']} steps in {trained[name]:.0f} s" for name, options in runs.items())
     print(f"\nTraining: {parts}. ACT and Diffusion Policy are not told the task: they see picture and state alone.")

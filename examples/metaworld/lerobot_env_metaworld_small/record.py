@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from . import constants, seeds
 from .configuration_metaworld_small import IMAGE_SIZE, ZOOM, shown_size
-from .tasks import parse
+from .tasks import demonstrations
 
 logger = logging.getLogger(__name__)
 BLOCK = 5  # episodes that are written, and kept after a kill, together
@@ -36,9 +36,9 @@ class RecordConfig:
 
     # Folder of the dataset. One that is complete is left as it is.
     root: Path
-    # Names of tasks and of difficulty groups (easy, medium, hard, very_hard), with commas.
+    # Names of tasks and of difficulty groups (easy, medium, hard, very_hard), with commas; reach-v3:250 has 250.
     tasks: str = "reach-v3"
-    # Episodes of each task.
+    # Episodes of each task that names no number.
     episodes: int = 50
     # Name of the dataset.
     repo_id: str = "local/metaworld"
@@ -58,12 +58,17 @@ class RecordConfig:
     processes: int = 2
 
     def __post_init__(self) -> None:
-        parse(self.tasks)
-        if not 1 <= self.episodes <= seeds.MAX_EPISODES:
-            raise ValueError(f"--episodes={self.episodes} has to be between 1 and {seeds.MAX_EPISODES}")
+        for task, episodes in self.plan.items():
+            if not 1 <= episodes <= seeds.MAX_EPISODES:
+                raise ValueError(f"{episodes} episodes of {task}: there have to be 1 to {seeds.MAX_EPISODES}")
         for name, least in {"processes": 1, "image_size": 16, "hold": 0, "pushes": 0, "scatter": 0, "zoom": 1}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"--{name}={getattr(self, name)} has to be at least {least}")
+
+    @property
+    def plan(self) -> dict[str, int]:
+        """How many episodes each task has."""
+        return demonstrations(self.tasks, self.episodes)
 
     @property
     def pixels(self) -> int | None:
@@ -105,9 +110,10 @@ def parts(config: RecordConfig) -> Path:
 
 def blocks(config: RecordConfig) -> Iterator[Block]:
     """All blocks, task after task in turns: a reader that shuffles files nearby mixes the tasks."""
-    for first in range(0, config.episodes, BLOCK):
-        for task in parse(config.tasks):
-            yield Block(task, range(first, min(first + BLOCK, config.episodes)))
+    for first in range(0, max(config.plan.values()), BLOCK):
+        for task, episodes in config.plan.items():
+            if first < episodes:
+                yield Block(task, range(first, min(first + BLOCK, episodes)))
 
 
 def write_block(config: RecordConfig, block: Block) -> int:
@@ -188,7 +194,7 @@ def record(config: RecordConfig) -> None:
     done = sum(len(block.episodes) for block in wanted) - sum(len(block.episodes) for block in missing)
     context = multiprocessing.get_context("spawn")  # neither a GL context nor torch's threads survive a fork
     with (
-        tqdm(total=config.episodes * len(parse(config.tasks)), initial=done, desc="demonstrations", unit="ep") as bar,
+        tqdm(total=sum(config.plan.values()), initial=done, desc="demonstrations", unit="ep") as bar,
         ProcessPoolExecutor(min(config.processes, max(1, len(missing))), context) as pool,
     ):
         for future in as_completed([pool.submit(write_block, config, block) for block in missing]):

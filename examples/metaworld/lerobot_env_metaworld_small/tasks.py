@@ -34,21 +34,35 @@ def instruction(task: str) -> str:
 
 
 def parse(text: str) -> list[str]:
-    """Tasks of a list with commas of tasks, difficulty groups and "ten", each once.
+    """The tasks of `demonstrations`."""
+    return [*demonstrations(text, 1)]
+
+
+def demonstrations(text: str, episodes: int) -> dict[str, int]:
+    """Tasks of a list with commas of tasks, difficulty groups and "ten", each once, and how many episodes each has.
+
+    Args:
+        text: such as "easy,reach-v3:250"; a number after a name is for it, and the last one counts.
+        episodes: of those without a number.
 
     Raises:
-        ValueError: there is no such task or group.
+        ValueError: there is no such task or group, or what follows a name is no number of episodes.
     """
-    found: list[str] = []
+    found: dict[str, int] = {}
     sets = groups() | {"ten": ten()}
-    for name in (x.strip() for x in text.split(",")):
+    for part in text.split(","):
+        name, colon, number = (x.strip() for x in part.partition(":"))
         if name not in sets and name not in _list()["TASK_DESCRIPTIONS"]:
             raise ValueError(
                 f"MetaWorld has no task {name!r}. Groups: {', '.join(sets)}. Tasks: "
                 f"{', '.join(_list()['TASK_DESCRIPTIONS'])}"
             )
-        found += sets.get(name, [name])
-    return list(dict.fromkeys(found))
+        if colon and not (number.isdecimal() and int(number)):
+            raise ValueError(f"{part.strip()!r}: after the colon comes a number of episodes, such as {name}:100")
+        for task in sets.get(name, [name]):
+            if colon or task not in found:
+                found[task] = int(number) if colon else episodes
+    return found
 
 
 def difficulty(task: str) -> str:
