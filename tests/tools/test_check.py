@@ -280,6 +280,9 @@ def test_what_training_would_only_show_later(tmp_path, capsys):
     assert "=convert_image_to_video" in next(x["remedy"] for x in found if x["about"] == "reading")
     assert "chunk_size=8 is long beside the episodes (median 12 frames)" in said["warning episodes"]
     assert "observation.environment_state not read" in said["warning features"]
+    assert "--policy.recipe=small" in next(x["remedy"] for x in found if x["about"] == "features")
+    _, found = findings(capsys, tmp_path / "data", "--policy.type=pi0", "--policy.recipe=small", *SCRATCH)
+    assert "warning features" not in serious(found)
 
 
 @pytest.mark.parametrize("frames", [6, 12], ids=["shorter than a chunk", "hardly longer"])

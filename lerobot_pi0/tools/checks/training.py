@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 from lerobot.datasets.utils import DEFAULT_TASKS_PATH as TASKS
+from lerobot.utils.constants import OBS_ENV_STATE
 
 from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.errors import CheckpointError
@@ -67,9 +68,14 @@ def reading(subject: Subject) -> Iterable[Finding]:
 def unread(subject: Subject) -> Iterable[Finding]:
     """What the dataset holds and π₀ has no input for."""
     if keys := unread_features(subject.config, subject.dataset.meta.features):
+        simulated = (
+            ". A small network learns sooner where to look if it has to tell the environment state in training: "
+            "--policy.environment_state_weight=0.1, which --policy.recipe=small sets"
+        )
         yield Finding(
             WARNING, "features", f"{some(keys)} not read: π₀ sees cameras, state and instruction",
-            "nothing to do if the policy is to act on what it sees; else record these numbers in observation.state",
+            "nothing to do if the policy is to act on what it sees; else record these numbers in observation.state"
+            + (simulated if OBS_ENV_STATE in keys else ""),
         )  # fmt: skip
 
 
