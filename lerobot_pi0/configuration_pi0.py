@@ -24,7 +24,7 @@ from lerobot.optim import AdamWConfig, LRSchedulerConfig
 from lerobot.policies.pi0.configuration_pi0 import PI0Config as BuiltinPI0Config
 
 from .network.sizes import EXPERT_PRESETS, PALIGEMMA_PRESETS, Architecture
-from .rules import BELOW_HALF, LEROBOTS, Option, Rule, above, at_least, kinds_of, one_of, option
+from .rules import BELOW_HALF, FINITE, LEROBOTS, Option, Rule, above, at_least, kinds_of, one_of, option
 from .training import recipes
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ class PI0Config(BuiltinPI0Config):
     time_sampling_warmup_steps: int | None = option(0, at_least(0), of_the_run=True, small=1500)
     # Weight of a second loss in training where the data has observation.environment_state (simulators): to tell it from
     # what is seen. Policies do not read it. None means 0.
-    environment_state_weight: float | None = option(0.0, at_least(0), of_the_run=True, small=0.1)
+    environment_state_weight: float | None = option(0.0, FINITE, of_the_run=True, small=0.1)
     # Train chunks that begin with up to so many known actions, for real-time chunking. None means 0.
     rtc_training_max_delay: int | None = option(0)
 

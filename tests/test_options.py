@@ -25,6 +25,7 @@ ALLOWED = {
     "flow_samples": [1, 8],
     "ema_decay": [0, 0.0, 0.99],
     "augment_shift": [0, 0.02, 0.49],
+    "environment_state_weight": [0, 0.1, 2],
     "solver_tolerance": [1e-6, 1],
     "max_action_step": [1e-3, 5, math.inf],
     "action_range_margin": [0, 0.1, math.inf],
@@ -49,6 +50,7 @@ REFUSED = {
     "flow_samples": ([0, -1], "has to be at least 1"),
     "ema_decay": ([-0.1, 1, 1.5, math.nan], "has to be at least 0 and below 1; openpi's is 0.99"),
     "augment_shift": ([-0.01, 0.5, math.nan], "has to be at least 0 and below 0.5"),
+    "environment_state_weight": ([-0.1, math.nan, math.inf], FINITE),
     "solver_tolerance": ([0, -1, math.nan], "has to be more than 0"),
     "time_sampling_warmup_steps": ([-1], "has to be at least 0"),
     "max_action_step": ([0, -1, math.nan], "has to be more than 0, or inf for no bound"),
@@ -76,6 +78,7 @@ DEFAULTS = {
     "flow_samples": 1, "save_expert_only": False, "save_tokenizer": True, "cuda_graphs": True,
     "solver": "euler", "solver_tolerance": 1e-2, "image_resize": "lerobot",
     "rtc_training_max_delay": 0, "ema_decay": 0.0, "augment_images": False, "augment_shift": 0.0,
+    "optimizer_muon": False, "environment_state_weight": 0.0,
     "clean_prompts": False, "mask_padded_actions": False, "optimizer_8bit": False, "recipe": "lerobot",
     "text_tokenizer_name": "bytes", "vlm_path": None, "vlm_quantization": None, "rtc_guidance": None,
     "max_action_step": None,
@@ -118,6 +121,8 @@ KINDS = {
     "use_relative_actions": ([1, "false", None, 0.0], BOOL),
     "augment_images": ([1, "yes"], BOOL),
     "augment_shift": (["0.1", True], NUMBER),
+    "environment_state_weight": (["0.1", True], NUMBER),
+    "optimizer_muon": ([1, "yes"], BOOL),
     "text_tokenizer_name": ([3, True, ["bytes"]], "has to be a text"),
     "relative_exclude_joints": (["gripper", None, 3], "has to be a list"),
 }
@@ -207,14 +212,16 @@ OTHER = {"flow_samples": 3, "solver": "heun", "solver_tolerance": 0.5, "rtc_trai
          "mask_padded_actions": True, "optimizer_8bit": True, "recipe": "openpi", "text_tokenizer_name": "t",
          "vlm_path": "v", "vlm_quantization": "int8", "rtc_guidance": "vjp", "max_action_step": 2.0,
          "action_range_margin": 0.5, "context_cache": "contexts",
-         "time_sampling_warmup_steps": 7, "show_attention": True}  # fmt: skip
+         "time_sampling_warmup_steps": 7, "show_attention": True, "optimizer_muon": True,
+         "environment_state_weight": 0.5}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_who_says_it(name):
     """Catches a run that overrules the user's option, or inherits an option that was only for the earlier run."""
     of_the_run = ("ema_decay", "augment_images", "augment_shift", "mask_padded_actions", "optimizer_8bit", "recipe",
-                  "vlm_quantization", "context_cache", "time_sampling_warmup_steps", "show_attention")  # fmt: skip
+                  "vlm_quantization", "context_cache", "time_sampling_warmup_steps", "show_attention",
+                  "optimizer_muon", "environment_state_weight")  # fmt: skip
     saved = {name: OTHER[name]}
     unset, asked = tiny_config(), tiny_config(**saved)
     unset.resolve(saved, vlm_is_pretrained=True)

@@ -107,7 +107,7 @@ def test_the_import_is_cheap(answers):
     found, _ = answers["lerobot.policies first"]
     ours = {name for name in found["new modules"] if name.startswith("lerobot_")}
     rooms = {"configuration_pi0", "network", "network.sizes", "rules", "takeover", "training"}
-    optimizers = {f"training.{name}" for name in ("ema", "optimizers", "recipes")}
+    optimizers = {f"training.{name}" for name in ("ema", "muon", "optimizers", "recipes")}
     assert ours == {"lerobot_policy_pi0", "lerobot_pi0"} | {f"lerobot_pi0.{name}" for name in rooms | optimizers}
     assert not [name for name in found["new modules"] if name not in ours and not is_light(name)]
 
@@ -182,6 +182,8 @@ def test_take_over_registers_everything(registries):
         ("optimizers", "pi0_averaged_adamw"): "AveragedAdamWConfig",
         ("optimizers", "pi0_adamw_8bit"): "AdamW8bitConfig",
         ("optimizers", "pi0_averaged_adamw_8bit"): "AveragedAdamW8bitConfig",
+        ("optimizers", "pi0_muon"): "MuonConfig",
+        ("optimizers", "pi0_averaged_muon"): "AveragedMuonConfig",
         ("schedules", "pi0_warmup_cosine"): "WarmupCosineConfig",
     }
     assert registries["again"] == []
