@@ -120,10 +120,11 @@ def test_a_killed_recording_goes_on(tmp_path, monkeypatch):
         block.folder(config).mkdir()
         return len(block.episodes)
 
-    def join(repo_id, roots, target):
+    def join(repo_id, roots, target, notes):
         joined.extend(root.name for root in roots)
         (target / "meta").mkdir(parents=True)
-        (target / record.SCENES_FILE).write_text("")
+        for path, text in {record.SCENES_FILE: "", **notes}.items():
+            (target / path).write_text(text)
 
     monkeypatch.setattr(record, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(record, "write_block", write)
@@ -138,6 +139,12 @@ def test_a_killed_recording_goes_on(tmp_path, monkeypatch):
     assert joined == ["reach-v3_0_5", "reach-v3_5_10", "reach-v3_10_12"]
     record.record(config)  # complete: nothing is done
     assert len(written) == 2 and not (tmp_path / "data.parts").exists()
+    for other in ({"episodes": 11}, {"zoom": 1.0}, {"tasks": "push-v3"}):
+        with pytest.raises(ValueError, match="data was recorded with other options"):
+            record.record(RecordConfig(tmp_path / "data", **{"episodes": 12, **other}))
+    (tmp_path / "data" / record.NOTE).unlink()
+    with pytest.raises(ValueError, match="older version"):
+        record.record(config)
 
 
 def test_means_of_groups_and_their_interval():

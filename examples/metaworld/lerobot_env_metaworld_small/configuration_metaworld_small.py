@@ -15,7 +15,13 @@ ZOOM = 2.0  # in all 50 tasks the middle half of the camera's picture shows hand
 
 
 def shown_size(image_size: int | None, zoom: float) -> int:
-    """Height and width of the pictures that a policy sees."""
+    """Height and width of the pictures that a policy sees.
+
+    Raises:
+        ValueError: the zoom is below 1.
+    """
+    if not zoom >= 1:
+        raise ValueError(f"zoom={zoom} has to be at least 1, which shows the camera's whole picture")
     return round(LEROBOTS_SIZE / zoom) if image_size is None else image_size
 
 

@@ -27,6 +27,7 @@ from .tasks import demonstrations
 
 logger = logging.getLogger(__name__)
 BLOCK = 5  # episodes that are written, and kept after a kill, together
+NOTE = "meta/recording.json"  # with which options a dataset, or its blocks, are made
 CRF = 12  # quality of the videos: LeRobot's 30 would smear goals of three pixels
 
 
@@ -159,19 +160,23 @@ def dataset_keys() -> list[str]:
     return list(features(IMAGE_SIZE))
 
 
-def check_same(config: RecordConfig) -> None:
-    """Note with which options the blocks are made.
+def options_of(config: RecordConfig) -> dict[str, object]:
+    """What each episode depends on."""
+    return {
+        name: getattr(config, name) for name in ("image_size", "zoom", "lerobot_renderer", "pushes", "scatter", "hold")
+    }
+
+
+def check_same(note: Path, options: dict[str, object]) -> None:
+    """Compare options with those of what is there.
 
     Raises:
-        ValueError: blocks that are there were made with others.
+        ValueError: they differ, or are not known, because an older version made it.
     """
-    kept = ("image_size", "zoom", "lerobot_renderer", "pushes", "scatter", "hold")
-    options = {name: getattr(config, name) for name in kept}
-    note = parts(config) / "options.json"
-    if note.exists() and (before := json.loads(note.read_text())) != options:
-        raise ValueError(f"{parts(config)} was begun with other options, {before}: give those, or remove it")
-    note.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(options) + "\n")
+    before = json.loads(note.read_text()) if note.exists() else "of an older version"
+    if before != options:
+        folder = note.parent.parent
+        raise ValueError(f"{folder} was recorded with other options ({before}): give those, or remove it")
 
 
 def record(config: RecordConfig) -> None:
@@ -180,15 +185,19 @@ def record(config: RecordConfig) -> None:
     Raises:
         ExpertFailedError: an expert does not succeed.
         FileExistsError: there is something else in its place.
-        ValueError: a part of it was recorded with other options.
+        ValueError: it, or a part of it, was recorded with other options.
     """
     if (config.root / SCENES_FILE).exists():
+        check_same(config.root / NOTE, options_of(config) | {"episodes": config.plan})
         logger.info("%s is there already", config.root)
         return
     if config.root.exists():
         raise FileExistsError(f"--root={config.root} is no dataset of this command: remove it or choose another folder")
     quiet()
-    check_same(config)
+    if (note := parts(config) / NOTE).exists():
+        check_same(note, options_of(config))
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(options_of(config)) + "\n")
     wanted = list(blocks(config))
     missing = [block for block in wanted if not block.folder(config).exists()]
     done = sum(len(block.episodes) for block in wanted) - sum(len(block.episodes) for block in missing)
@@ -201,7 +210,8 @@ def record(config: RecordConfig) -> None:
             if future.exception():
                 pool.shutdown(wait=False, cancel_futures=True)
             bar.update(future.result())
-    join(config.repo_id, [block.folder(config) for block in wanted], config.root)
+    made = {NOTE: json.dumps(options_of(config) | {"episodes": config.plan}) + "\n"}
+    join(config.repo_id, [block.folder(config) for block in wanted], config.root, made)
     shutil.rmtree(parts(config))
 
 

@@ -15,7 +15,7 @@ import logging
 import multiprocessing
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import accumulate, count
 from pathlib import Path
@@ -141,8 +141,12 @@ def draft(root: Path) -> Path:
     return root.with_name(root.name + ".unfinished")
 
 
-def join(repo_id: str, roots: list[Path], root: Path) -> None:
-    """Make one dataset of several with equal features, at `root`, which appears when it is complete."""
+def join(repo_id: str, roots: list[Path], root: Path, notes: Mapping[str, str] | None = None) -> None:
+    """Make one dataset of several with equal features, at `root`, which appears when it is complete.
+
+    Args:
+        notes: texts to write into it, by path.
+    """
     from lerobot.datasets.aggregate import aggregate_datasets
 
     target = draft(root)
@@ -159,7 +163,8 @@ def join(repo_id: str, roots: list[Path], root: Path) -> None:
     for file in sorted((target / "meta" / "episodes").glob("chunk-*/file-*.parquet")):
         _correct_file_index(file)
     scenes = "".join((part / SCENES_FILE).read_text() for part in roots)
-    (target / SCENES_FILE).write_text(scenes)
+    for path, text in ({SCENES_FILE: scenes} | dict(notes or {})).items():
+        (target / path).write_text(text)
     target.rename(root)
 
 
