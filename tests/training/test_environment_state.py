@@ -64,7 +64,7 @@ def test_the_loss_is_what_the_states_token_says():
     assert info["loss_environment_state"] == pytest.approx(expected.item(), rel=1e-5)
     flow = sum(x for name, x in info.items() if name.startswith("loss_") and "environment" not in name) / DIMS
     assert loss.item() == pytest.approx(flow + 0.5 * expected.item(), rel=1e-5)
-    _, per_sample = None, policy(batch, reduction="none")[0]
+    per_sample, _ = policy(batch, reduction="none")
     assert per_sample.shape == (4,)
     assert per_sample.mean().item() == pytest.approx(loss.item(), rel=1e-5)
 
