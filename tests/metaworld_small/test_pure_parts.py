@@ -145,6 +145,9 @@ def test_a_killed_recording_goes_on(tmp_path, monkeypatch):
     (tmp_path / "data" / record.NOTE).unlink()
     with pytest.raises(ValueError, match="older version"):
         record.record(config)
+    (tmp_path / "begun.parts" / "reach-v3_0_5").mkdir(parents=True)  # its pictures show something else
+    with pytest.raises(ValueError, match=r"begun\.parts was recorded with other options \(of an older version\)"):
+        record.record(RecordConfig(tmp_path / "begun", episodes=12))
 
 
 def test_means_of_groups_and_their_interval():

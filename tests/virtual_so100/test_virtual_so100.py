@@ -255,10 +255,17 @@ def test_a_recording_that_is_killed_while_it_is_joined_leaves_nothing(dataset_ro
 
 
 @pytest.mark.parametrize(
-    ("written", "again"), [(["meta/info.json"], True), (["meta/info.json", "meta/scenes.jsonl"], False)]
+    ("written", "again"),
+    [
+        (["meta/info.json"], True),
+        (["meta/info.json", "meta/scenes.jsonl"], False),
+        (["meta/info.json", "meta/stats.json"], False),
+    ],
+    ids=["half joined", "complete", "somebody's own"],
 )
 def test_the_demo_records_again_what_is_not_complete(tmp_path, monkeypatch, written, again):
-    """An older version joined in place; a demo that takes half of a dataset for a whole one fails in training."""
+    """An older version joined in place: a demo that takes half of a dataset for a whole one fails in training. Or a
+    dataset that is removed, because somebody put their own in the demo's place."""
     config = demo.DemoConfig(output=tmp_path)
     for name in written:
         (config.dataset / name).parent.mkdir(parents=True, exist_ok=True)

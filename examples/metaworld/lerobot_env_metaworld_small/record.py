@@ -194,7 +194,8 @@ def record(config: RecordConfig) -> None:
     if config.root.exists():
         raise FileExistsError(f"--root={config.root} is no dataset of this command: remove it or choose another folder")
     quiet()
-    if (note := parts(config) / NOTE).exists():
+    note = parts(config) / NOTE
+    if parts(config).exists():
         check_same(note, options_of(config))
     note.parent.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps(options_of(config)) + "\n")

@@ -128,7 +128,8 @@ def record_held_out(config: DemoConfig) -> float:
 
 
 def _record(config: DemoConfig, root: Path, *options: str) -> float:
-    if (root / SCENES_FILE).exists():  # written last: what an older version left half joined has none
+    # Statistics are written last, before the scenes. What an older version left half joined has neither.
+    if any((root / name).exists() for name in ("meta/stats.json", SCENES_FILE)):
         print(f"\n== demonstrations: {root} is there already")
         return 0.0
     shutil.rmtree(root, ignore_errors=True)
