@@ -87,17 +87,17 @@ class EnvironmentState:
         Raises:
             ObservationError: the batch has no environment state, or one of other dims than the data's statistics.
         """
-        assert state_B1W is not None  # in training the state's token runs with the actions
-        told = model.action_out_proj(state_B1W[:, 0].to(model.action_out_proj.weight.dtype)).float()
         if OBS_ENV_STATE not in batch:
             raise ObservationError(
                 f"no {OBS_ENV_STATE!r} in the batch, which environment_state_weight needs: set it to 0"
             )
-        seen = torch.as_tensor(batch[OBS_ENV_STATE]).to(told.device, torch.float32).flatten(1)
-        if seen.shape != (len(told), len(self._mean)):
-            raise ObservationError(
-                f"{OBS_ENV_STATE!r} has shape {tuple(seen.shape)}, expected {(len(told), len(self._mean))}"
-            )
-        mean, scale, share = (x.to(told.device) for x in (self._mean, self._scale, self._share))
-        wanted = (seen - mean) * scale
-        return ((told[:, self._dims : self._dims + len(mean)] - wanted).square() * share).sum(dim=1)
+        assert state_B1W is not None  # in training the state's token runs with the actions
+        device, expected = state_B1W.device, (len(state_B1W), len(self._mean))
+        seen = torch.as_tensor(batch[OBS_ENV_STATE]).to(device, torch.float32).flatten(1)
+        if seen.shape != expected:
+            raise ObservationError(f"{OBS_ENV_STATE!r} has shape {tuple(seen.shape)}, expected {expected}")
+        if self._mean.device != device:  # once: the host would wait for each copy
+            self._mean, self._scale, self._share = (x.to(device) for x in (self._mean, self._scale, self._share))
+        told = model.action_out_proj(state_B1W[:, 0].to(model.action_out_proj.weight.dtype)).float()
+        errors = told[:, self._dims :][:, : len(self._mean)] - (seen - self._mean) * self._scale
+        return (errors.square() * self._share).sum(dim=1)

@@ -53,9 +53,8 @@ class Muon(Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": MOMENTUM})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
+    def step(self) -> None:  # type: ignore[override]
         """One step."""
-        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             alike: dict[tuple, list[nn.Parameter]] = defaultdict(list)  # matrices of one shape, lying or standing
             for p in group["params"]:
@@ -63,7 +62,6 @@ class Muon(Optimizer):
                     alike[(*sorted(p.shape), p.dtype, p.device)].append(p)
             for matrices in alike.values():
                 self._step(matrices, **{name: group[name] for name in ("lr", "weight_decay", "momentum")})
-        return loss
 
     def _step(self, matrices: list[nn.Parameter], lr: float, weight_decay: float, momentum: float) -> None:
         gradients = [p.grad for p in matrices if p.grad is not None]

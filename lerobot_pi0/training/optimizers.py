@@ -19,6 +19,17 @@ from .ema import Ema, sharding
 from .muon import MuonAdamW
 
 
+def _refuse_sharding(option: str, reason: str) -> None:
+    """Raise ValueError if the weights are sharded over processes."""
+    if kind := sharding():
+        raise ValueError(f"{option} does not go together with {kind}{reason}: set --policy.{option}=false")
+
+
+def _arguments(config: AdamWConfig) -> dict[str, Any]:
+    """What an optimizer takes of a config: LeRobot's loop clips gradients itself."""
+    return {name: x for name, x in asdict(config).items() if name != "grad_clip_norm"}
+
+
 @dataclass
 class AveragedAdamWConfig(AdamWConfig):
     """AdamW whose state carries the averages of the weights (`ema_decay`)."""
@@ -50,20 +61,14 @@ class AdamW8bitConfig(AdamWConfig):
             ImportError: bitsandbytes is not installed.
             ValueError: the weights are sharded over processes, and a checkpoint would hold the moments of only one.
         """
-        if kind := sharding():
-            raise ValueError(
-                f"optimizer_8bit does not go together with {kind}, whose checkpoints would not hold its states: set "
-                "--policy.optimizer_8bit=false"
-            )
+        _refuse_sharding("optimizer_8bit", ", whose checkpoints would not hold its states")
         try:
             from .bitsandbytes_adamw import AdamW8bit
         except ImportError as error:
             raise ImportError(
                 f"optimizer_8bit needs bitsandbytes: pip install 'lerobot_policy_pi0[bitsandbytes]' ({error})"
             ) from error
-        options = asdict(self)
-        del options["grad_clip_norm"]
-        return AdamW8bit(params, **options)
+        return AdamW8bit(params, **_arguments(self))
 
 
 @dataclass
@@ -76,11 +81,8 @@ class MuonConfig(AdamWConfig):
         Raises:
             ValueError: the weights are sharded over processes, and a matrix is nowhere whole.
         """
-        if kind := sharding():
-            raise ValueError(f"optimizer_muon does not go together with {kind}: set --policy.optimizer_muon=false")
-        options = asdict(self)
-        del options["grad_clip_norm"]
-        return MuonAdamW(*params.parted(), **options)
+        _refuse_sharding("optimizer_muon", ", which leaves no matrix whole")
+        return MuonAdamW(*params.parted(), **_arguments(self))
 
 
 @dataclass

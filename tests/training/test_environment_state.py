@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CAMERAS, DIMS, make_batch, stats, take_step, tiny_config
+from conftest import CAMERAS, DIMS, make_batch, stats, tiny_config, train
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
@@ -40,18 +40,6 @@ def make(**options) -> PI0Policy:
     return PI0Policy(config_of(**options), dataset_stats=STATISTICS)
 
 
-def train(policy: PI0Policy, batch: dict, steps: int) -> list[dict]:
-    preset = policy.config.get_optimizer_preset()
-    optimizer, told = preset.build(policy.get_optim_params()), []
-    policy.train()
-    for _ in range(steps):
-        loss, info = policy(batch)
-        take_step(policy, loss, optimizer, preset)
-        policy.update()
-        told.append(info)
-    return told
-
-
 def test_the_loss_is_what_the_states_token_says():
     """Another token, numbers that are not normalised or do not vary, or a weight that is not applied."""
     policy, batch = make(environment_state_weight=0.5), batch_of()
@@ -72,7 +60,7 @@ def test_the_loss_is_what_the_states_token_says():
 def test_it_is_learned_and_padding_stays_unread():
     """A loss without a gradient; and noise in the padding of actions that a small network would read."""
     policy, batch = make(), batch_of()
-    told = train(policy, batch, 60)
+    _, told = train(policy, batch, 60)
     assert told[-1]["loss_environment_state"] < 0.3 * told[0]["loss_environment_state"]
     assert not policy.model.action_in_proj.weight[:, DIMS:].any()
     assert policy.model.action_in_proj.weight[:, :DIMS].all()

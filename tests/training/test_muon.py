@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import CAMERAS, make_batch, stats, take_step, tiny_config
+from conftest import CAMERAS, make_batch, stats, tiny_config, train
 from lerobot.optim import AdamWConfig
 from lerobot.optim.optimizers import load_optimizer_state, save_optimizer_state
 
@@ -24,16 +24,6 @@ def batch_of() -> dict:
     return batch | {"index": torch.arange(4)}
 
 
-def trained(policy: PI0Policy, steps: int, optimizer=None):
-    preset = policy.config.get_optimizer_preset()
-    optimizer = optimizer or preset.build(policy.get_optim_params())
-    policy.train()
-    for _ in range(steps):
-        take_step(policy, policy(batch_of())[0], optimizer, preset)
-        policy.update()
-    return optimizer
-
-
 def weights(policy: PI0Policy) -> dict:
     return {name: p.detach().clone() for name, p in policy.named_parameters()}
 
@@ -44,7 +34,7 @@ def test_matrices_of_layers_move_in_all_directions_and_the_rest_as_with_adamw():
     for by in (False, True):
         policy = make(optimizer_muon=by, optimizer_weight_decay=0.0)
         before = weights(policy)
-        trained(policy, 1)
+        train(policy, batch_of(), 1)
         after[by] = weights(policy)
     moved = {name: after[True][name] - x for name, x in before.items() if not torch.equal(after[True][name], x)}
     by_muon = {name for name in moved if ".layers." in name and moved[name].ndim == 2}
@@ -64,7 +54,7 @@ def test_matrices_of_layers_move_in_all_directions_and_the_rest_as_with_adamw():
 def test_a_run_that_is_resumed_goes_on_as_it_was(tmp_path, average):
     """Momentum, moments or averages that are lost, through the files in which LeRobot saves an optimizer."""
     whole = make(optimizer_muon=True, ema_decay=average)
-    optimizer = trained(whole, 3)
+    optimizer, _ = train(whole, batch_of(), 3)
     save_optimizer_state(optimizer, tmp_path)
     half = make(optimizer_muon=True, ema_decay=average)
     half.train()
@@ -74,7 +64,7 @@ def test_a_run_that_is_resumed_goes_on_as_it_was(tmp_path, average):
             mine.copy_(theirs)
     half.config.updates = whole.config.updates
     load_optimizer_state(fresh, tmp_path)
-    trained(whole, 2, optimizer), trained(half, 2, fresh)
+    train(whole, batch_of(), 2, optimizer), train(half, batch_of(), 2, fresh)
     for name, x in weights(whole).items():
         assert torch.equal(x, weights(half)[name]), name
 
@@ -97,11 +87,11 @@ def test_who_is_told_what(monkeypatch):
     with pytest.raises(
         ValueError, match=r"optimizer_muon=True, but the optimizer is AdamW.*use_policy_training_preset"
     ):
-        trained(policy, 2, torch.optim.AdamW(policy.get_optim_params()))
+        train(policy, batch_of(), 2, torch.optim.AdamW(policy.get_optim_params()))
     policy = make()
     other = optimizers.MuonConfig(lr=1e-3).build(policy.get_optim_params())
     with pytest.raises(ValueError, match=r"optimizer_muon=False, but the optimizer is MuonAdamW"):
-        trained(policy, 2, other)
+        train(policy, batch_of(), 2, other)
     monkeypatch.setattr(optimizers, "sharding", lambda: "FSDP")
     with pytest.raises(ValueError, match=r"optimizer_muon does not go together with FSDP.*optimizer_muon=false"):
         optimizers.MuonConfig().build(policy.get_optim_params())
