@@ -1,17 +1,16 @@
 """LeRobot's MetaWorld environment, drawn without shadows and multisampling in small pictures, and its simulation."""
 
 import os
-import sys
 import warnings
 
 import numpy as np
 from lerobot.envs.metaworld import MetaworldEnv
+from lerobot_env_virtual_so100.running import uses_egl
 
 from .configuration_metaworld_small import IMAGE_SIZE, ZOOM, shown_size
 
-if sys.platform.startswith("linux") and "DISPLAY" not in os.environ:
-    os.environ.setdefault("MUJOCO_GL", "egl")  # otherwise MuJoCo looks for a display, and fails
-
+if uses_egl():
+    os.environ["MUJOCO_GL"] = "egl"  # read by the renderer when it is made
 
 CENTRE = (0.5, 0.6)
 """Where hand and objects are in the camera's picture, in the mean over all tasks: parts of its height and width."""

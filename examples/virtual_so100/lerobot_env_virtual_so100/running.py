@@ -14,6 +14,13 @@ def lines(options: dict[str, Any]) -> list[str]:
     return [f"--{name}={value}" for name, value in options.items()]
 
 
+def uses_egl() -> bool:
+    """Whether MuJoCo has to draw with EGL: MUJOCO_GL asks for it, or Linux has no display, where MuJoCo would look for
+    one."""
+    is_dark = sys.platform.startswith("linux") and "DISPLAY" not in os.environ
+    return os.environ.get("MUJOCO_GL", "egl" if is_dark else "").lower() == "egl"
+
+
 def environment() -> dict[str, str]:
     """Environment variables of the commands: offline, no display, and this interpreter's folder first in PATH."""
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -13,7 +13,6 @@ Lengths are metres, angles radians; joint units of datasets and policies are con
 
 import atexit
 import os
-import sys
 import threading
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +23,7 @@ import mujoco
 import numpy as np
 
 from .constants import CAMERAS
+from .running import uses_egl
 
 # Mesa reads this when the first context is made. Rendering threads gain nothing at these image sizes, and slow down
 # processes that already use all cores.
@@ -152,11 +152,10 @@ def build_model(scene: SceneSpec) -> mujoco.MjModel:
 def _gl_context(width: int, height: int):
     """An offscreen GL context.
 
-    MuJoCo chooses its backend when it is first imported, and another LeRobot plugin may have imported it: without
-    MUJOCO_GL and without a display, this is the backend that needs a display. In this case EGL is used explicitly,
-    except on macOS, which renders without a display by itself.
+    MuJoCo chooses its backend when it is first imported, and another LeRobot plugin may have imported it before
+    MUJOCO_GL was set: then this is the backend that needs a display. So EGL is used explicitly.
     """
-    if "MUJOCO_GL" in os.environ or "DISPLAY" in os.environ or sys.platform == "darwin":
+    if not uses_egl():
         return mujoco.GLContext(width, height)
     from mujoco.egl import GLContext
 
