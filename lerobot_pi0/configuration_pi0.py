@@ -60,7 +60,7 @@ class PI0Config(BuiltinPI0Config):
     )
     # Keep the optimizer's moments in 8 bits: a quarter of their memory, by bitsandbytes. None means False.
     optimizer_8bit: bool | None = option(False, of_the_run=True)
-    # Train the layers' matrices with Muon in place of AdamW: for random weights half the steps. None means False.
+    # Train the layers' matrices with Muon in place of AdamW: for random weights, fewer steps. None means False.
     optimizer_muon: bool | None = option(False, of_the_run=True, small=True)
     # openpi's augmentation of the images in training. None means False.
     augment_images: bool | None = option(False, of_the_run=True, openpi=True)

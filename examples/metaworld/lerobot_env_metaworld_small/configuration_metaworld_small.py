@@ -11,7 +11,7 @@ from lerobot.envs.utils import freeze_after_episode_end
 ENV_TYPE = "metaworld_small"
 IMAGE_SIZE = 128
 LEROBOTS_SIZE = 480  # height and width of the pictures that LeRobot's renderer draws
-ZOOM = 2.0  # in all 50 tasks the middle half of the camera's picture shows hand and objects
+ZOOM = 2.0  # the middle half of the camera's picture shows hand and objects; not always in soccer, sweep, stick-pull
 
 
 def shown_size(image_size: int | None, zoom: float) -> int:

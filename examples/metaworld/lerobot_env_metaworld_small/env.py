@@ -13,7 +13,7 @@ if uses_egl():
     os.environ["MUJOCO_GL"] = "egl"  # read by the renderer when it is made
 
 CENTRE = (0.5, 0.6)
-"""Where hand and objects are in the camera's picture, in the mean over all tasks: parts of its height and width."""
+"""The middle of where hand and objects are in the camera's picture, over all tasks: parts of its height and width."""
 
 
 class SmallMetaworld(MetaworldEnv):
