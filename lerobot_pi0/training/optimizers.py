@@ -19,12 +19,6 @@ from .ema import Ema, sharding
 from .muon import MuonAdamW
 
 
-def _refuse_sharding(option: str, reason: str) -> None:
-    """Raise ValueError if the weights are sharded over processes."""
-    if kind := sharding():
-        raise ValueError(f"{option} does not go together with {kind}{reason}: set --policy.{option}=false")
-
-
 def _arguments(config: AdamWConfig) -> dict[str, Any]:
     """What an optimizer takes of a config: LeRobot's loop clips gradients itself."""
     return {name: x for name, x in asdict(config).items() if name != "grad_clip_norm"}
@@ -61,7 +55,11 @@ class AdamW8bitConfig(AdamWConfig):
             ImportError: bitsandbytes is not installed.
             ValueError: the weights are sharded over processes, and a checkpoint would hold the moments of only one.
         """
-        _refuse_sharding("optimizer_8bit", ", whose checkpoints would not hold its states")
+        if kind := sharding():
+            raise ValueError(
+                f"optimizer_8bit does not go together with {kind}, whose checkpoints would not hold its states: set "
+                "--policy.optimizer_8bit=false"
+            )
         try:
             from .bitsandbytes_adamw import AdamW8bit
         except ImportError as error:
@@ -81,7 +79,8 @@ class MuonConfig(AdamWConfig):
         Raises:
             ValueError: the weights are sharded over processes, and a matrix is nowhere whole.
         """
-        _refuse_sharding("optimizer_muon", ", which leaves no matrix whole")
+        if kind := sharding():
+            raise ValueError(f"optimizer_muon does not go together with {kind}: set --policy.optimizer_muon=false")
         return MuonAdamW(*params.parted(), **_arguments(self))
 
 
