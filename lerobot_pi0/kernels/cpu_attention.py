@@ -56,9 +56,9 @@ class SiglipAttention(siglip.Attention):
 class _Blockwise(torch.autograd.Function):
     """Attention over blocks of queries. The backward pass computes the scores again, so that none are kept.
 
-    Scores are rounded to bfloat16, as they are in LeRobot's π₀; their softmax and the sums over blocks are float32.
-    Keys of other samples are skipped, and no gradient is computed for a past that needs none. The form with
-    `setup_context` can be differentiated by torch.func too.
+    Scores and weights are rounded to bfloat16, as they are in LeRobot's π₀. The softmax of a row and the sums over
+    blocks are computed in float32. Keys of other samples are skipped, and no gradient is computed for a past that needs
+    none. The form with `setup_context` can be differentiated by torch.func too.
     """
 
     @staticmethod
@@ -75,17 +75,17 @@ class _Blockwise(torch.autograd.Function):
         out = torch.empty_like(q_BQD)
         mask = Mask(bias, samples, shared)
         for block in _blocks(q_BQD, k_BND, v_BND, past_k_BPD, past_v_BPD, mask):
-            out[:, block.queries] = block.weights.to(v_BND.dtype) @ block.values
+            out[:, block.queries] = block.weights @ block.values
         return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         *tensors, ctx.samples, ctx.shared = inputs
-        ctx.save_for_backward(*tensors, output)
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad_BQD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, past_k, past_v, bias, out = ctx.saved_tensors
+        q, k, v, past_k, past_v, bias = ctx.saved_tensors
         past = 0 if past_k is None else past_k.shape[1]
         trained = past if any(ctx.needs_input_grad[3:5]) else 0  # how many keys of the past need a gradient
         common, scale = trained + ctx.shared, q.shape[-1] ** -0.5
@@ -94,10 +94,9 @@ class _Blockwise(torch.autograd.Function):
         for block in _blocks(q, k, v, past_k, past_v, Mask(bias, ctx.samples, ctx.shared)):
             rows, own = block.queries, slice(trained + block.own.start, trained + block.own.stop)
             g = grad_BQD[:, rows]
-            mean = (g.float() * out[:, rows].float()).sum(dim=-1, keepdim=True)
-            d_scores = (block.weights * ((g @ block.values.mT) - mean)).to(q.dtype)
+            d_scores = torch._softmax_backward_data(g @ block.values.mT, block.weights, -1, q.dtype)
             dq[:, rows] = (d_scores @ block.keys) * scale
-            for total, left, right in ((dk, d_scores, q[:, rows]), (dv, block.weights.to(q.dtype), g)):
+            for total, left, right in ((dk, d_scores, q[:, rows]), (dv, block.weights, g)):
                 part = left[..., past - trained :].mT @ right
                 total[:, :common] += part[:, :common]
                 total[:, own] += part[:, common:]
@@ -113,7 +112,7 @@ class _Block(NamedTuple):
     own: slice  # those of the new keys that belong to the queries' sample
     keys: Tensor  # of the past, the shared tokens and the sample: (B, S, D)
     values: Tensor
-    weights: Tensor  # the softmax of the scores: float32 (B, queries, S)
+    weights: Tensor  # the softmax of the scores: (B, queries, S)
 
 
 def _blocks(
@@ -135,7 +134,7 @@ def _blocks(
         for start in queries[::most]:
             rows = slice(start, min(start + most, queries.stop))
             scores = torch.baddbmm(bias if bias.shape[1] == 1 else bias[:, rows], q[:, rows], keys.mT, alpha=scale)
-            yield _Block(rows, own, keys, values, torch.softmax(scores, dim=-1, dtype=torch.float32))
+            yield _Block(rows, own, keys, values, torch.softmax(scores, dim=-1))
 
 
 def _seen(past: Tensor | None, new: Tensor, shared: int, own: slice) -> Tensor:

@@ -7,7 +7,7 @@ Muon gives all directions of a matrix the same length. A small network that lear
 steps (docs/metaworld.md). Steps are as long as AdamW's usual ones, so a learning rate serves both (arXiv 2502.16982).
 
 torch's own Muon (from 2.9) orthogonalises one matrix after the other, in bfloat16, which many CPUs multiply slowly.
-Here all matrices of one shape are one product, in float32 on CPUs.
+Here all matrices of one shape are one product, in bfloat16 where that is fast.
 """
 
 from collections import defaultdict
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+
+from ..kernels.cpu_linear import BFLOAT16_IS_SLOW
 
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -32,7 +34,7 @@ def orthogonalise(x_NRC: Tensor) -> Tensor:
     Newton-Schulz's iteration: five applications of an odd polynomial, which needs products of matrices alone.
     """
     a, b, c = COEFFICIENTS
-    x = x_NRC.bfloat16() if x_NRC.device.type == "cuda" else x_NRC.float()
+    x = x_NRC.float() if BFLOAT16_IS_SLOW and x_NRC.device.type == "cpu" else x_NRC.bfloat16()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value is above 1 then
     for _ in range(ITERATIONS):
         gram = x @ x.mT

@@ -9,7 +9,7 @@ pytest.importorskip("metaworld.policies", reason="pip install -e examples/metawo
 
 from lerobot.datasets import LeRobotDataset
 from lerobot.envs.metaworld import MetaworldEnv
-from lerobot_env_metaworld_small import learn, record
+from lerobot_env_metaworld_small import drawing, learn, record
 from lerobot_env_metaworld_small.configuration_metaworld_small import MetaworldSmallEnv
 from lerobot_env_metaworld_small.demonstrations import Demonstrator, make_env
 from lerobot_env_metaworld_small.env import Simulation
@@ -46,6 +46,25 @@ def test_only_the_pictures_are_others():
             x.reshape(16, len(x) // 16, 16, len(x) // 16, 3).mean(axis=(1, 3)) for x in (part, small["pixels"])
         )
         assert np.abs(expected - ours).mean() < 20, "not the same scene, or not the same way up"
+
+
+@pytest.mark.parametrize("task", ["pick-place-v3", "stick-pull-v3"])
+def test_a_part_is_drawn_as_in_the_whole(task):
+    """Catches a shape that is left out although it can be seen, also when the arm has moved."""
+    part, whole = (Simulation(make_env(task, side, zoom)) for side, zoom in ((128, 2.0), (256, 1.0)))
+    full, left_out, differences = part.reset(4), 0, []
+    assert np.array_equal(full, whole.reset(4))
+    for _ in range(6):
+        for _ in range(12):
+            action = part.expert(full)
+            full, _ = part.step(action)
+            seen, _ = whole.step(action)
+        expected = whole.look(seen)[0][64:192, 90:218].astype(int)
+        assert expected.std() > 10
+        differences.append(np.abs(part.look(full)[0] - expected))
+        left_out += int((part._env._env.model.geom_group == drawing.HIDDEN).sum())
+    assert np.max(differences) <= 2 and np.mean(differences) < 0.01  # edges are rounded in another way
+    assert left_out > 30
 
 
 def test_a_demonstration():

@@ -8,6 +8,7 @@ from lerobot.envs.metaworld import MetaworldEnv
 from lerobot_env_virtual_so100.running import uses_egl
 
 from .configuration_metaworld_small import IMAGE_SIZE, ZOOM, shown_size
+from .drawing import PartRenderer
 
 if uses_egl():
     os.environ["MUJOCO_GL"] = "egl"  # read by the renderer when it is made
@@ -37,7 +38,9 @@ class SmallMetaworld(MetaworldEnv):
             return
         super()._ensure_env()
         if self._cheaply:
-            draw_cheaply(self._env, self._whole)
+            rows, columns = self._window  # of the picture that LeRobot turns by 180 degrees
+            turned = range(self._whole - columns.stop, self._whole - columns.start)
+            self._env.mujoco_renderer = PartRenderer(self._env, self._whole, rows, turned)
 
     def render(self) -> np.ndarray:
         """The picture of the last observation, (image_size, image_size, 3) uint8: videos need not be drawn anew."""
@@ -47,22 +50,17 @@ class SmallMetaworld(MetaworldEnv):
         if (viewer := self._env.mujoco_renderer.viewer) is not None:
             viewer.make_context_current()  # and not that of another environment in this process
         seen = super()._format_raw_obs(raw_obs)
-        self._picture = seen["pixels"] = np.ascontiguousarray(seen["pixels"][self._window])
+        if not self._cheaply:
+            rows, columns = (slice(each.start, each.stop) for each in self._window)
+            seen["pixels"] = np.ascontiguousarray(seen["pixels"][rows, columns])
+        self._picture = seen["pixels"]
         return seen
 
 
-def _middle(centre: float, side: int, whole: int) -> slice:
+def _middle(centre: float, side: int, whole: int) -> range:
     """The `side` pixels around a centre, or next to an edge, of so many."""
     start = min(max(round(centre * whole - side / 2), 0), whole - side)
-    return slice(start, start + side)
-
-
-def draw_cheaply(env, image_size: int) -> None:
-    """Let MetaWorld's environment draw small pictures, without shadows and multisampling. Before its first picture."""
-    env.mujoco_renderer.width = env.mujoco_renderer.height = image_size
-    env.model.vis.quality.offsamples = 0
-    env.model.vis.quality.shadowsize = 0
-    env.model.mat_reflectance[:] = 0  # reflections take a third of the time, and the camera sees none
+    return range(start, start + side)
 
 
 class Simulation:

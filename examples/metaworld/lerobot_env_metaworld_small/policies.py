@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .constants import STATE
 
 REPO = "local/metaworld"
@@ -61,11 +63,17 @@ class Training:
         return json.dumps({"observation.image": image, "observation.state": {"type": "STATE", "shape": [len(STATE)]}})
 
 
+def dtype() -> str:
+    """In which numbers this CPU trains a small network faster: bfloat16 where it has instructions for its products."""
+    return "bfloat16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "float32"
+
+
 def pi0(training: Training, learning_rate: float) -> dict[str, Any]:
     """π₀, the small preset from random weights. It reads picture, state and sentence."""
     return training.options() | {
         "policy.type": "pi0",
         "policy.recipe": "small",
+        "policy.dtype": dtype(),
         "policy.paligemma_variant": "tiny",
         "policy.action_expert_variant": "tiny",
         "policy.image_resolution": f"[{training.image_size}, {training.image_size}]",
