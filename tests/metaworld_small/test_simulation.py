@@ -83,6 +83,16 @@ def test_a_demonstration():
     assert first.images.shape == (len(first.actions), 32, 32, 3)
 
 
+def test_pictures_of_failures_are_not_drawn(monkeypatch):
+    """Catches pictures that are thrown away, which took most of a recording's time; another episode without them."""
+    demonstrator, looks = Demonstrator("pick-place-v3", 32, 2.0, pushes=0.03, scatter=1, hold=10), []
+    look = demonstrator._sim.look
+    monkeypatch.setattr(demonstrator._sim, "look", lambda full: looks.append(full) or look(full))
+    episode = demonstrator.episode(12)
+    assert episode.seed == 1012, "the first seed of this episode no longer fails: take another episode"
+    assert len(looks) == len(episode.actions) and np.array_equal(np.float32(looks), episode.full_states)
+
+
 def test_experts_solve_what_random_actions_do_not():
     """Catches a control that is given the task's solution, or an expert that acts on another scene."""
     from lerobot_env_metaworld_small.evaluate import control

@@ -1,5 +1,6 @@
 """Demonstrations of MetaWorld's scripted experts, as LeRobot's environment shows them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,8 +60,11 @@ class Demonstrator:
             ExpertFailedError: the expert fails from all its seeds.
         """
         for seed in seeds.of_episode(index):
-            if (episode := self._play(seed)) is not None:
-                return episode
+            # Pictures take most of the time: an expert that fails is found out without them.
+            if self._play(seed, lambda full: ()) and (frames := self._play(seed, self._sim.look)):
+                images, states, fulls, actions = (np.stack(column) for column in zip(*frames, strict=True))
+                states, fulls = states.astype(np.float32), fulls.astype(np.float32)
+                return Episode(self._sim.instruction, seed, images, states, fulls, actions)
         raise ExpertFailedError(
             f"{self._task}: the expert failed {seeds.ATTEMPTS} times at episode {index}; push less (--pushes=0)"
         )
@@ -69,8 +73,9 @@ class Demonstrator:
         """Free the simulation and its renderer."""
         self._sim.close()
 
-    def _play(self, seed: int) -> Episode | None:
-        """One episode; None if the expert fails."""
+    def _play(self, seed: int, look: Callable[[np.ndarray], tuple]) -> list[tuple]:
+        """One episode: of each step what `look` returns, MetaWorld's observation and the expert's action. Empty if the
+        expert fails."""
         rng, sim = np.random.default_rng(seed), self._sim
         push, frames, end = _Push(rng, self._pushes), [], None
         sim.reset(seed)
@@ -83,14 +88,11 @@ class Demonstrator:
                 full, _ = sim.step(away)
         while len(frames) < (LIMIT if end is None else end):
             action = sim.expert(full)
-            frames.append((*sim.look(full), full, action))
+            frames.append((*look(full), full, action))
             full, solved = sim.step(push.disturb(action))
             if solved and end is None:
                 end = len(frames) + self._hold
-        if end is None:
-            return None
-        images, states, fulls, actions = (np.stack(column) for column in zip(*frames, strict=True))
-        return Episode(sim.instruction, seed, images, states.astype(np.float32), fulls.astype(np.float32), actions)
+        return frames if end is not None else []
 
 
 def make_env(task: str, image_size: int | None, zoom: float = 1.0) -> SmallMetaworld:

@@ -47,7 +47,7 @@ class RecordConfig:
     image_size: int = IMAGE_SIZE
     # How many times larger things are than in the camera's whole picture; only its middle is shown.
     zoom: float = ZOOM
-    # Draw as LeRobot does instead: 480 pixels, shadows, multisampling. 18 times slower on a CPU.
+    # Draw as LeRobot does instead: 480 pixels, shadows, multisampling. 24 times slower on a CPU.
     lerobot_renderer: bool = False
     # How likely a step begins a push of the hand that the expert has to correct; 0 for undisturbed demonstrations.
     pushes: float = 0.03

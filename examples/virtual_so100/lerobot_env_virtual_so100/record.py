@@ -27,6 +27,7 @@ from .constants import CAMERAS, EPISODE_SECONDS, FPS, IMAGE_SIZE, JOINTS, SPLITS
 
 logger = logging.getLogger(__name__)
 DATA_FILE_MB = 2  # size at which a parquet file is full; small, because streaming shuffles and distributes whole files
+VIDEO_FILE_MB = 16  # size at which a video file of a joined dataset is full: each part that is added rewrites the file
 SCENES_FILE = "meta/scenes.jsonl"
 ROBOT_TYPE = "so_follower"  # what `lerobot-record --robot.type=so100_follower` writes: the driver's class
 
@@ -158,6 +159,7 @@ def join(repo_id: str, roots: list[Path], root: Path, notes: Mapping[str, str] |
         roots=roots,
         aggr_root=target,
         data_files_size_in_mb=DATA_FILE_MB,
+        video_files_size_in_mb=VIDEO_FILE_MB,
         concatenate_data=False,
     )
     for file in sorted((target / "meta" / "episodes").glob("chunk-*/file-*.parquet")):
