@@ -1,4 +1,4 @@
-"""CPU time of a sample from LeRobot's two readers of a dataset, in one process without a policy.
+"""CPU time of a sample from LeRobot's two readers of a dataset, in one process with one thread, as a worker has.
 
     python benchmarks/reading.py --root=DATA --chunk=20
 
@@ -43,6 +43,7 @@ def milliseconds(samples: Iterable, count: int) -> float:
 @draccus.wrap()
 def main(config: ReadingConfig) -> None:
     """Print a line for each reader."""
+    torch.set_num_threads(1)
     meta = LeRobotDatasetMetadata("local/dataset", root=config.root)
     times = {ACTION: [i / meta.fps for i in range(config.chunk)]}
     options = {"root": config.root, "delta_timestamps": times}
