@@ -41,7 +41,7 @@ class LearnConfig:
     # Demonstrations of each task that names no number.
     episodes: int = 100
     # Training steps of π₀; the other policies train for the same time.
-    steps: int = 8000
+    steps: int = 12000
     # Observations per training step.
     batch_size: int = 16
     # Peak learning rate of π₀.

@@ -7,7 +7,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-FIVE = "door-open-v3:50,drawer-open-v3:50,button-press-topdown-v3:50,reach-v3:250,pick-place-v3:250"
+FIVE = "door-open-v3:50,drawer-open-v3:50,button-press-topdown-v3:50,reach-v3:400,pick-place-v3:400"
 """The tasks of `make metaworld`. Small things need more scenes than a door."""
 
 
