@@ -10,6 +10,7 @@ from lerobot.envs.utils import freeze_after_episode_end
 
 ENV_TYPE = "metaworld_small"
 IMAGE_SIZE = 128
+SMOOTH = 2  # rows and columns that are drawn for one of the picture, which shows small things at parts of a pixel
 LEROBOTS_SIZE = 480  # height and width of the pictures that LeRobot's renderer draws
 ZOOM = 2.0  # the middle half of the camera's picture shows hand and objects; not always in soccer, sweep, stick-pull
 

@@ -22,7 +22,7 @@ from lerobot_env_virtual_so100.record import SCENES_FILE, draft, join, quiet
 from tqdm import tqdm
 
 from . import constants, seeds
-from .configuration_metaworld_small import IMAGE_SIZE, ZOOM, shown_size
+from .configuration_metaworld_small import IMAGE_SIZE, SMOOTH, ZOOM, shown_size
 from .tasks import demonstrations
 
 logger = logging.getLogger(__name__)
@@ -162,9 +162,8 @@ def dataset_keys() -> list[str]:
 
 def options_of(config: RecordConfig) -> dict[str, object]:
     """What each episode depends on."""
-    return {
-        name: getattr(config, name) for name in ("image_size", "zoom", "lerobot_renderer", "pushes", "scatter", "hold")
-    }
+    names = ("image_size", "zoom", "lerobot_renderer", "pushes", "scatter", "hold")
+    return {name: getattr(config, name) for name in names} | {"smooth": SMOOTH}
 
 
 def check_same(note: Path, options: dict[str, object]) -> None:
