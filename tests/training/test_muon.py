@@ -97,8 +97,11 @@ def test_who_is_told_what(monkeypatch):
         optimizers.MuonConfig().build(policy.get_optim_params())
 
 
-def test_muon_is_torchs():
-    """A momentum, a length or a transposition of our own, beside torch's Muon, which rounds to bfloat16."""
+@pytest.mark.parametrize("slow", [True, False])
+def test_muon_is_torchs(slow, monkeypatch):
+    """A momentum, a length or a transposition of our own, beside torch's Muon, which rounds to bfloat16. Ours does so
+    where that is fast."""
+    monkeypatch.setattr(muon, "BFLOAT16_IS_SLOW", slow)
     draw, shapes = torch.Generator().manual_seed(0), [(8, 12), (8, 12), (12, 8), (6, 6)]
     start = [torch.randn(shape, generator=draw) for shape in shapes]
     both = [[torch.nn.Parameter(x.clone()) for x in start] for _ in range(2)]
