@@ -40,6 +40,11 @@ def milliseconds(samples: Iterable, count: int) -> float:
     return 1e3 * (time.process_time() - started) / count
 
 
+def video_files(root: Path) -> list[list[Path]]:
+    """The video files of each camera."""
+    return [sorted(camera.glob("*/*.mp4")) for camera in root.glob("videos/*")]
+
+
 @draccus.wrap()
 def main(config: ReadingConfig) -> None:
     """Print a line for each reader."""
@@ -49,8 +54,11 @@ def main(config: ReadingConfig) -> None:
     options = {"root": config.root, "delta_timestamps": times}
     whole = LeRobotDataset("local/dataset", video_backend=video_backend(), **options)
     order = torch.randint(len(whole), (config.samples + 1,), generator=torch.Generator().manual_seed(0)).tolist()
-    stream = StreamingLeRobotDataset("local/dataset", seed=0, **options)
-    readers = {"default": (whole[i] for i in order), "streaming": stream}
+    readers: dict[str, Iterable] = {"default": (whole[i] for i in order)}
+    if any(len(files) > 1 for files in video_files(config.root)):
+        print("streaming: left out, because LeRobot 0.6.1's stream reads videos of one file only")
+    else:
+        readers["streaming"] = StreamingLeRobotDataset("local/dataset", seed=0, **options)
     for name, samples in readers.items():
         taken = milliseconds(samples, config.samples)
         print(f"{name:10} {taken:7.2f} ms of CPU time a sample")

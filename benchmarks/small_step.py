@@ -2,7 +2,8 @@
 
     python benchmarks/small_step.py
 
-One camera of 128 pixels, chunks of 20 actions and batches of 16, as in MetaWorld's example; data is not read.
+One camera of 128 pixels, chunks of 20 actions and batches of 16, as in MetaWorld's example; data is not read. In
+both, Muon multiplies in bfloat16 where the CPU does so fast.
 """
 
 import statistics

@@ -56,9 +56,9 @@ class SiglipAttention(siglip.Attention):
 class _Blockwise(torch.autograd.Function):
     """Attention over blocks of queries. The backward pass computes the scores again, so that none are kept.
 
-    Scores and weights are rounded to bfloat16, as they are in LeRobot's π₀. The softmax of a row and the sums over
-    blocks are computed in float32. Keys of other samples are skipped, and no gradient is computed for a past that needs
-    none. The form with `setup_context` can be differentiated by torch.func too.
+    Scores and their softmax are rounded to bfloat16, as they are in LeRobot's π₀. The softmax of a row and the sums
+    over blocks are computed in float32. Keys of other samples are skipped, and no gradient is computed for a past that
+    needs none. The form with `setup_context` can be differentiated by torch.func too.
     """
 
     @staticmethod

@@ -34,7 +34,9 @@ def orthogonalise(x_NRC: Tensor) -> Tensor:
     Newton-Schulz's iteration: five applications of an odd polynomial, which needs products of matrices alone.
     """
     a, b, c = COEFFICIENTS
-    x = x_NRC.float() if BFLOAT16_IS_SLOW and x_NRC.device.type == "cpu" else x_NRC.bfloat16()
+    device = x_NRC.device.type
+    is_fast = device == "cuda" or (device == "cpu" and not BFLOAT16_IS_SLOW)
+    x = x_NRC.bfloat16() if is_fast else x_NRC.float()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value is above 1 then
     for _ in range(ITERATIONS):
         gram = x @ x.mT

@@ -242,6 +242,21 @@ def test_video(tmp_path, capsys):
     assert status == 1 and re.search("left is frozen .* episode 1 from frame 1[01]$", serious(found)["error images"])
 
 
+def test_several_files_of_video(tmp_path, capsys):
+    """Catches a dataset of which LeRobot's stream returns wrong pictures without a word."""
+    build(tmp_path / "data", video=True)
+    file = next((tmp_path / "data/meta/episodes").rglob("*.parquet"))
+    for video in [*(tmp_path / "data/videos").rglob("*.mp4")]:
+        shutil.copy(video, video.with_name("file-001.mp4"))
+    table = pd.read_parquet(file)
+    table.loc[1:, [name for name in table if name.startswith("videos/") and name.endswith("/file_index")]] = 1
+    table.to_parquet(file, index=False)
+    status, found = findings(capsys, tmp_path / "data", "--policy.type=pi0", *SCRATCH)
+    told = [x["message"] for x in found if x["about"] == "reading"]
+    assert (status, serious(found)) == (0, {})
+    assert told and all("in 2 files of video" in message and "--dataset.streaming=true" in message for message in told)
+
+
 SCRATCH = ["--policy.paligemma_variant=tiny", "--policy.action_expert_variant=tiny", "--policy.chunk_size=8",
            "--policy.n_action_steps=8"]  # fmt: skip
 

@@ -12,13 +12,13 @@ from .joints import joints
 from .pictures import images
 from .statistics import outliers, statistics
 from .subject import Finding, Subject
-from .training import memory, one_batch, reading, unread, weights
+from .training import memory, one_batch, reading, stream, unread, weights
 from .units import motion, units
 
 CHECKS: tuple[Callable[[Subject], Iterable[Finding]], ...] = (
     files, places, cameras, pictures_of_training, images, joints, units, motion, statistics, episodes_statistics,
-    outliers, prompts, episodes, lengths, idle, jumps, limits, drift, one_batch, reading, unread, weights,
-    contexts, memory,
+    outliers, prompts, episodes, lengths, idle, jumps, limits, drift, one_batch, reading, stream, unread,
+    weights, contexts, memory,
 )  # fmt: skip
 """In the order of the report."""
 
