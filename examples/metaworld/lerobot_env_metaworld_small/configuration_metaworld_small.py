@@ -10,7 +10,9 @@ from lerobot.envs.utils import freeze_after_episode_end
 
 ENV_TYPE = "metaworld_small"
 IMAGE_SIZE = 128
-SMOOTH = 2  # rows and columns that are drawn for one of the picture, which shows small things at parts of a pixel
+SMOOTH = (
+    2  # a pixel is the mean of SMOOTH x SMOOTH drawn ones: a small thing that moves by half a pixel is seen to move
+)
 LEROBOTS_SIZE = 480  # height and width of the pictures that LeRobot's renderer draws
 ZOOM = 2.0  # the middle half of the camera's picture shows hand and objects; not always in soccer, sweep, stick-pull
 
@@ -35,7 +37,7 @@ def _make_env(**kwargs) -> gym.Env:
 @EnvConfig.register_subclass(ENV_TYPE)
 @dataclass
 class MetaworldSmallEnv(MetaworldEnv):
-    """LeRobot's MetaWorld, with a renderer that is cheap on a CPU: no shadows, no multisampling, small pictures.
+    """LeRobot's MetaWorld, with a renderer that is cheap on a CPU: no shadows, small pictures with smooth edges.
 
     Tasks, camera, states, actions, seeds and success are LeRobot's; only the pictures differ. Its other options are
     those of `--env.type=metaworld`.

@@ -60,7 +60,7 @@ class Demonstrator:
             ExpertFailedError: the expert fails from all its seeds.
         """
         for seed in seeds.of_episode(index):
-            # Pictures take most of the time: an expert that fails is found out without them.
+            # Pictures take most of the time, so an expert's failure is noticed without them.
             if self._play(seed, lambda full: ()) and (frames := self._play(seed, self._sim.look)):
                 images, states, fulls, actions = (np.stack(column) for column in zip(*frames, strict=True))
                 states, fulls = states.astype(np.float32), fulls.astype(np.float32)

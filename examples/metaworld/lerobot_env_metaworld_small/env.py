@@ -1,4 +1,4 @@
-"""LeRobot's MetaWorld environment, drawn without shadows and multisampling in small pictures, and its simulation."""
+"""LeRobot's MetaWorld environment, drawn without shadows in small pictures, and its simulation."""
 
 import os
 import warnings
@@ -38,9 +38,12 @@ class SmallMetaworld(MetaworldEnv):
             return
         super()._ensure_env()
         if self._cheaply:
-            rows, columns = self._window  # of the picture that LeRobot turns by 180 degrees
-            turned = range(self._whole - columns.stop, self._whole - columns.start)
-            self._env.mujoco_renderer = PartRenderer(self._env, self._whole, rows, turned)
+            rows, columns = self._window
+            if self.camera_name == "corner2":  # whose pictures LeRobot turns by 180 degrees
+                columns = _from_the_end(columns, self._whole)
+            else:  # a renderer counts rows from the bottom
+                rows = _from_the_end(rows, self._whole)
+            self._env.mujoco_renderer = PartRenderer(self._env, self._whole, rows, columns)
 
     def render(self) -> np.ndarray:
         """The picture of the last observation, (image_size, image_size, 3) uint8: videos need not be drawn anew."""
@@ -55,6 +58,11 @@ class SmallMetaworld(MetaworldEnv):
             seen["pixels"] = np.ascontiguousarray(seen["pixels"][rows, columns])
         self._picture = seen["pixels"]
         return seen
+
+
+def _from_the_end(part: range, whole: int) -> range:
+    """The same part of so many, counted from the other end."""
+    return range(whole - part.stop, whole - part.start)
 
 
 def _middle(centre: float, side: int, whole: int) -> range:

@@ -3,7 +3,7 @@
     python -m lerobot_env_metaworld_small.learn [--tasks=… --episodes=… --steps=… --full=true]
 
 LeRobot's own commands train and evaluate, each in a process of its own. Every number beside the table says with which
-pictures it was made: without --full all are drawn without shadows and multisampling, which a CPU can afford.
+pictures it was made: without --full all are drawn without shadows, which a CPU can afford.
 """
 
 import json
@@ -233,9 +233,7 @@ def write(config: LearnConfig, rows: dict, curves: dict, trained: dict[str, floa
 
 def tell(config: LearnConfig, rows: dict, runs: dict, trained: dict[str, float], minutes: float) -> None:
     """Print the table and what it was made with."""
-    print(
-        f"\n{config.trials} scenes of each task that are not in the data, drawn without shadows and multisampling at "
-    )
+    print(f"\n{config.trials} scenes of each task that are not in the data, drawn without shadows at ")
     print(
         f"{config.image_size} pixels, zoom {config.zoom:g}; {sum(config.recording().plan.values())} demonstrations.\n"
     )

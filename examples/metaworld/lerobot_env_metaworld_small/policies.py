@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .constants import STATE
 
 REPO = "local/metaworld"
@@ -64,8 +62,10 @@ class Training:
 
 
 def dtype() -> str:
-    """In which numbers this CPU trains a small network faster: bfloat16 where it has instructions for its products."""
-    return "bfloat16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "float32"
+    """The dtype in which this CPU trains a small network faster: bfloat16 if it has instructions for its products."""
+    from lerobot_pi0.kernels.cpu_linear import BFLOAT16_IS_SLOW  # imports torch: only where something is trained
+
+    return "float32" if BFLOAT16_IS_SLOW else "bfloat16"
 
 
 def pi0(training: Training, learning_rate: float) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class RecordConfig:
     episodes: int = 50
     # Name of the dataset.
     repo_id: str = "local/metaworld"
-    # Height and width of the pictures in pixels, drawn without shadows and multisampling.
+    # Height and width of the pictures in pixels, drawn without shadows.
     image_size: int = IMAGE_SIZE
     # How many times larger things are than in the camera's whole picture; only its middle is shown.
     zoom: float = ZOOM
@@ -163,19 +163,22 @@ def dataset_keys() -> list[str]:
 def options_of(config: RecordConfig) -> dict[str, object]:
     """What each episode depends on."""
     names = ("image_size", "zoom", "lerobot_renderer", "pushes", "scatter", "hold")
-    return {name: getattr(config, name) for name in names} | {"smooth": SMOOTH}
+    drawn = {} if config.lerobot_renderer else {"smooth": SMOOTH}
+    return {name: getattr(config, name) for name in names} | drawn
 
 
 def check_same(note: Path, options: dict[str, object]) -> None:
     """Compare options with those of what is there.
 
     Raises:
-        ValueError: they differ, or are not known, because an older version made it.
+        ValueError: they differ, or an older version made it, whose options are not known or whose pictures are others.
     """
     before = json.loads(note.read_text()) if note.exists() else "of an older version"
     if before != options:
         folder = note.parent.parent
-        raise ValueError(f"{folder} was recorded with other options ({before}): give those, or remove it")
+        older = "smooth" in options and "smooth" not in before
+        remedy = "its pictures are those of another version: remove it" if older else "give those, or remove it"
+        raise ValueError(f"{folder} was recorded with other options ({before}): {remedy}")
 
 
 def record(config: RecordConfig) -> None:
