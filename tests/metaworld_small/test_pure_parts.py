@@ -140,9 +140,15 @@ def test_a_killed_recording_goes_on(tmp_path, monkeypatch):
     record.record(config)  # complete: nothing is done
     assert len(written) == 2 and not (tmp_path / "data.parts").exists()
     for other in ({"episodes": 11}, {"zoom": 1.0}, {"tasks": "push-v3"}):
-        with pytest.raises(ValueError, match="data was recorded with other options"):
+        with pytest.raises(ValueError, match="data was recorded with other options.*give those"):
             record.record(RecordConfig(tmp_path / "data", **{"episodes": 12, **other}))
-    (tmp_path / "data" / record.NOTE).unlink()
+    note = tmp_path / "data" / record.NOTE
+    made = json.loads(note.read_text())
+    del made["smooth"]  # no option brings back the pictures of version 0.4.0
+    note.write_text(json.dumps(made))
+    with pytest.raises(ValueError, match="pictures are those of another version: remove it"):
+        record.record(config)
+    note.unlink()
     with pytest.raises(ValueError, match="older version"):
         record.record(config)
     (tmp_path / "begun.parts" / "reach-v3_0_5").mkdir(parents=True)  # its pictures show something else
