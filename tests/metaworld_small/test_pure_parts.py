@@ -140,7 +140,7 @@ def test_a_killed_recording_goes_on(tmp_path, monkeypatch):
     record.record(config)  # complete: nothing is done
     assert len(written) == 2 and not (tmp_path / "data.parts").exists()
     for other in ({"episodes": 11}, {"zoom": 1.0}, {"tasks": "push-v3"}):
-        with pytest.raises(ValueError, match="data was recorded with other options.*give those"):
+        with pytest.raises(ValueError, match=r"data was recorded with other options.*give those"):
             record.record(RecordConfig(tmp_path / "data", **{"episodes": 12, **other}))
     note = tmp_path / "data" / record.NOTE
     made = json.loads(note.read_text())
