@@ -18,8 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from ..kernels.cpu_linear import BFLOAT16_IS_SLOW
-
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the polynomial a·s + b·s³ + c·s⁵ that moves each singular value s towards 1: Jordan's, and torch's defaults."""
@@ -33,9 +31,10 @@ def orthogonalise(x_NRC: Tensor) -> Tensor:
 
     Newton-Schulz's iteration: five applications of an odd polynomial, which needs products of matrices alone.
     """
-    a, b, c = COEFFICIENTS
-    device = x_NRC.device.type
-    is_fast = device == "cuda" or (device == "cpu" and not BFLOAT16_IS_SLOW)
+    from ..kernels import cpu_linear  # with all kernels: not while LeRobot only looks for optimizers by their names
+
+    (a, b, c), device = COEFFICIENTS, x_NRC.device.type
+    is_fast = device == "cuda" or (device == "cpu" and not cpu_linear.BFLOAT16_IS_SLOW)
     x = x_NRC.bfloat16() if is_fast else x_NRC.float()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value is above 1 then
     for _ in range(ITERATIONS):

@@ -9,6 +9,7 @@ from lerobot.optim import AdamWConfig
 from lerobot.optim.optimizers import load_optimizer_state, save_optimizer_state
 
 from lerobot_pi0 import PI0Policy
+from lerobot_pi0.kernels import cpu_linear
 from lerobot_pi0.training import muon, optimizers
 from lerobot_pi0.training.ema import Ema, Trained
 
@@ -101,7 +102,7 @@ def test_who_is_told_what(monkeypatch):
 def test_muon_is_torchs(slow, monkeypatch):
     """A momentum, a length or a transposition of our own, beside torch's Muon, which rounds to bfloat16. Ours does so
     where that is fast."""
-    monkeypatch.setattr(muon, "BFLOAT16_IS_SLOW", slow)
+    monkeypatch.setattr(cpu_linear, "BFLOAT16_IS_SLOW", slow)
     draw, shapes = torch.Generator().manual_seed(0), [(8, 12), (8, 12), (12, 8), (6, 6)]
     start = [torch.randn(shape, generator=draw) for shape in shapes]
     both = [[torch.nn.Parameter(x.clone()) for x in start] for _ in range(2)]
