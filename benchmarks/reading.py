@@ -40,11 +40,6 @@ def milliseconds(samples: Iterable, count: int) -> float:
     return 1e3 * (time.process_time() - started) / count
 
 
-def video_files(root: Path) -> list[list[Path]]:
-    """The video files of each camera."""
-    return [sorted(camera.glob("*/*.mp4")) for camera in root.glob("videos/*")]
-
-
 @draccus.wrap()
 def main(config: ReadingConfig) -> None:
     """Print a line for each reader."""
@@ -55,7 +50,7 @@ def main(config: ReadingConfig) -> None:
     whole = LeRobotDataset("local/dataset", video_backend=video_backend(), **options)
     order = torch.randint(len(whole), (config.samples + 1,), generator=torch.Generator().manual_seed(0)).tolist()
     readers: dict[str, Iterable] = {"default": (whole[i] for i in order)}
-    if any(len(files) > 1 for files in video_files(config.root)):
+    if any(len([*camera.glob("*/*.mp4")]) > 1 for camera in config.root.glob("videos/*")):
         print("streaming: left out, because LeRobot 0.6.1's stream reads videos of one file only")
     else:
         readers["streaming"] = StreamingLeRobotDataset("local/dataset", seed=0, **options)

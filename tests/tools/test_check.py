@@ -243,7 +243,7 @@ def test_video(tmp_path, capsys):
 
 
 def test_several_files_of_video(tmp_path, capsys):
-    """Catches a dataset of which LeRobot's stream returns wrong pictures without a word."""
+    """Catches a dataset that LeRobot's stream cannot read, of which nobody is told before."""
     build(tmp_path / "data", video=True)
     file = next((tmp_path / "data/meta/episodes").rglob("*.parquet"))
     for video in [*(tmp_path / "data/videos").rglob("*.mp4")]:

@@ -10,9 +10,7 @@ from lerobot.envs.utils import freeze_after_episode_end
 
 ENV_TYPE = "metaworld_small"
 IMAGE_SIZE = 128
-SMOOTH = (
-    2  # a pixel is the mean of SMOOTH x SMOOTH drawn ones: a small thing that moves by half a pixel is seen to move
-)
+SMOOTH = 2  # a pixel is the mean of SMOOTH x SMOOTH drawn ones: things that move by half a pixel are seen to move
 LEROBOTS_SIZE = 480  # height and width of the pictures that LeRobot's renderer draws
 ZOOM = 2.0  # the middle half of the camera's picture shows hand and objects; not always in soccer, sweep, stick-pull
 

@@ -66,14 +66,14 @@ def reading(subject: Subject) -> Iterable[Finding]:
 
 
 def stream(subject: Subject) -> Iterable[Finding]:
-    """Whether LeRobot's stream can read the videos: it looks for all frames of a camera in the file of the first."""
+    """Whether LeRobot's stream can read the videos: it counts frames as if a camera had one file of video."""
     meta = subject.dataset.meta
     for key in meta.video_keys:
         found = (meta.video(episode, key) for episode in np.unique(subject.columns.episode).tolist())
         if (files := len({each[0] for each in found if each is not None})) > 1:
             message = (
                 f"pictures of {key} are in {files} files of video. LeRobot's default reader finds them; its stream "
-                "(--dataset.streaming=true) returns wrong pictures, and may stop with 'Invalid frame index'"
+                "(--dataset.streaming=true) looks for them at wrong times, and stops with 'Invalid frame index'"
             )
             yield Finding(FINE, "reading", message)
 
