@@ -151,6 +151,7 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
             for stack in (self.model.vision, self.model.vlm, self.model.expert):
                 stack.gradient_checkpointing = True  # keeps the input of each layer, and computes the rest again
         self._run.choose_autocast(self)
+        kernels.advise(self.model)
         kernels.join(self.model)
         kernels.compile_layers(self.model, self.config.compile_mode if self.config.compile_model else None)
         return self.eval()

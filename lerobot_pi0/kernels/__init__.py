@@ -16,10 +16,10 @@ from torch import nn
 from ..network import gemma, siglip
 from ..network.pi0 import PI0
 from .compiled_layers import Layer, SiglipEncoderLayer, compile_layers
-from .cpu_linear import Linear, SiglipMLP
+from .cpu_linear import Linear, SiglipMLP, advise
 from .cuda_layers import CudaGemmaAttention, CudaGemmaMLP, CudaRMSNorm, CudaSiglipAttention, join
 
-__all__ = ["FASTER", "compile_layers", "install", "join"]
+__all__ = ["FASTER", "advise", "compile_layers", "install", "join"]
 
 FASTER: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: Linear,

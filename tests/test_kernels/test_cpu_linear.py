@@ -48,9 +48,33 @@ def test_only_where_it_pays(no_amx, monkeypatch):
         narrow(torch.randn(MANY_TOKENS, 8).bfloat16())
 
 
+@pytest.mark.parametrize(
+    ("dtype", "slow", "width", "told"),
+    [
+        ("bfloat16", True, 8, True),
+        ("bfloat16", False, 8, False),
+        ("float32", True, 8, False),
+        ("bfloat16", True, 2**14, False),
+    ],
+)
+def test_a_small_network_is_advised_to_leave_bfloat16(monkeypatch, caplog, dtype, slow, width, told):
+    """Catches a policy that was trained where bfloat16 is fast, and creeps elsewhere without a word; and a large one,
+    which needs bfloat16 for its memory, that is told to leave it."""
+    monkeypatch.setattr(cpu_linear, "BFLOAT16_IS_SLOW", slow)
+    with torch.device("cpu" if width < 2**14 else "meta"):
+        model = torch.nn.Linear(width, width, dtype=getattr(torch, dtype))
+    if model.weight.is_meta:
+        model.weight = torch.nn.Parameter(torch.empty(1, dtype=torch.bfloat16).expand(width, width))
+    cpu_linear.advise(model)
+    assert ("--policy.dtype=float32" in caplog.text) == told
+
+
 @pytest.fixture
 def fast_bfloat16(monkeypatch):
-    """Behave as on a CPU with products of bfloat16, whatever this one has: oneDNN then emulates them."""
+    """Behave as on a CPU with products of bfloat16. oneDNN emulates them on CPUs with AVX512; it has no such kernels for
+    others, on which the code under test never runs."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN has no bfloat16 kernels for this CPU")
     monkeypatch.setattr(cpu_linear, "BFLOAT16_IS_SLOW", False)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import draccus
-from lerobot_env_virtual_so100.running import lines, run
+from lerobot_env_virtual_so100.running import KEEP_MEMORY, lines, run
 
 from . import evaluate, policies, report, seeds
 from .configuration_metaworld_small import IMAGE_SIZE, ZOOM
@@ -125,7 +125,7 @@ def train(config: LearnConfig, options: dict[str, Any]) -> float:
     shutil.rmtree(folder, ignore_errors=True)
     # A step is too short for two threads: the second gains nothing. The other core loads data or trains another policy.
     title, log = f"{folder.name}: {options['steps']} training steps", config.output / "logs" / f"{folder.name}.txt"
-    return run(title, ["lerobot-train", *lines(options)], log, OMP_NUM_THREADS="1")
+    return run(title, ["lerobot-train", *lines(options)], log, OMP_NUM_THREADS="1", **KEEP_MEMORY)
 
 
 def seconds_a_step(log: str) -> float:

@@ -21,7 +21,7 @@ import draccus
 
 from .constants import EPISODE_SECONDS, JOINTS
 from .record import SCENES_FILE
-from .running import environment, lines, run
+from .running import KEEP_MEMORY, environment, lines, run
 from .score import ScoreConfig, score, summary
 
 logger = logging.getLogger(__name__)
@@ -185,7 +185,8 @@ def train(config: DemoConfig) -> float:
     # A step of this size is too short for two threads: the second gains nothing, and on a busy machine they wait for
     # each other. The other core loads data.
     threads = os.environ.get("OMP_NUM_THREADS", "1")
-    return run(f"{config.steps} training steps", command, _log(config, "train"), OMP_NUM_THREADS=threads)
+    variables = KEEP_MEMORY | {"OMP_NUM_THREADS": threads}
+    return run(f"{config.steps} training steps", command, _log(config, "train"), **variables)
 
 
 def evaluate(config: DemoConfig, instruction: str) -> tuple[dict, float]:
