@@ -71,8 +71,8 @@ def test_a_small_network_is_advised_to_leave_bfloat16(monkeypatch, caplog, dtype
 
 @pytest.fixture
 def fast_bfloat16(monkeypatch):
-    """Behave as on a CPU with products of bfloat16. oneDNN emulates them on CPUs with AVX512; it has no such kernels for
-    others, on which the code under test never runs."""
+    """Behave as on a CPU with products of bfloat16. oneDNN emulates them on CPUs with AVX512; for others, on which the
+    code under test never runs, it has no such kernels."""
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("oneDNN has no bfloat16 kernels for this CPU")
     monkeypatch.setattr(cpu_linear, "BFLOAT16_IS_SLOW", False)
