@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import NEEDS_VNNI
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -37,7 +38,7 @@ def test_accounting(bench, capsys):
     assert one.flop < 0.5 * three.flop
 
 
-@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="the CPU has no VNNI")
+@NEEDS_VNNI
 def test_quantization(bench, capsys):
     """Catches an option that rounds nothing, or a comparison of a policy with itself."""
     what = ["--what", "step-frozen,chunk", "--quantization", "int8"]

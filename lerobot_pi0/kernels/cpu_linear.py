@@ -66,7 +66,7 @@ class Linear(nn.Linear):
             return F.linear(x.float(), _widened(self.weight), bias).to(self.weight.dtype)
 
     def _widens(self, x: Tensor) -> bool:
-        on_slow_cpu = BFLOAT16_IS_SLOW and x.device.type == "cpu"
+        on_slow_cpu = BFLOAT16_IS_SLOW and x.device.type == "cpu" and _get_current_dispatch_mode() is None
         return on_slow_cpu and is_inference(self.weight) and x.numel() >= MANY_TOKENS * self.in_features
 
 

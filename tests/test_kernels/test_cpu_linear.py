@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lerobot_pi0.kernels import cpu_linear
@@ -46,6 +47,16 @@ def test_only_where_it_pays(no_amx, monkeypatch):
     monkeypatch.setattr(cpu_linear, "BFLOAT16_IS_SLOW", False)
     with torch.no_grad():
         narrow(torch.randn(MANY_TOKENS, 8).bfloat16())
+
+
+def test_not_where_nothing_is_computed(no_amx):
+    """Catches a buffer with numbers among tensors that have none, with which `lerobot-pi0 plan` computes."""
+    layer = Linear(48, 80).bfloat16()
+    with torch.no_grad():
+        layer(torch.randn(MANY_TOKENS, 48).bfloat16())
+        with FakeTensorMode():
+            fake = Linear(48, 16, dtype=torch.bfloat16)
+            assert fake(torch.randn(MANY_TOKENS, 48).bfloat16()).shape == (MANY_TOKENS, 16)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from conftest import (
     CAMERAS,
+    NEEDS_VNNI,
     PEFT_CLI,
     assert_gradients_close,
     draws,
@@ -37,8 +38,7 @@ from lerobot_pi0.kernels import rounding
 from lerobot_pi0.kernels.cpu_linear import Linear
 from lerobot_pi0.kernels.rounding import LAYERS, RoundedLinear, packed_product, plain_product, rounded, rounded_tokens
 
-HAS_VNNI = torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
-pytestmark = [pytest.mark.usefixtures("small"), pytest.mark.skipif(not HAS_VNNI, reason="the CPU has no VNNI")]
+pytestmark = [pytest.mark.usefixtures("small"), NEEDS_VNNI]
 INT8 = {"vlm_quantization": "int8"}
 TRAINING = INT8 | {"train_expert_only": True, "save_expert_only": True}
 

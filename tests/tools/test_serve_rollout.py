@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from conftest import CAMERAS, DIMS, shake, stats, tiny_config
+from conftest import CAMERAS, DIMS, NEEDS_VNNI, shake, stats, tiny_config
 from lerobot.robots import RobotConfig
 
 grpc = pytest.importorskip("grpc")
@@ -189,13 +189,16 @@ def test_the_map_of_training(checkpoint, tmp_path, monkeypatch):
     assert torch.equal(served, expected)
 
 
-def test_int8(checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "option", ["--num_inference_steps=3", pytest.param("--vlm_quantization=int8", marks=NEEDS_VNNI)]
+)
+def test_an_option_of_the_policy(checkpoint, tmp_path, monkeypatch, option):
     """Catches options of the policy that reach lerobot-rollout and not the server, such as rounded weights."""
     folder = checkpoint()
-    rounded, expected = both(folder, {"front": (48, 64)}, tmp_path, monkeypatch, overrides=["--vlm_quantization=int8"])
-    assert torch.equal(rounded, expected)
-    exact, _ = both(folder, {"front": (48, 64)}, tmp_path, monkeypatch)
-    assert not torch.equal(rounded, exact)
+    other, expected = both(folder, {"front": (48, 64)}, tmp_path, monkeypatch, overrides=[option])
+    assert torch.equal(other, expected)
+    usual, _ = both(folder, {"front": (48, 64)}, tmp_path, monkeypatch)
+    assert not torch.equal(other, usual)
 
 
 def test_adapter(checkpoint, tmp_path, monkeypatch):

@@ -10,11 +10,10 @@ import json
 import pytest
 import recording
 import torch
+from conftest import NEEDS_VNNI
 from safetensors.torch import load_file, save_file
 
 import lerobot_pi0.configuration_pi0  # noqa: F401  `recording` looks it up by name
-
-NEEDS_VNNI = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="int8 needs a CPU with VNNI")
 
 EXPECTED = json.loads((recording.DATA / "runs.json").read_text())
 RUNS = [pytest.param(run, marks=NEEDS_VNNI if run == "int8" else ()) for run in recording.RUNS]
