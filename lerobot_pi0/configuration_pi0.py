@@ -84,6 +84,9 @@ class PI0Config(BuiltinPI0Config):
     solver: str | None = option("euler", one_of("euler", "midpoint", "heun", "adaptive"))
     # Error per step of the adaptive solver, root mean square in units of normalised actions. None means 0.01.
     solver_tolerance: float | None = option(1e-2, above(0))
+    # Chunks begin at noise times this: 1 as in training; below 1 they differ less from time to time, and at 0 one
+    # observation gives always the same chunk. None means 1.
+    noise_temperature: float | None = option(1.0, FINITE, small=0.5)
     # Rounds a frozen VLM when it is loaded. "int8": smaller, faster on CPUs, less exact; "nf4": smaller still, slower,
     # less exact still; "fp8": as small as int8, for NVIDIA cards from Ada on. None rounds nothing.
     vlm_quantization: str | None = option(None, one_of("int8", "fp8", "nf4"), of_the_run=True)

@@ -296,7 +296,8 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         """A chunk of (normalised) actions, float32 (B, T, dims of the robot's actions).
 
         Args:
-            noise: where the integration starts, (B, T, max_action_dim); random by default.
+            noise: `noise_temperature` times this is where the integration starts, (B, T, max_action_dim); standard
+                normal by default.
             inference_delay: actions that the robot will have executed by the time the chunk is there.
             prev_chunk_left_over: what the robot has still to execute, as this method returned it: (steps, dims) or
                 (B, steps, dims). Read while `config.rtc_config` is enabled.

@@ -27,6 +27,7 @@ ALLOWED = {
     "augment_shift": [0, 0.02, 0.49],
     "environment_state_weight": [0, 0.1, 2],
     "solver_tolerance": [1e-6, 1],
+    "noise_temperature": [0, 0.5, 1.5],
     "max_action_step": [1e-3, 5, math.inf],
     "action_range_margin": [0, 0.1, math.inf],
     "num_inference_steps": [1, 50],
@@ -52,6 +53,7 @@ REFUSED = {
     "augment_shift": ([-0.01, 0.5, math.nan], "has to be at least 0 and below 0.5"),
     "environment_state_weight": ([-0.1, math.nan, math.inf], FINITE),
     "solver_tolerance": ([0, -1, math.nan], "has to be more than 0"),
+    "noise_temperature": ([-0.1, math.nan, math.inf], FINITE),
     "time_sampling_warmup_steps": ([-1], "has to be at least 0"),
     "max_action_step": ([0, -1, math.nan], "has to be more than 0, or inf for no bound"),
     "action_range_margin": ([-0.1, math.nan], "has to be 0 or more, or inf for no bound"),
@@ -76,7 +78,7 @@ FEW = [name for name in RULES if choices(name)]
 
 DEFAULTS = {
     "flow_samples": 1, "save_expert_only": False, "save_tokenizer": True, "cuda_graphs": True,
-    "solver": "euler", "solver_tolerance": 1e-2, "image_resize": "lerobot",
+    "solver": "euler", "solver_tolerance": 1e-2, "noise_temperature": 1.0, "image_resize": "lerobot",
     "rtc_training_max_delay": 0, "ema_decay": 0.0, "augment_images": False, "augment_shift": 0.0,
     "optimizer_muon": False, "environment_state_weight": 0.0,
     "clean_prompts": False, "mask_padded_actions": False, "optimizer_8bit": False, "recipe": "lerobot",
@@ -206,7 +208,8 @@ def test_defaults():
     assert {name: getattr(config, name) for name in OPTIONS} == DEFAULTS
 
 
-OTHER = {"flow_samples": 3, "solver": "heun", "solver_tolerance": 0.5, "rtc_training_max_delay": 4, "ema_decay": 0.5,
+OTHER = {"flow_samples": 3, "solver": "heun", "solver_tolerance": 0.5, "noise_temperature": 0.5,
+         "rtc_training_max_delay": 4, "ema_decay": 0.5,
          "save_expert_only": True, "save_tokenizer": False, "cuda_graphs": False,
          "augment_images": True, "augment_shift": 0.02, "clean_prompts": True, "image_resize": "openpi",
          "mask_padded_actions": True, "optimizer_8bit": True, "recipe": "openpi", "text_tokenizer_name": "t",

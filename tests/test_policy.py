@@ -391,6 +391,21 @@ def test_draws_of_other_shapes(small, shapes, problem):
         small_policy().train().forward(batch, **given)
 
 
+def test_noise_temperature(small):
+    """Catches an option that is not read, that scales more than the noise, or that a solver of its own goes around."""
+    policy, batch = small_policy().eval(), make_batch(0, 2)
+    first, second = torch.randn(2, 2, policy.config.chunk_size, 32, generator=torch.Generator().manual_seed(0))
+
+    def chunk(temperature, noise):
+        policy.config.noise_temperature = temperature
+        return policy.predict_action_chunk(batch, noise=noise)
+
+    assert torch.equal(chunk(0.5, first), chunk(1.0, first / 2))
+    assert torch.equal(chunk(0.0, first), chunk(0.0, second))
+    assert torch.equal(chunk(0.0, None), chunk(1.0, torch.zeros_like(first)))
+    assert not torch.allclose(chunk(0.5, first), chunk(0.5, second))
+
+
 def test_noise_of_another_shape(small):
     """Catches a chunk of another length than the queue expects."""
     with pytest.raises(ValueError, match="noise has shape"):

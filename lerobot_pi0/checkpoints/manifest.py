@@ -66,7 +66,8 @@ def make(
 
 
 ACTING = (
-    "solver", "solver_tolerance", "max_action_step", "action_range_margin", "rtc_guidance", "rtc_training_max_delay",
+    "solver", "solver_tolerance", "noise_temperature", "max_action_step", "action_range_margin", "rtc_guidance",
+    "rtc_training_max_delay",
 )  # fmt: skip
 """Options of lerobot_pi0.json without which a policy acts otherwise, or without its bounds."""
 

@@ -177,6 +177,7 @@ class Player:
         """The network's chunk before the bounds, float32 (B, T, dims of the robot's actions).
 
         Args:
+            noise_BTA: standard normal; `noise_temperature` times it is where the integration starts.
             steps: number of solver steps, in place of `config.num_inference_steps`.
             record: called with debug data; such a chunk is not compiled, nor is one whose attention is recorded.
 
@@ -184,8 +185,9 @@ class Player:
             FloatingPointError: the network's output is not finite.
         """
         sampler = self._sampler if record is None and not is_recorded(model) else Sampler()
+        temperature: float = self.config.noise_temperature  # type: ignore[assignment]  # resolved: not None
         with self._autocast():
-            chunk = sampler.chunk(model, obs, noise_BTA[:, None], guide, record, **self._solver(steps))
+            chunk = sampler.chunk(model, obs, temperature * noise_BTA[:, None], guide, record, **self._solver(steps))
         actions = chunk[:, 0, :, : self._dims]
         if not actions.isfinite().all():
             raise FloatingPointError(

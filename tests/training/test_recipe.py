@@ -58,7 +58,7 @@ def test_small():
     optimizer, schedule = config.get_optimizer_preset(), config.get_scheduler_preset()
     assert (optimizer.lr, optimizer.betas, optimizer.weight_decay) == (8e-4, (0.9, 0.999), 0.01)
     assert (schedule.peak_lr, schedule.decay_lr) == (8e-4, 8e-6)
-    assert (config.augment_shift, config.time_sampling_warmup_steps) == (0.02, 1500)
+    assert (config.augment_shift, config.time_sampling_warmup_steps, config.noise_temperature) == (0.02, 1500, 0.5)
     features = {OBS_STATE: {"shape": (7,)}, ACTION: {"shape": (6,)}}
     config.set_dataset_feature_metadata(features)
     assert (config.max_state_dim, config.max_action_dim) == (7, 6)
