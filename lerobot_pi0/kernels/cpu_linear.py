@@ -66,8 +66,10 @@ class Linear(nn.Linear):
             return F.linear(x.float(), _widened(self.weight), bias).to(self.weight.dtype)
 
     def _widens(self, x: Tensor) -> bool:
-        on_slow_cpu = BFLOAT16_IS_SLOW and x.device.type == "cpu" and _get_current_dispatch_mode() is None
-        return on_slow_cpu and is_inference(self.weight) and x.numel() >= MANY_TOKENS * self.in_features
+        on_slow_cpu = BFLOAT16_IS_SLOW and x.device.type == "cpu"
+        if not (on_slow_cpu and is_inference(self.weight) and x.numel() >= MANY_TOKENS * self.in_features):
+            return False
+        return _get_current_dispatch_mode() is None  # a mode may compute with tensors that have no numbers
 
 
 def is_inference(x: Tensor) -> bool:
