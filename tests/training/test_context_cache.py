@@ -19,6 +19,7 @@ from progress import bars
 from lerobot_pi0 import PI0Policy
 from lerobot_pi0.inputs.samples import IS_PAD, ObservationError
 from lerobot_pi0.kernels import absent
+from lerobot_pi0.kernels.cpu_linear import BFLOAT16_IS_SLOW
 from lerobot_pi0.tools import main
 from lerobot_pi0.tools.cache import fitting, spread
 from lerobot_pi0.training.context_store import ContextCache, ContextCacheError, read_manifest
@@ -64,9 +65,16 @@ def test_equal_steps(world, dtype):
         assert all(torch.equal(found[name], grad) for name, grad in wanted.items())
 
 
+WIDENED = 6e-2  # a large batch is widened to float32 there, a small one is not: contexts differ by more roundings
+
+
 @pytest.mark.parametrize(
     ("dtype", "name", "bound", "most"),
-    [("float32", "float32", 1e-5, 1e-5), ("bfloat16", "bfloat16", 2e-2, 6e-2), ("float32", "8bits", 2e-2, 0.1)],
+    [
+        ("float32", "float32", 1e-5, 1e-5),
+        ("bfloat16", "bfloat16", 2e-2, WIDENED if BFLOAT16_IS_SLOW else 4e-2),
+        ("float32", "8bits", 2e-2, 0.1),
+    ],
 )
 def test_other_batches(world, dtype, name, bound, most):
     """Catches contexts that depend on the batch in which they were computed, and 8 bits that cost too much.
