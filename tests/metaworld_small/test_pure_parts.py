@@ -1,6 +1,7 @@
 """MetaWorld's example without MetaWorld: schema, seeds, blocks that are resumed, groups, intervals, commands."""
 
 import json
+import re
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -8,9 +9,13 @@ import numpy as np
 import pytest
 from lerobot.configs import FeatureType
 from lerobot.utils.feature_utils import dataset_to_policy_features
-from lerobot_env_metaworld_small import evaluate, learn, policies, record, report, seeds, tasks
+from lerobot_env_metaworld_small import evaluate, learn, policies, record, report, seeds, tasks, words
 from lerobot_env_metaworld_small.configuration_metaworld_small import MetaworldSmallEnv
 from lerobot_env_metaworld_small.record import RecordConfig
+from transformers import PreTrainedTokenizerFast
+
+from lerobot_pi0.inputs.steps import PI0TokenizerStep
+from lerobot_pi0.network.sizes import BYTE_VOCAB
 
 TEN = [
     "peg-unplug-side-v3", "peg-insert-side-v3", "sweep-into-v3", "basketball-v3", "pick-out-of-hole-v3", "push-v3",
@@ -174,6 +179,42 @@ def test_shares_of_processes():
     whole = evaluate.Evaluation(("a", "b", "c"), 20, 0, 128, 2)
     assert [share.tasks for share in whole.shares()] == [("a", "c"), ("b",)]
     assert len(evaluate.Evaluation(("a",), 20, 0, 128, 2).shares()) == 1
+
+
+def test_pictures_are_drawn_where_a_policy_looks(tmp_path):
+    """Catches old pictures for a policy that looks more often than it begins a chunk, or at pictures of the past."""
+    acting = {"type": "act", "n_action_steps": 10, "n_obs_steps": 1, "temporal_ensemble_coeff": None}
+    for config, expected in (
+        ({"type": "pi0", "n_action_steps": 7, "n_obs_steps": 1}, 7),
+        (acting, 10),
+        (acting | {"temporal_ensemble_coeff": 0.01, "n_action_steps": 1}, 1),
+        ({"type": "diffusion", "n_action_steps": 8, "n_obs_steps": 2}, 1),
+        ({"type": "somebodys", "n_action_steps": 8}, 1),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert evaluate.looks_every(tmp_path) == expected
+    with pytest.raises(ValueError, match="draw_every=0"):
+        MetaworldSmallEnv(task="reach-v3", draw_every=0)
+
+
+def test_words_are_tokens(tmp_path):
+    """Catches sentences that share their tokens, words in pieces, a text without tokens, ids beyond the network's."""
+    sentences = [*map(tasks.instruction, tasks.parse("easy,medium,hard,very_hard"))]
+    step = PI0TokenizerStep(tokenizer_name=str(words.save_tokenizer(sentences, tmp_path / "tokenizer")))
+    found = [step.input_tokenizer(f"{sentence}\n")["input_ids"] for sentence in sentences]
+    assert len({*map(tuple, found)}) == len({*sentences}) == 49
+    assert all(len(ids) <= 1 + len(re.findall(r"\w+|[^\w ]", each)) for ids, each in zip(found, sentences, strict=True))
+    assert max(map(max, found)) < BYTE_VOCAB and min(map(min, found)) > step.input_tokenizer.pad_token_id
+    for text in ("open the Door\n", "öffne die Tür, 3 mal\n"):
+        assert step.input_tokenizer.decode(step.input_tokenizer(text)["input_ids"]).strip() == text.lower().strip()
+    carried = PI0TokenizerStep(tokenizer_name="nowhere")
+    carried.load_state_dict(step.state_dict())
+    assert carried.input_tokenizer(sentences[7]) == step.input_tokenizer(sentences[7])
+    # Where there are more words than tokens, the most frequent ones are kept.
+    few = PreTrainedTokenizerFast.from_pretrained(
+        words.save_tokenizer([*sentences, *["zzz yyy"] * 60], tmp_path / "few", vocabulary=260)
+    )
+    assert {*few.get_vocab()} >= {"Ġzzz", "Ġyyy"} and "Ġdial" not in few.get_vocab() and len(few) == 260
 
 
 def test_what_lerobot_eval_wrote():

@@ -48,6 +48,28 @@ def test_only_the_pictures_are_others():
         assert np.abs(expected - ours).mean() < 20, "not the same scene, or not the same way up"
 
 
+def test_pictures_may_be_drawn_seldom():
+    """Catches an old picture where a policy looks: at the first step of an episode, and at each third one here."""
+    always, seldom = (
+        MetaworldSmallEnv(task="reach-v3", image_size=32, draw_every=every).create_envs(1)["reach-v3"][0]
+        for every in (1, 3)
+    )
+    for seed in (6, 7):
+        expected, found = (env.reset(seed=[seed])[0] for env in (always, seldom))
+        drawn = expected["pixels"]
+        for step in range(1, 9):
+            assert np.array_equal(found["pixels"], drawn) and np.array_equal(found["agent_pos"], expected["agent_pos"])
+            action = np.random.default_rng(step).uniform(-1, 1, (1, 4)).astype(np.float32)
+            expected, found = (env.step(action)[0] for env in (always, seldom))
+            if step % 3 == 0:
+                assert not np.array_equal(expected["pixels"], drawn)
+                drawn = expected["pixels"]
+            else:
+                assert not np.array_equal(expected["pixels"], found["pixels"])
+        # The second episode begins in the middle of a pause between two pictures.
+    always.close(), seldom.close()
+
+
 @pytest.mark.parametrize("task", ["pick-place-v3", "stick-pull-v3"])
 def test_a_part_is_drawn_as_in_the_whole(task):
     """Catches a shape that is left out although it can be seen, also when the arm has moved."""

@@ -43,12 +43,17 @@ class MetaworldSmallEnv(MetaworldEnv):
     Attributes:
         image_size: height and width of the pictures in pixels; that of the training data. None draws as LeRobot does.
         zoom: how many times larger things are than in the camera's whole picture, of which the middle is shown.
+        draw_every: steps from one new picture to the next. A policy that looks only once in so many steps acts the
+            same, and is evaluated faster; one that looks more often sees old pictures.
     """
 
     image_size: int | None = IMAGE_SIZE
     zoom: float = ZOOM
+    draw_every: int = 1
 
     def __post_init__(self) -> None:
+        if self.draw_every < 1:
+            raise ValueError(f"draw_every={self.draw_every} has to be at least 1, which draws at every step")
         super().__post_init__()
         side = shown_size(self.image_size, self.zoom)
         self.features["pixels/top"] = PolicyFeature(FeatureType.VISUAL, (side, side, 3))
@@ -65,7 +70,7 @@ class MetaworldSmallEnv(MetaworldEnv):
         found: dict = {}
         for group in (name.strip() for name in self.task.split(",")):
             tasks = DIFFICULTY_TO_TASKS.get(group, [group])
-            options = {"image_size": self.image_size, "zoom": self.zoom, **self.gym_kwargs}
-            makers = [partial(_make_env, task=task, **options) for task in tasks]
+            drawn = {"image_size": self.image_size, "zoom": self.zoom, "draw_every": self.draw_every}
+            makers = [partial(_make_env, task=task, **drawn, **self.gym_kwargs) for task in tasks]
             found[group] = {i: kind([freeze_after_episode_end(make)] * n_envs) for i, make in enumerate(makers)}
         return found

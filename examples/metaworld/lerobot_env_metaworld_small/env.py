@@ -24,14 +24,19 @@ class SmallMetaworld(MetaworldEnv):
         task: MetaWorld's name of the task, e.g. "door-open-v3".
         image_size: height and width of the pictures in pixels; None for LeRobot's own renderer.
         zoom: how many times larger things are than in the camera's whole picture; only its middle is shown.
+        draw_every: steps from one new picture to the next, which begin anew with each episode; between them the last
+            picture is shown again.
         kwargs: LeRobot's own, e.g. obs_type.
     """
 
-    def __init__(self, task: str, image_size: int | None = IMAGE_SIZE, zoom: float = ZOOM, **kwargs):
+    def __init__(
+        self, task: str, image_size: int | None = IMAGE_SIZE, zoom: float = ZOOM, draw_every: int = 1, **kwargs
+    ):
         side = shown_size(image_size, zoom)
         super().__init__(task, observation_width=side, observation_height=side, **kwargs)
         self._cheaply, self._whole = image_size is not None, round(side * zoom)
         self._window = tuple(_middle(centre, side, self._whole) for centre in CENTRE)
+        self._draw_every, self._looks = draw_every, 0
 
     def _ensure_env(self) -> None:
         if self._env is not None:
@@ -47,16 +52,25 @@ class SmallMetaworld(MetaworldEnv):
 
     def render(self) -> np.ndarray:
         """The picture of the last observation, (image_size, image_size, 3) uint8: videos need not be drawn anew."""
-        return self._picture
+        return self._shown["pixels"]
+
+    def reset(self, seed: int | None = None, **kwargs) -> tuple[dict, dict]:
+        """LeRobot's; its picture is a new one."""
+        self._looks = 0
+        return super().reset(seed=seed, **kwargs)
 
     def _format_raw_obs(self, raw_obs: np.ndarray) -> dict:
+        new = self._looks % self._draw_every == 0
+        self._looks += 1
+        if not new:
+            return {key: raw_obs[:4] if key == "agent_pos" else last for key, last in self._shown.items()}
         if (viewer := self._env.mujoco_renderer.viewer) is not None:
             viewer.make_context_current()  # and not that of another environment in this process
         seen = super()._format_raw_obs(raw_obs)
         if not self._cheaply:
             rows, columns = (slice(each.start, each.stop) for each in self._window)
             seen["pixels"] = np.ascontiguousarray(seen["pixels"][rows, columns])
-        self._picture = seen["pixels"]
+        self._shown = seen
         return seen
 
 

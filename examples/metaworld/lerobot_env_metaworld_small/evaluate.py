@@ -43,12 +43,23 @@ class Evaluation:
         return [replace(self, tasks=part, processes=1) for part in parts if part]
 
 
+def looks_every(policy: Path) -> int:
+    """Once in how many steps the policy of a checkpoint uses a picture: between, it executes a chunk.
+
+    It is 1 where a policy may use pictures of earlier steps too, or is not known to execute whole chunks.
+    """
+    config = json.loads((policy / "config.json").read_text())
+    alone = config["type"] in ("pi0", "act") and config.get("n_obs_steps") == 1
+    return config["n_action_steps"] if alone and config.get("temporal_ensemble_coeff") is None else 1
+
+
 def options(evaluation: Evaluation, policy: Path, output: Path) -> dict[str, object]:
     """Options of `lerobot-eval`."""
     return {
         "env.type": ENV_TYPE,
         "env.image_size": "null" if evaluation.image_size is None else evaluation.image_size,
         "env.zoom": evaluation.zoom,
+        "env.draw_every": looks_every(policy),  # drawing takes most of the time
         "env.task": ",".join(evaluation.tasks),
         "policy.path": policy,
         "policy.device": "cpu",

@@ -25,7 +25,8 @@ from .configuration_metaworld_small import IMAGE_SIZE, ZOOM
 from .evaluate import Evaluation, Successes
 from .policies import Training
 from .record import RecordConfig
-from .tasks import FIVE, parse
+from .tasks import FIVE, instruction, parse
+from .words import save_tokenizer
 
 logger = logging.getLogger(__name__)
 TIMING_STEPS = 40  # of a short run that shows how long a step takes
@@ -104,6 +105,7 @@ class LearnConfig:
             saves=self.saves,
             chunk=self.chunk_size,
             executed=self.n_action_steps,
+            tokenizer=self.output / "tokenizer",
         )
 
     def evaluation(self) -> Evaluation:
@@ -197,6 +199,7 @@ def learn(config: LearnConfig) -> dict[str, dict]:
     started = time.perf_counter()
     record(config)
     report.picture(config.recording().root, list(config.names), config.output / "tasks.png")
+    save_tokenizer([instruction(task) for task in config.names], config.output / "tokenizer")
     mine = ours(config)
     runs = mine | others(config)
     with ThreadPoolExecutor(config.processes) as pool:  # each run has one thread, and is a process of its own

@@ -24,6 +24,7 @@ class Training:
         saves: how many checkpoints are written, the last one included.
         chunk: actions of a chunk.
         executed: actions of a chunk that are executed before the policy looks again.
+        tokenizer: folder of a tokenizer of the tasks' sentences, for policies that read them.
     """
 
     dataset: Path
@@ -35,6 +36,7 @@ class Training:
     saves: int
     chunk: int
     executed: int
+    tokenizer: Path
 
     def options(self) -> dict[str, Any]:
         """Options that do not depend on the policy."""
@@ -76,6 +78,7 @@ def pi0(training: Training, learning_rate: float) -> dict[str, Any]:
         "policy.dtype": dtype(),
         "policy.paligemma_variant": "tiny",
         "policy.action_expert_variant": "tiny",
+        "policy.text_tokenizer_name": training.tokenizer,
         "policy.image_resolution": f"[{training.image_size}, {training.image_size}]",
         "policy.chunk_size": training.chunk,
         "policy.optimizer_lr": learning_rate,
