@@ -37,7 +37,7 @@ CURVE_TRIALS = 5  # scenes of each task for the points of the curve before the l
 class LearnConfig:
     """Record demonstrations of MetaWorld's experts, train π₀ on them, evaluate it beside other policies."""
 
-    # Tasks and difficulty groups (easy, medium, hard, very_hard), with commas; reach-v3:250 has 250 demonstrations.
+    # Tasks and groups (easy, medium, hard, very_hard, ten, all), with commas; reach-v3:250 has 250 demonstrations.
     tasks: str = FIVE
     # Demonstrations of each task that names no number.
     episodes: int = 100

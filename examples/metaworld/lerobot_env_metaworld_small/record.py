@@ -37,7 +37,7 @@ class RecordConfig:
 
     # Folder of the dataset. One that is complete is left as it is.
     root: Path
-    # Names of tasks and of difficulty groups (easy, medium, hard, very_hard), with commas; reach-v3:250 has 250.
+    # Names of tasks, of groups (easy, medium, hard, very_hard), ten or all, with commas; reach-v3:250 has 250.
     tasks: str = "reach-v3"
     # Episodes of each task that names no number.
     episodes: int = 50

@@ -39,7 +39,7 @@ def parse(text: str) -> list[str]:
 
 
 def demonstrations(text: str, episodes: int) -> dict[str, int]:
-    """Tasks of a list with commas of tasks, difficulty groups and "ten", each once, and how many episodes each has.
+    """Tasks of a list with commas of tasks, groups, "ten" and "all", each once, and how many episodes each has.
 
     Args:
         text: such as "easy,reach-v3:250"; a number after a name is for it, and the last one counts.
@@ -49,7 +49,7 @@ def demonstrations(text: str, episodes: int) -> dict[str, int]:
         ValueError: there is no such task or group, or what follows a name is no number of episodes.
     """
     found: dict[str, int] = {}
-    sets = groups() | {"ten": ten()}
+    sets = groups() | {"ten": ten(), "all": [task for tasks in groups().values() for task in tasks]}
     for part in text.split(","):
         name, colon, number = (x.strip() for x in part.partition(":"))
         if name not in sets and name not in _list()["TASK_DESCRIPTIONS"]:
