@@ -64,7 +64,8 @@ def run(title: str, command: list[str], log: Path, **variables: str) -> float:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise SystemExit(f"\n{command[0]} failed with status {process.returncode}; its output is in {log}:\n{tail}")
     seconds = time.perf_counter() - started
-    print(f"{'\r' if moves else ''}   done in {seconds:.0f} s".ljust(110), flush=True)
+    done = f"   done in {seconds:.0f} s"
+    print(f"\r{done}".ljust(110) if moves else done, flush=True)
     return seconds
 
 
