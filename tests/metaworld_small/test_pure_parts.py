@@ -271,3 +271,16 @@ def test_curves_are_drawn(tmp_path):
     points = {100: {"reach-v3": [True, False]}, 200: {"reach-v3": [True, True]}}
     report.plot_curves({"π₀": points}, tmp_path / "curve.png")
     assert np.fromfile(tmp_path / "curve.png", np.uint8).size > 1000
+
+
+def test_curves_of_many_tasks_are_those_of_groups(tmp_path, monkeypatch):
+    """Catches fifty lines in one picture, and the rate of a group that leaves tasks out."""
+    import matplotlib.pyplot as plt
+
+    points = {step: {task: [step > 1, task == "assembly-v3"] for task in tasks.parse("all")} for step in (1, 2)}
+    monkeypatch.setattr(plt.Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
+    drawn: list = []
+    report.plot_curves({"π₀": points}, tmp_path / "curve.png")
+    found = {line.get_label(): list(line.get_ydata()) for line in drawn[0].axes[0].lines}
+    assert list(found) == ["π₀, all tasks", *tasks.groups()] and found["easy"] == [0, 50]
+    assert found["hard"] == pytest.approx([100 / 12, 50 + 100 / 12])

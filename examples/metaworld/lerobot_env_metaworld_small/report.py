@@ -13,6 +13,7 @@ from .policies import REPO
 from .tasks import by_difficulty
 
 DRAWS = 10_000
+FEW = 10  # lines or rows that a picture has room for
 
 
 def counted(outcomes: Iterable[bool]) -> dict:
@@ -83,7 +84,8 @@ def _axes(rows: int, columns: int, size: tuple[float, float]):
 
 
 def plot_curves(curves: dict[str, dict[int, Successes]], output: Path) -> None:
-    """Success over training steps, of each task and of all; `curves` has policies, then steps."""
+    """Success over training steps, of all tasks and of each, or of each group if there are many; `curves` has policies,
+    then steps."""
     figure, axes = _axes(1, 1, (7, 4.5))
     axis = axes[0][0]
     for name, points in curves.items():
@@ -91,8 +93,11 @@ def plot_curves(curves: dict[str, dict[int, Successes]], output: Path) -> None:
         means = [100 * np.mean([x for each in points[step].values() for x in each]) for step in steps]
         axis.plot(steps, means, marker="o", linewidth=2.5, label=f"{name}, all tasks")
         if len(curves) == 1:
-            for task in points[steps[0]]:
-                axis.plot(steps, [100 * np.mean(points[step][task]) for step in steps], alpha=0.6, label=task)
+            tasks = list(points[steps[0]])
+            parts = [(task, [task]) for task in tasks] if len(tasks) <= FEW else [*by_difficulty(tasks)]
+            for part, members in parts:
+                rates = [100 * np.mean([x for task in members for x in points[step][task]]) for step in steps]
+                axis.plot(steps, rates, alpha=0.6, label=part)
     axis.set(xlabel="training step", ylabel="success, %", ylim=(-3, 103))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
@@ -101,10 +106,11 @@ def plot_curves(curves: dict[str, dict[int, Successes]], output: Path) -> None:
 
 
 def picture(dataset: Path, tasks: list[str], output: Path, moments: int = 4) -> None:
-    """A row of moments of one demonstration for each task, from the dataset's own pictures."""
+    """A row of moments of one demonstration for each task, or for a few of many, from the dataset's own pictures."""
     from lerobot.datasets import LeRobotDataset
 
     episodes = first_episodes(dataset)
+    tasks = tasks[:: -(-len(tasks) // FEW)]
     figure, axes = _axes(len(tasks), moments, (1.6 * moments, 1.75 * len(tasks)))
     for row, task in zip(axes, tasks, strict=True):
         frames = LeRobotDataset(REPO, root=dataset, episodes=[episodes[task]])
