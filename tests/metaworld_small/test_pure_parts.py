@@ -278,8 +278,8 @@ def test_curves_of_many_tasks_are_those_of_groups(tmp_path, monkeypatch):
     import matplotlib.pyplot as plt
 
     points = {step: {task: [step > 1, task == "assembly-v3"] for task in tasks.parse("all")} for step in (1, 2)}
-    monkeypatch.setattr(plt.Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
     drawn: list = []
+    monkeypatch.setattr(plt.Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
     report.plot_curves({"π₀": points}, tmp_path / "curve.png")
     found = {line.get_label(): list(line.get_ydata()) for line in drawn[0].axes[0].lines}
     assert list(found) == ["π₀, all tasks", *tasks.groups()] and found["easy"] == [0, 50]

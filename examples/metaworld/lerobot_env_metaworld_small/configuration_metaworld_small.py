@@ -71,6 +71,7 @@ class MetaworldSmallEnv(MetaworldEnv):
         for group in (name.strip() for name in self.task.split(",")):
             tasks = DIFFICULTY_TO_TASKS.get(group, [group])
             drawn = {"image_size": self.image_size, "zoom": self.zoom, "draw_every": self.draw_every}
-            makers = [partial(_make_env, task=task, **drawn, **self.gym_kwargs) for task in tasks]
+            options = drawn | self.gym_kwargs
+            makers = [partial(_make_env, task=task, **options) for task in tasks]
             found[group] = {i: kind([freeze_after_episode_end(make)] * n_envs) for i, make in enumerate(makers)}
         return found
