@@ -226,6 +226,9 @@ def _import_orbax() -> tuple[Any, Any]:
             "pip install 'lerobot_policy_pi0[jax]'"
         ) from error
     logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax tells of every read
+    # Orbax reads many leaves at once, and raises the first error. asyncio would tell of the others later, at any time,
+    # with tracebacks.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     return orbax.checkpoint, jax
 
 

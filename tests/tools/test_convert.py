@@ -4,7 +4,9 @@ The JAX side is π₀ written a second time, on openpi's parameter tree: SigLIP 
 as one joint attention over all tokens. It shares no line and no idea with the network that it is compared to.
 """
 
+import asyncio
 import dataclasses
+import gc
 import json
 import logging
 import sys
@@ -672,6 +674,26 @@ def test_cut_orbax_checkpoint(tree, tmp_path, caplog):
     assert CorruptCheckpointError.__name__ in caplog.text
     (source / "params" / "_METADATA").write_text("{")
     assert convert(source, tmp_path / "out") == 1
+
+
+async def read_and_stop() -> None:
+    """As Orbax ends when several reads fail: the loop stops at the first error, nobody retrieves the others."""
+
+    async def fail() -> None:
+        raise ValueError
+
+    asyncio.ensure_future(fail())
+    await asyncio.sleep(0)
+
+
+def test_no_traceback_follows_a_failed_read(jax_source, tmp_path, caplog):
+    """Python would print it when the task is freed, which may be long after our own message."""
+    assert convert(jax_source, tmp_path / "out") == 0
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(read_and_stop())
+    loop.close()
+    gc.collect()
+    assert "Traceback" not in caplog.text
 
 
 def test_statistics_are_refused(jax_source, tmp_path, caplog):
