@@ -120,7 +120,7 @@ class PI0Policy(LeRobotNames, Publishing, PreTrainedPolicy):
         resolve(config, saved, pretrained)
         stats = dataset_stats if dataset_stats is not None else getattr(dataset_meta, "stats", None)
         known = statistics if stats is None else lambda: Normalisation.of(config, stats)
-        narrow_padded(config, lambda: getattr(known(), "statistics", None))
+        self.observe.padded = narrow_padded(config, lambda: getattr(known(), "statistics", None))
         if trains:
             check_dataset(config, stats, dataset_meta)
         limits = bounds.make_bounds(config, known)

@@ -92,8 +92,15 @@ class ActionBounds:
 
     def _check(self, features: dict[str, Any], modes: dict[Any, NormalizationMode], stats: Statistics) -> None:
         """Raises BoundsError where a bound could not be kept."""
+        state, action = features.get(OBS_STATE), features[ACTION]
+        if self._most is not None and (state is None or state.shape != action.shape):
+            raise BoundsError(
+                f"max_action_step compares actions with measured joints, but actions have {action.shape} dims and the "
+                f"state {None if state is None else state.shape}: use action_range_margin alone"
+            )
         asked = "max_action_step and action_range_margin"
-        normalised = {key for key in features if modes[features[key].type] is not NormalizationMode.IDENTITY}
+        read = {key for key in features if key == ACTION or self._most is not None}
+        normalised = {key for key in read if modes[features[key].type] is not NormalizationMode.IDENTITY}
         if missing := sorted((normalised | {ACTION}) - stats.keys()):
             raise BoundsError(
                 f"{asked} are in the robot's units, but the policy has no statistics of {', '.join(missing)}: load a "
@@ -103,12 +110,6 @@ class ActionBounds:
             raise BoundsError(
                 "action_range_margin needs the data's min and max, which these statistics do not hold: recompute them "
                 "(lerobot-edit-dataset --operation.type=recompute_stats) and train, or use max_action_step alone"
-            )
-        state, action = features.get(OBS_STATE), features[ACTION]
-        if self._most is not None and (state is None or state.shape != action.shape):
-            raise BoundsError(
-                f"max_action_step compares actions with measured joints, but actions have {action.shape} dims and the "
-                f"state {None if state is None else state.shape}: use action_range_margin alone"
             )
 
     def _check_round_trip(self, dims: int, most: float) -> None:
@@ -123,15 +124,16 @@ class ActionBounds:
                 "action_range_margin alone"
             )
 
-    def step(self, action_BA: Tensor, state_BA: Tensor, origin_BA: Tensor | None = None) -> Tensor:
+    def step(self, action_BA: Tensor, state_BA: Tensor | None, origin_BA: Tensor | None = None) -> Tensor:
         """Bound one action, which is executed next, by the measured joints. Arguments and result are normalised.
 
         Args:
+            state_BA: the measured joints; None for a policy without a state, of which `max_action_step` is refused.
             origin_BA: the state to which a relative action is added, its chunk's; by default `state_BA`.
         """
         return self.chunk(action_BA[:, None], state_BA, origin_BA)[:, 0]
 
-    def chunk(self, actions_BTA: Tensor, state_BA: Tensor, origin_BA: Tensor | None = None) -> Tensor:
+    def chunk(self, actions_BTA: Tensor, state_BA: Tensor | None, origin_BA: Tensor | None = None) -> Tensor:
         """Bound the first action by the measured joints, and each later one by the action before it.
 
         Arguments and result are normalised. The range of the data is applied first, then the distance to the measured
@@ -141,12 +143,12 @@ class ActionBounds:
             FloatingPointError: an action or a measured joint is not finite.
         """
         self._refuse_bad("the policy's action for", actions_BTA, self.names)
-        if self._most is not None:
+        if self._most is not None and state_BA is not None:
             self._refuse_bad("the measured joint", state_BA, self.names)
         device = actions_BTA.device
         if device.type != "cpu":  # some have no float64, and each small operation would launch a kernel
-            origin_BA = None if origin_BA is None else origin_BA.cpu()
-            return self.chunk(actions_BTA.cpu(), state_BA.cpu(), origin_BA).to(device)
+            measured = (None if x is None else x.cpu() for x in (state_BA, origin_BA))
+            return self.chunk(actions_BTA.cpu(), *measured).to(device)
         wanted = self._convert(self._to_units, actions_BTA)
         bounded = wanted
         if self._margin is not None:
@@ -154,6 +156,7 @@ class ActionBounds:
             bounded = torch.minimum(torch.maximum(bounded, low), high)
             self._record_change("action_range_margin", wanted - bounded, wanted)
         if (most := self._most) is not None:
+            assert state_BA is not None  # or `_check` had refused
             in_range = bounded
             before = self._convert(self._to_units, state_BA, observed=True)
             origin = before if origin_BA is None else self._convert(self._to_units, origin_BA, observed=True)

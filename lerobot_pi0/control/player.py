@@ -54,6 +54,11 @@ class Episodes(threading.local):
         known.add(self.mine)
 
 
+def _to(device: torch.device, state: Tensor | None) -> Tensor | None:
+    """The state there; None for a policy without a state."""
+    return None if state is None else state.to(device)
+
+
 class Player:
     """The state of control between calls. The network is an argument of each call; it is never stored.
 
@@ -163,7 +168,7 @@ class Player:
         record = debug.recorder(self.rtc_processor, steps, inference_delay or 0, execution_horizon)
         with self._view.shown(model, obs, batch) if cfg.show_attention else nullcontext():
             actions = self.sample(model, obs, noise, guide, steps, record)
-        return actions if self._bounds is None else self._bounds.chunk(actions, batch[OBS_STATE].to(device))
+        return actions if self._bounds is None else self._bounds.chunk(actions, _to(device, batch.get(OBS_STATE)))
 
     def sample(
         self,
@@ -228,7 +233,7 @@ class Player:
         action = queue.popleft()
         if self._bounds is None:
             return action
-        return self._bounds.step(action, batch[OBS_STATE].to(action.device), origin.to(action.device))
+        return self._bounds.step(action, *(_to(action.device, x) for x in (batch.get(OBS_STATE), origin)))
 
     def prepare_guidance(self) -> None:
         """Check `config.rtc_config` before a robot moves, and make its processor; log how chunks are guided.

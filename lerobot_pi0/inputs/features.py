@@ -24,29 +24,47 @@ NOT_READ = (OBS_ENV_STATE, "observation.effort", "observation.velocity")
 """Features that datasets may hold, but for which π₀ has no input."""
 
 
-def padded(config: PI0Config) -> list[str]:
+def padded(config: PI0Config, statistics: Statistics | None = None) -> list[str]:
     """Keys of the state and the actions, if their feature has the network's padded width and not the robot's dims.
 
     `lerobot/pi0_base` has such features, and LeRobot's own π₀ keeps them in the checkpoints that it trains from it. In
-    such a vector the robot's dims come first, followed by zeros.
+    such a vector the robot's dims come first, followed by zeros. LeRobot also makes up such a feature where there is no
+    state.
+
+    Args:
+        statistics: those that are known. What they have as many dims of is not padded.
     """
-    return [key for key, features, most in _vectors(config) if key in features and features[key].shape == (most,)]
+    return [
+        key
+        for key, features, most in _vectors(config)
+        if key in features and features[key].shape == (most,) and _dims(statistics, key) != most
+    ]
 
 
-def narrow_padded(config: PI0Config, statistics: Callable[[], Statistics | None]) -> None:
+def _dims(statistics: Statistics | None, key: str) -> int | None:
+    """How many dims the statistics of a feature have; None if they do not say."""
+    known = (statistics or {}).get(key, {})
+    sizes = {np.asarray(known[kind]).size for kind in ("mean", "min", "q01") if kind in known}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def narrow_padded(config: PI0Config, statistics: Callable[[], Statistics | None]) -> list[str]:
     """Set the shapes of padded features to the robot's dims, which the statistics have; without them do nothing.
 
     Args:
-        statistics: reads the statistics by feature and kind; called only if there is a padded feature.
+        statistics: reads the statistics by feature and kind; called only if a feature may be padded.
+
+    Returns:
+        The keys of those that are still padded: it is not known how many dims the robot has, or whether it has any.
     """
-    if not (keys := padded(config)):
-        return
-    stats = statistics() or {}
+    if not padded(config):
+        return []
+    stats = statistics()
     for key, features, most in _vectors(config):
-        sizes = {np.asarray(stats[key][kind]).size for kind in ("mean", "min", "q01") if kind in stats.get(key, {})}
-        if key in keys and len(sizes) == 1 and 0 < (dims := sizes.pop()) < most:
+        if key in padded(config, stats) and 0 < (dims := _dims(stats, key) or 0) < most:
             features[key] = PolicyFeature(features[key].type, (dims,))
             logger.info("%r: the first %d of %d dims are the robot's, and the rest is padding", key, dims, most)
+    return padded(config, stats)
 
 
 def _vectors(config: PI0Config) -> list[tuple[str, dict[str, PolicyFeature], int]]:
@@ -137,10 +155,12 @@ def long_chunk(config: PI0Config, lengths: Sequence[int]) -> tuple[str, str] | N
     if share < LONG_CHUNK or config.mask_padded_actions:
         return None
     middle = int(np.median(frames))
+    shorter = max(1, middle // 4)
+    executed = f" --policy.n_action_steps={shorter}" if config.n_action_steps > shorter else ""
     return (
         f"chunk_size={chunk} is long beside the episodes (median {middle} frames): {share:.0%} of all steps of chunks "
         "lie beyond the end of their episode, where LeRobot repeats the last action, and the policy learns that",
-        f"train with --policy.chunk_size={max(1, middle // 4)}, or leave these steps out: "
+        f"train with --policy.chunk_size={shorter}{executed}, or leave these steps out: "
         "--policy.mask_padded_actions=true",
     )
 

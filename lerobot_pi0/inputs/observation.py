@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..configuration_pi0 import PI0Config
 from ..network.pi0 import Observation
-from .samples import IS_PAD, ObservationError, has_state
+from .features import padded
+from .samples import IS_PAD, ObservationError
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,8 @@ class ObservationMaker:
 
     def __init__(self, config: PI0Config) -> None:
         self.config = config
+        self.padded: list[str] | None = None
+        """Keys of the state and the actions that may be padded, or absent; None: those that look so in the config."""
         self._warned: set[str] = set()
         self._vocabulary = config.architecture().vlm.vocab_size
 
@@ -150,17 +153,20 @@ class ObservationMaker:
             raise ObservationError(
                 f"no {IS_PAD!r} in the batch, which mask_padded_actions needs: LeRobotDataset has it"
             )
-        padded, shape = torch.as_tensor(batch[IS_PAD]), tuple(batch[ACTION].shape[:2])
-        if padded.shape != shape:
-            raise ObservationError(f"{IS_PAD!r} has shape {tuple(padded.shape)}, expected (batch, steps) = {shape}")
-        return ~padded.to(device, torch.bool)
+        is_pad, shape = torch.as_tensor(batch[IS_PAD]), tuple(batch[ACTION].shape[:2])
+        if is_pad.shape != shape:
+            raise ObservationError(f"{IS_PAD!r} has shape {tuple(is_pad.shape)}, expected (batch, steps) = {shape}")
+        return ~is_pad.to(device, torch.bool)
 
     def _state(self, batch: Mapping[str, Any], batch_size: int, device: torch.device) -> Tensor:
         """The state; zeros for a policy that was trained without one."""
-        if has_state(self.config, batch):
+        if OBS_STATE in batch or not self._is_padded(OBS_STATE):
             return self._vector(batch, OBS_STATE, (self.config.max_state_dim, "max_state_dim"), device)
         self._warn(f"no {OBS_STATE!r} in the batch: the policy acts on images and the task alone", "no state")
         return torch.zeros(batch_size, self.config.max_state_dim, device=device)
+
+    def _is_padded(self, key: str) -> bool:
+        return key in (padded(self.config) if self.padded is None else self.padded)
 
     def _vector(
         self, batch: Mapping[str, Any], key: str, most: tuple[int, str], device: torch.device, ndim: int = 2
@@ -184,7 +190,7 @@ class ObservationMaker:
                 f"larger {most[1]}, from scratch, or leave dims out of the dataset"
             )
         feature = (self.config.output_features if key == ACTION else self.config.input_features).get(key)
-        if feature is not None and tuple(feature.shape) not in ((x.shape[-1],), (most[0],)):
+        if feature is not None and tuple(feature.shape) != (x.shape[-1],) and not self._is_padded(key):
             raise ObservationError(
                 f"{key!r} has {x.shape[-1]} dims, the policy's config says {tuple(feature.shape)}: this is "
                 "another robot, or another order of joints, than the policy was trained for"

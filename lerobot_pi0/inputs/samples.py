@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.lerobot_types import EnvTransition, TransitionKey
-from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
+from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_STATE
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from torch import Tensor
 
@@ -66,7 +66,7 @@ def restore_dims(transition: EnvTransition) -> EnvTransition:
     observation, action = transition.get(TransitionKey.OBSERVATION) or {}, transition.get(TransitionKey.ACTION)
     state = observation.get(OBS_STATE)
     if isinstance(state, Tensor):
-        samples = [len(x) for key, x in observation.items() if key.startswith(OBS_IMAGES) and _is_batch(x)]
+        samples = [len(x) for key, x in observation.items() if key.startswith(OBS_IMAGE) and _is_batch(x)]
         if state.ndim == 0:
             state = state.reshape(1, 1)
         elif samples and state.ndim == 2 and len(state) == 1 < samples[0] == state.shape[1]:
@@ -96,7 +96,7 @@ def check_sample(transition: EnvTransition) -> None:
             "words of the training data, or '' where there is none"
         )
     for key, x in (transition.get(TransitionKey.OBSERVATION) or {}).items():
-        axes = 2 if key == OBS_STATE else 4 if key.startswith(OBS_IMAGES) else 0
+        axes = 2 if key == OBS_STATE else 4 if key.startswith(OBS_IMAGE) else 0
         if isinstance(x, np.ndarray) and x.ndim < axes:
             raise ObservationError(
                 f"{key!r} is a numpy array of shape {x.shape}, and LeRobot's preprocessor adds no batch dimension to "

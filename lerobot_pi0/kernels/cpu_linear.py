@@ -46,7 +46,8 @@ def _widened(weight: Tensor) -> Tensor:
     """The weight in float32, in this thread's buffer: good until the next call."""
     buffer = getattr(_scratch, "buffer", None)
     if buffer is None or buffer.numel() < weight.numel():
-        buffer = _scratch.buffer = torch.empty(weight.numel())
+        with torch.inference_mode(False):  # later calls, outside of a caller's inference mode, write into it too
+            buffer = _scratch.buffer = torch.empty(weight.numel())
     return buffer[: weight.numel()].view_as(weight).copy_(weight)
 
 

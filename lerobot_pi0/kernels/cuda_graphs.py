@@ -103,7 +103,9 @@ class CudaGraphs:
         known_by = (shapes, str(structure), key, _autocast(tensors))
         with _RUNNING:
             self._calls += 1
-            entry = self._entry(known_by, model, function, leaves, structure)
+            # A graph made in a caller's inference mode could not be used outside of it.
+            with torch.inference_mode(False), torch.no_grad():
+                entry = self._entry(known_by, model, function, leaves, structure)
             if entry is not None:
                 for mine, given in zip(entry.inputs, tensors, strict=True):
                     mine.copy_(given)

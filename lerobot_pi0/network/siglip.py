@@ -55,7 +55,7 @@ class Embeddings(nn.Module):
         super().__init__()
         patch = cfg.patch_size
         self.patch_embedding = ConvolutionalStem(cfg) if cfg.stem else nn.Conv2d(3, cfg.width, patch, patch)
-        self.position_embedding = nn.Embedding((image_size // patch) ** 2, cfg.width)
+        self.position_embedding = nn.Embedding(cfg.patches(image_size) ** 2, cfg.width)
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         x = self.patch_embedding(images_NCHW.to(self.patch_embedding.weight.dtype))
@@ -115,15 +115,13 @@ class VisionTower(nn.Module):
     """SigLIP's vision tower: one feature vector per image patch, after the last norm.
 
     Raises:
-        ValueError: an image is smaller than a patch.
+        ValueError: an image is smaller than a patch, or the stem cannot cut it into patches.
     """
 
     vision_model: Any
 
     def __init__(self, cfg: VisionSize, image_size: int) -> None:
         super().__init__()
-        if image_size < cfg.patch_size:
-            raise ValueError(f"images of {image_size} pixels are smaller than one patch of {cfg.patch_size}")
         self.vision_model = nn.Module()
         self.vision_model.embeddings = Embeddings(cfg, image_size)
         self.vision_model.encoder = nn.Module()

@@ -32,6 +32,25 @@ class VisionSize:
     image_size: int
     stem: tuple[int, ...] = ()
 
+    def patches(self, side: int) -> int:
+        """How many patches an image of this side has in a row.
+
+        Raises:
+            ValueError: none, or the stem would make a part of a patch: its convolutions round up.
+        """
+        patch = self.patch_size
+        whole, made = side // patch, side // (patch // 2 ** len(self.stem))
+        for _ in self.stem:
+            made = -(-made // 2)
+        if whole < 1:
+            raise ValueError(f"images of {side} pixels are smaller than one patch of {patch}")
+        if self.stem and made != whole:
+            raise ValueError(
+                f"images of {side} pixels are not made of whole patches of {patch}: take {whole * patch} or "
+                f"{(whole + 1) * patch}"
+            )
+        return whole
+
 
 @dataclass(frozen=True)
 class PaliGemmaSize:

@@ -88,10 +88,10 @@ def shift(images_BNCHW: Tensor, uniform_2BN: Tensor, fixed: Sequence[bool], most
     Args:
         uniform_2BN: two numbers from 0 to below 1 for each image: how far to the left, and how far up.
         fixed: per camera, whether it stays.
-        most: largest shift as a fraction of the image's side.
+        most: largest shift as a fraction of the image's side; of small images at least a pixel.
     """
     side, device = images_BNCHW.shape[-1], images_BNCHW.device
-    farthest = int(most * side)
+    farthest = max(1, int(most * side + 1e-6)) if most else 0
     pixels = ((uniform_2BN * (2 * farthest + 1)).floor() - farthest) * _moves(uniform_2BN, fixed)
     places = torch.arange(side, device=device)
     columns_BNW, rows_BNH = (places + pixels[..., None].long()).clamp(0, side - 1)

@@ -100,7 +100,7 @@ def record_bytes(shape: tuple[int, int, int, int], dtype: str, bits: int | None)
 def context_shape(config: PI0Config, cameras: int, prompt: int) -> tuple[int, int, int, int]:
     """Shape of a frame's context: layers, keys and values, tokens, head dim."""
     vlm = config.architecture().vlm
-    patches = (config.image_size // vlm.vision.patch_size) ** 2
+    patches = vlm.vision.patches(config.image_size) ** 2
     return vlm.gemma.depth, 2, cameras * patches + prompt, vlm.gemma.head_dim
 
 

@@ -15,13 +15,27 @@ from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from .ema import Ema, sharding
+from .ema import Ema, Trained, sharding
 from .muon import MuonAdamW
 
 
 def _arguments(config: AdamWConfig) -> dict[str, Any]:
     """What an optimizer takes of a config: LeRobot's loop clips gradients itself."""
     return {name: x for name, x in asdict(config).items() if name != "grad_clip_norm"}
+
+
+def _of_the_policy(config: AdamWConfig, params: Any) -> Trained:
+    """The parameters, if they are what the policy says that it trains.
+
+    Raises:
+        ValueError: LeRobot passes all parameters, because the run sets its optimizer itself.
+    """
+    if not isinstance(params, Trained):
+        raise ValueError(
+            f"optimizer.type={config.type} is built for what the policy trains: leave --use_policy_training_preset at "
+            "true, and choose it by --policy.ema_decay, --policy.optimizer_muon or --policy.optimizer_8bit"
+        )
+    return params
 
 
 @dataclass
@@ -34,7 +48,7 @@ class AveragedAdamWConfig(AdamWConfig):
         Raises:
             ValueError: the policy keeps no averages, but the run that is resumed does.
         """
-        if not isinstance(params, Ema):
+        if not isinstance(_of_the_policy(self, params), Ema):
             raise ValueError(
                 f"this run averages its weights (optimizer.type={self.type}), but ema_decay is not set: a run keeps "
                 "its ema_decay until it ends"
@@ -81,7 +95,7 @@ class MuonConfig(AdamWConfig):
         """
         if kind := sharding():
             raise ValueError(f"optimizer_muon does not go together with {kind}: set --policy.optimizer_muon=false")
-        return MuonAdamW(*params.parted(), **_arguments(self))
+        return MuonAdamW(*_of_the_policy(self, params).parted(), **_arguments(self))
 
 
 @dataclass

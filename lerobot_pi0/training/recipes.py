@@ -49,7 +49,8 @@ def schedule(config: "PI0Config", preset: LRSchedulerConfig) -> LRSchedulerConfi
 def take_dims(config: "PI0Config", features: dict[str, Any]) -> None:
     """Make states and actions as wide as the dataset's: with padding, a small expert would read mostly noise. Only the
     second loss has a use for padding (`environment_state`)."""
-    told = [OBS_ENV_STATE] if config.environment_state_weight else []
+    has_loss = config.environment_state_weight and OBS_ENV_STATE in (config.input_features or {})
+    told = [OBS_ENV_STATE] if has_loss else []
     for name, keys in (("max_state_dim", [OBS_STATE]), ("max_action_dim", [ACTION, *told])):
         if _is_lerobots(config, name) and keys[0] in features:
             setattr(config, name, sum(int(features[key]["shape"][0]) for key in keys if key in features))

@@ -6,8 +6,8 @@ from dataclasses import fields
 
 import pytest
 import torch
-from conftest import ACTION, CAMERAS, DIMS, OBS_STATE, BuiltinPI0Config, features, stats, tiny_config
-from lerobot.configs import NormalizationMode, PreTrainedConfig
+from conftest import ACTION, CAMERAS, DIMS, OBS_STATE, BuiltinPI0Config, features, make_batch, stats, tiny_config
+from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTrainedConfig
 from lerobot.policies import make_pre_post_processors
 from raw_frames import sample
 
@@ -206,6 +206,22 @@ def test_a_checkpoint_keeps_its_bounds(tmp_path):
     assert (bounded[:, 1] - bounded[:, 0]).double().abs().max() <= 0.05
     free = run(tmp_path, "--max_action_step=inf")
     assert (free[:, 1] - free[:, 0]).abs().max() > 0.2
+
+
+def test_a_policy_without_a_state():
+    """Catches a bound of the data's range that asks for a state, which this policy does not have."""
+    config, known = tiny_config(CAMERAS[:1], action_range_margin=0.0), statistics()
+    config.input_features[OBS_STATE] = PolicyFeature(FeatureType.STATE, (config.max_state_dim,))
+    policy = PI0Policy(config, dataset_stats={ACTION: known[ACTION]}).eval()
+    batch = {key: x for key, x in make_batch(cameras=CAMERAS[:1], size=64).items() if key != OBS_STATE}
+    chunk = policy.predict_action_chunk(batch) * known[ACTION]["std"] + known[ACTION]["mean"]
+    action = policy.select_action(batch) * known[ACTION]["std"] + known[ACTION]["mean"]
+    for x in (chunk, action):
+        assert (known[ACTION]["min"] - 1e-4 <= x).all()
+        assert (x <= known[ACTION]["max"] + 1e-4).all()
+    config.max_action_step = 1.0
+    with pytest.raises(bounds.BoundsError, match=r"max_action_step compares.*use action_range_margin alone"):
+        bounds.make_bounds(config, lambda: known)
 
 
 def test_refusals(tmp_path):

@@ -1,6 +1,7 @@
 """What is said of a dataset's features and of chunks beside its episodes."""
 
 import logging
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -34,4 +35,6 @@ def test_a_run_is_told_of_a_long_chunk(caplog):
     caplog.set_level(logging.WARNING)
     (message,) = told(chunk_size=50)
     assert "chunk_size=50 is long beside the episodes (median 85 frames)" in message
+    (remedy,) = re.findall("(--policy.chunk_size=.*),", message)  # which has to be one that a run takes
+    assert told(**{name: int(x) for name, x in re.findall(r"--policy.(\w+)=(\d+)", remedy)}) == []
     assert told(chunk_size=21, n_action_steps=10) == told(chunk_size=50, mask_padded_actions=True) == []

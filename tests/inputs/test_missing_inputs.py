@@ -9,6 +9,7 @@ import torch
 from conftest import CAMERAS, make_batch, stats, tiny_config
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.datasets import LeRobotDataset
+from lerobot.lerobot_types import TransitionKey
 from lerobot.policies import make_pre_post_processors
 from lerobot.policies.factory import make_policy
 from lerobot.utils.constants import ACTION, OBS_STATE
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from lerobot_pi0 import PI0Config, PI0Policy, make_pi0_pre_post_processors
 from lerobot_pi0.inputs.observation import ObservationError, ObservationMaker
+from lerobot_pi0.inputs.samples import check_sample, restore_dims
 
 CPU = torch.device("cpu")
 CHUNK = 4
@@ -134,6 +136,37 @@ def test_no_state(tmp_path, caplog):
     batch = make_batch(cameras=CAMERAS[:1], size=64)
     with pytest.raises(ObservationError, match=r"no 'observation.state' in the batch"):
         with_state({key: x for key, x in batch.items() if key != OBS_STATE}, CPU)
+
+
+@pytest.mark.parametrize("recipe", ["lerobot", "small"])
+def test_a_state_that_is_not_there(tmp_path, recipe):
+    """Catches a policy that was trained with a state and acts on zeros, or on some of its dims. The small recipe leaves
+    no room for padding, by which policies without a state were told."""
+    config = tiny_config(CAMERAS[:1], recipe=recipe)
+    config.set_dataset_feature_metadata({OBS_STATE: {"shape": (6,)}, ACTION: {"shape": (6,)}})
+    assert (config.max_state_dim == 6) == (recipe == "small")
+    made = PI0Policy(config, dataset_stats=stats(6, CAMERAS[:1]))
+    made.save_pretrained(tmp_path)
+    for pipeline in make_pi0_pre_post_processors(config, stats(6, CAMERAS[:1])):
+        pipeline.save_pretrained(tmp_path)
+    batch = make_batch(cameras=CAMERAS[:1], size=64)
+    for policy in (made.eval(), PI0Policy.from_pretrained(tmp_path)):
+        policy.predict_action_chunk(batch)
+        with pytest.raises(ObservationError, match=r"no 'observation.state' in the batch"):
+            policy.predict_action_chunk({key: x for key, x in batch.items() if key != OBS_STATE})
+        with pytest.raises(ObservationError, match=r"has 5 dims.*another robot"):
+            policy.predict_action_chunk(batch | {OBS_STATE: batch[OBS_STATE][:, :5]})
+
+
+def test_a_camera_without_a_name():
+    """Catches states of one dim, or pictures without a batch axis, that are only mended or named beside a camera of
+    `observation.images`: LeRobot calls a single one `observation.image`."""
+    for key in ("observation.image", "observation.images.top"):
+        transition = {TransitionKey.OBSERVATION: {key: torch.zeros(5, 3, 8, 8), OBS_STATE: torch.zeros(1, 5)}}
+        assert restore_dims(transition)[TransitionKey.OBSERVATION][OBS_STATE].shape == (5, 1)
+        sample = {TransitionKey.OBSERVATION: {key: np.zeros((8, 8, 3))}, TransitionKey.COMPLEMENTARY_DATA: {"task": ""}}
+        with pytest.raises(ObservationError, match=r"numpy array of shape \(8, 8, 3\)"):
+            check_sample(sample)
 
 
 def test_no_state_to_be_relative_to(tmp_path):

@@ -14,6 +14,7 @@ from lerobot_env_metaworld_small.configuration_metaworld_small import MetaworldS
 from lerobot_env_metaworld_small.record import RecordConfig
 from transformers import PreTrainedTokenizerFast
 
+from lerobot_pi0 import PI0Config
 from lerobot_pi0.inputs.steps import PI0TokenizerStep
 from lerobot_pi0.network.sizes import BYTE_VOCAB
 
@@ -224,6 +225,32 @@ def test_what_lerobot_eval_wrote():
     assert evaluate.successes({"per_task": entries}, ("a", "b")) == {"a": [True, True], "b": [False, True]}
     with pytest.raises(ValueError, match="nothing of c"):
         evaluate.successes({"per_task": entries}, ("c",))
+
+
+def test_what_cannot_be_trained_is_refused_before_anything_is_recorded():
+    """Options at which lerobot-train stops, half an hour later."""
+    for options, says in (
+        ({"chunk_size": 5}, "--n_action_steps=10 has to be between 1 and --chunk_size=5"),
+        ({"image_size": 100}, "take 96 or 112"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            learn.LearnConfig(**options)
+
+
+@pytest.mark.parametrize("rate", [8e-4, 2.5e-4, 2.5e-5])
+def test_the_learning_rate_is_the_one_that_was_chosen(rate, tmp_path):
+    """LeRobot's defaults, which the recipe takes for nobody's choice."""
+    options = policies.pi0(learn.LearnConfig(output=tmp_path).training("pi0"), rate)
+    names = ("recipe", "optimizer_lr", "scheduler_decay_lr")
+    config = PI0Config(**{name: options[f"policy.{name}"] for name in names})
+    assert (config.optimizer_lr, config.scheduler_decay_lr) == pytest.approx((rate, rate / 100), rel=1e-12)
+
+
+@pytest.mark.parametrize(("steps", "saves"), [(12000, 4), (12000, 7), (3, 4), (10, 3)])
+def test_checkpoints_of_a_curve(steps, saves, tmp_path):
+    """A checkpoint more than was asked for, a few steps before the last."""
+    every = learn.LearnConfig(steps=steps, saves=saves, output=tmp_path).training("pi0").options()["save_freq"]
+    assert len({*range(every, steps, every), steps}) <= saves
 
 
 def test_equal_time(tmp_path, monkeypatch):

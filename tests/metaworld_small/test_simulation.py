@@ -1,6 +1,7 @@
 """MetaWorld's example in the simulation, and as a whole with two tasks."""
 
 import json
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -46,6 +47,17 @@ def test_only_the_pictures_are_others():
             x.reshape(16, len(x) // 16, 16, len(x) // 16, 3).mean(axis=(1, 3)) for x in (part, small["pixels"])
         )
         assert np.abs(expected - ours).mean() < 20, "not the same scene, or not the same way up"
+
+
+def test_processes_of_one_task_at_a_time():
+    """Catches the processes of all tasks of a group, which begin at once: hundreds, each with its own MuJoCo."""
+    envs = MetaworldSmallEnv(task="reach-v3,door-open-v3", image_size=32).create_envs(2, use_async_envs=True)
+    assert len(multiprocessing.active_children()) == 0
+    for (env,) in (tasks.values() for tasks in envs.values()):
+        seen, _ = env.reset(seed=[5, 6])
+        assert seen["pixels"].shape == (2, 32, 32, 3)
+        assert len(multiprocessing.active_children()) == 2
+        env.close()
 
 
 def test_pictures_may_be_drawn_seldom():

@@ -5,8 +5,9 @@ import torch
 from conftest import assert_gradients_close, gradients, relative, shake
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from lerobot_pi0 import PI0Config
 from lerobot_pi0.network.siglip import VisionTower
-from lerobot_pi0.network.sizes import SO400M, VisionSize
+from lerobot_pi0.network.sizes import PALIGEMMA_PRESETS, SO400M, VisionSize
 
 SIZE = VisionSize(width=48, depth=3, mlp_dim=72, heads=6, patch_size=8, image_size=32)
 
@@ -52,6 +53,21 @@ def test_names_and_order_at_full_size():
         ours, reference = VisionTower(SO400M, 224), theirs(SO400M)
     expected = [(published(name), p.shape) for name, p in reference.named_parameters()]
     assert [(name, p.shape) for name, p in ours.named_parameters()] == expected
+
+
+@pytest.mark.parametrize("side", range(16, 52))
+def test_a_stem_makes_whole_patches(side):
+    """Catches a size at which the stem makes more patches than there are places for, which fails at the first image."""
+    size = PALIGEMMA_PRESETS["tiny"].vision
+    if side % 16 < 4:
+        tower = VisionTower(size, side)
+        assert tower(torch.rand(1, 3, side, side)).shape[1] == (side // 16) ** 2
+        return
+    fits = f"take {side // 16 * 16} or {side // 16 * 16 + 16}"
+    with pytest.raises(ValueError, match=f"not made of whole patches of 16: {fits}"):
+        VisionTower(size, side)
+    with pytest.raises(ValueError, match=rf"image_resolution=\[{side}, {side}\].*{fits}"):
+        PI0Config(paligemma_variant="tiny", action_expert_variant="tiny", image_resolution=(side, side))
 
 
 def test_images_smaller_than_a_patch():

@@ -49,6 +49,18 @@ def test_only_where_it_pays(no_amx, monkeypatch):
         narrow(torch.randn(MANY_TOKENS, 8).bfloat16())
 
 
+def test_a_buffer_of_inference_mode_serves_all(no_amx):
+    """Catches a buffer that a caller's inference mode made, with which every later product of this thread fails."""
+    torch.manual_seed(0)
+    layer, x = Linear(160, 160).bfloat16(), torch.randn(MANY_TOKENS, 160).bfloat16()
+    if hasattr(cpu_linear._scratch, "buffer"):
+        del cpu_linear._scratch.buffer
+    with torch.inference_mode():
+        first = layer(x)
+    with torch.no_grad():
+        assert torch.equal(layer(x), first)
+
+
 def test_not_where_nothing_is_computed(no_amx):
     """Catches a buffer with numbers among tensors that have none, with which `lerobot-pi0 plan` computes."""
     layer = Linear(48, 80).bfloat16()

@@ -58,6 +58,15 @@ def test_new_inputs(gpu, guide):
     assert Recorder.made == 1
 
 
+def test_a_graph_of_inference_mode_serves_all():
+    """Catches a graph that a caller's inference mode made, which nobody outside of it can use."""
+    graphs, model, x = CudaGraphs(Recorder), torch.nn.Linear(2, 2), torch.ones(1, 2)
+    with torch.inference_mode():
+        first = graphs(model, model, (x,))
+    with torch.no_grad():
+        assert torch.equal(graphs(model, model, (x,)), first)
+
+
 @pytest.mark.parametrize("solver", ["midpoint", "heun", "adaptive"])
 def test_solvers(gpu, solver):
     """Catches a solver that cannot be recorded, and the adaptive one, which reads values, being recorded."""

@@ -682,7 +682,7 @@ async def read_and_stop() -> None:
     async def fail() -> None:
         raise ValueError
 
-    asyncio.ensure_future(fail())
+    asyncio.ensure_future(fail())  # noqa: RUF006: it has to be forgotten
     await asyncio.sleep(0)
 
 

@@ -97,7 +97,7 @@ def test_draws():
     assert len({x.sum().item() for x in (both[:, :1], both[:, 1:], *other)}) == 5
 
 
-@pytest.mark.parametrize(("most", "pixels"), [(0.1, 4), (0.02, 0), (0.03, 1)])
+@pytest.mark.parametrize(("most", "pixels"), [(0.1, 4), (0.02, 1), (0.03, 1), (0, 0)])
 def test_shifts(most, pixels):
     """Catches a shift that blurs, goes too far or never far enough, wraps around, or moves a fixed camera."""
     images, steps = picture(2 * pixels + 1, 2), 2 * pixels + 1

@@ -93,6 +93,9 @@ def test_who_is_told_what(monkeypatch):
     other = optimizers.MuonConfig(lr=1e-3).build(policy.get_optim_params())
     with pytest.raises(ValueError, match=r"optimizer_muon=False, but the optimizer is MuonAdamW"):
         train(policy, batch_of(), 2, other)
+    for kind in (optimizers.MuonConfig, optimizers.AveragedAdamWConfig, optimizers.AveragedMuonConfig):
+        with pytest.raises(ValueError, match=r"leave --use_policy_training_preset at true"):
+            kind().build(policy.parameters())  # as LeRobot does where the run sets --optimizer.type
     monkeypatch.setattr(optimizers, "sharding", lambda: "FSDP")
     with pytest.raises(ValueError, match=r"optimizer_muon does not go together with FSDP.*optimizer_muon=false"):
         optimizers.MuonConfig().build(policy.get_optim_params())

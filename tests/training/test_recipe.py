@@ -5,8 +5,9 @@ import optax
 import pytest
 import torch
 from conftest import CAMERAS, stats, tiny_config
+from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
-from lerobot.utils.constants import ACTION, OBS_STATE
+from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 
 from lerobot_pi0 import PI0Policy
 from lerobot_pi0.training.optimizers import AveragedAdamWConfig, WarmupCosineConfig
@@ -62,6 +63,13 @@ def test_small():
     features = {OBS_STATE: {"shape": (7,)}, ACTION: {"shape": (6,)}}
     config.set_dataset_feature_metadata(features)
     assert (config.max_state_dim, config.max_action_dim) == (7, 6)
+    told = features | {OBS_ENV_STATE: {"shape": (9,)}}
+    for reads in (False, True):  # an environment state that the user leaves out would be padding, which is noise
+        config = tiny_config(recipe="small", max_state_dim=32, max_action_dim=32)
+        if reads:
+            config.input_features[OBS_ENV_STATE] = PolicyFeature(FeatureType.ENV, (9,))
+        config.set_dataset_feature_metadata(told)
+        assert config.max_action_dim == (15 if reads else 6)
     asked = tiny_config(
         recipe="small", optimizer_lr=1e-3, augment_shift=0, time_sampling_warmup_steps=0, max_state_dim=16
     )

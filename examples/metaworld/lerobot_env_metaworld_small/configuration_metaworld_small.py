@@ -6,7 +6,7 @@ from functools import partial
 import gymnasium as gym
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs.configs import EnvConfig, MetaworldEnv
-from lerobot.envs.utils import freeze_after_episode_end
+from lerobot.envs.utils import _LazyAsyncVectorEnv, freeze_after_episode_end
 
 ENV_TYPE = "metaworld_small"
 IMAGE_SIZE = 128
@@ -65,13 +65,19 @@ class MetaworldSmallEnv(MetaworldEnv):
         """
         from lerobot.envs.metaworld import DIFFICULTY_TO_TASKS
 
-        asynchronous = use_async_envs and n_envs > 1
-        kind = partial(gym.vector.AsyncVectorEnv, context="forkserver") if asynchronous else gym.vector.SyncVectorEnv
         found: dict = {}
+        spaces: tuple = ()
         for group in (name.strip() for name in self.task.split(",")):
             tasks = DIFFICULTY_TO_TASKS.get(group, [group])
             drawn = {"image_size": self.image_size, "zoom": self.zoom, "draw_every": self.draw_every}
             options = drawn | self.gym_kwargs
-            makers = [partial(_make_env, task=task, **options) for task in tasks]
-            found[group] = {i: kind([freeze_after_episode_end(make)] * n_envs) for i, make in enumerate(makers)}
+            found[group] = {}
+            for i, task in enumerate(tasks):
+                makers = [partial(_make_env, task=task, **options)] * n_envs
+                if use_async_envs and n_envs > 1:  # its processes begin when its task does, and not those of all tasks
+                    made = _LazyAsyncVectorEnv(makers, *spaces)
+                    spaces = made.observation_space, made.action_space, made.metadata
+                else:
+                    made = gym.vector.SyncVectorEnv([freeze_after_episode_end(make) for make in makers])
+                found[group][i] = made
         return found

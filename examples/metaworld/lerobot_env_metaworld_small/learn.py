@@ -20,6 +20,8 @@ from typing import Any
 import draccus
 from lerobot_env_virtual_so100.running import KEEP_MEMORY, lines, run
 
+from lerobot_pi0.network.sizes import PALIGEMMA_PRESETS
+
 from . import evaluate, policies, report, seeds
 from .configuration_metaworld_small import IMAGE_SIZE, ZOOM
 from .evaluate import Evaluation, Successes
@@ -74,6 +76,11 @@ class LearnConfig:
         for name in ("episodes", "steps", "batch_size", "trials", "saves", "processes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}={getattr(self, name)} has to be at least 1")
+        if not 1 <= self.n_action_steps <= self.chunk_size:
+            raise ValueError(
+                f"--n_action_steps={self.n_action_steps} has to be between 1 and --chunk_size={self.chunk_size}"
+            )
+        PALIGEMMA_PRESETS[policies.PRESET].vision.patches(self.image_size)  # raises where π₀ cannot see such pictures
         self.recording()  # raises where it cannot be recorded
 
     @property

@@ -1,12 +1,14 @@
 """Which policies are trained, with which options of `lerobot-train`."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .constants import STATE
 
+PRESET = "tiny"  # π₀'s size
 REPO = "local/metaworld"
 LOG_EVERY = 50  # training steps
 LEROBOTS_BATCH = 8  # lerobot-train's default
@@ -47,7 +49,7 @@ class Training:
             "num_workers": 1,
             "batch_size": self.batch_size,
             "steps": self.steps,
-            "save_freq": max(1, self.steps // self.saves),
+            "save_freq": -(-self.steps // self.saves),
             "log_freq": min(LOG_EVERY, self.steps),
             "seed": self.seed,
             "wandb.enable": "false",
@@ -70,21 +72,26 @@ def dtype() -> str:
     return "float32" if BFLOAT16_IS_SLOW else "bfloat16"
 
 
+def _chosen(value: float) -> float:
+    """The value with another last bit: the recipe replaces LeRobot's defaults, as if nobody had chosen them."""
+    return math.nextafter(value, math.inf)
+
+
 def pi0(training: Training, learning_rate: float) -> dict[str, Any]:
     """π₀, the small preset from random weights. It reads picture, state and sentence."""
     return training.options() | {
         "policy.type": "pi0",
         "policy.recipe": "small",
         "policy.dtype": dtype(),
-        "policy.paligemma_variant": "tiny",
-        "policy.action_expert_variant": "tiny",
+        "policy.paligemma_variant": PRESET,
+        "policy.action_expert_variant": PRESET,
         "policy.text_tokenizer_name": training.tokenizer,
         "policy.image_resolution": f"[{training.image_size}, {training.image_size}]",
         "policy.chunk_size": training.chunk,
-        "policy.optimizer_lr": learning_rate,
+        "policy.optimizer_lr": _chosen(learning_rate),
         "policy.scheduler_warmup_steps": min(100, training.steps),
         "policy.scheduler_decay_steps": training.steps,
-        "policy.scheduler_decay_lr": learning_rate / 100,
+        "policy.scheduler_decay_lr": _chosen(learning_rate / 100),
         # At first times near the noise, where only pictures and words tell the action; then LeRobot's, which make
         # chunks smooth.
         "policy.time_sampling_warmup_steps": 2 * training.steps // 3,

@@ -10,7 +10,7 @@ from lerobot.utils.constants import OBS_ENV_STATE
 
 from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.errors import CheckpointError
-from ...inputs.features import unread_features
+from ...inputs.features import padded, unread_features
 from ...inputs.observation import ObservationMaker
 from .. import ToolError
 from ..data import preprocessor_for, some
@@ -30,7 +30,9 @@ def one_batch(subject: Subject) -> Iterable[Finding]:
         return
     try:
         preprocessor = preprocessor_for(config, subject.stats, subject.rename_map)
-        ObservationMaker(config)(preprocessor(item), torch.device("cpu"))
+        observe = ObservationMaker(config)
+        observe.padded = padded(config, subject.stats)
+        observe(preprocessor(item), torch.device("cpu"))
     except (ValueError, KeyError, RuntimeError, OSError) as error:
         yield Finding(ERROR, "sample", f"the policy would not take the first frame: {error}", "see the errors above")
         return
