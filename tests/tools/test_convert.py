@@ -682,7 +682,7 @@ async def read_and_stop() -> None:
     async def fail() -> None:
         raise ValueError
 
-    asyncio.ensure_future(fail())  # noqa: RUF006: it has to be forgotten
+    asyncio.ensure_future(fail())  # noqa: RUF006 - nobody keeps it
     await asyncio.sleep(0)
 
 
