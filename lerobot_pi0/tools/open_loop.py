@@ -29,7 +29,7 @@ from .data import DatasetOptions, need_pi0, need_whole, open_dataset, open_meta
 from .evaluation import attention, report
 from .evaluation.held_out import held_out
 from .evaluation.intervals import training_spread
-from .evaluation.measure import by_resizing, measure, rattle
+from .evaluation.measure import by_resizing, measure
 from .evaluation.predictions import Runner
 
 
@@ -85,7 +85,6 @@ def run(options: Options) -> None:
     content, drawn = measure(runner, options.threshold, spread, still)
     content |= {
         "error by resizing": by_resizing(runner, drawn, spread, still),
-        **rattle(drawn, spread),
         "policy": str(config.pretrained_path),
         "dataset": options.dataset.repo_id,
         "episodes": episodes,

@@ -264,9 +264,12 @@ class ChunkErrors:
             ", ".join(f"{joint} {error:.4f}" for joint, error in zip(joints, errors, strict=True)),
         )
         if self._roughness is not None:
-            ratios = self._roughness.ratios([1.0] * len(joints))
-            each = ", ".join(f"{joint} {ratio:.2f}" for joint, ratio in zip(joints, ratios, strict=True))
-            logger.info("held out: roughness of sampled chunks divided by that of recorded ones: %s", each)
+            rough = zip(joints, self._roughness.sampled, self._roughness.recorded, strict=True)
+            each = ", ".join(f"{joint} {own:.3f} {recorded:.3f}" for joint, own, recorded in rough)
+            rattling = ", ".join(self._roughness.rattling(joints, [1.0] * len(joints)))
+            logger.info(
+                "held out: roughness of sampled and of recorded chunks: %s; rattling: %s", each, rattling or "no joint"
+            )
         self.__init__()  # type: ignore[misc]
 
 

@@ -220,6 +220,9 @@ def test_the_report(data, tmp_path, capsys):
     assert bars(said.err) >= {"frames", "chunks", "exchanged inputs", "ways to shrink pictures"}
     page = (tmp_path / "a/report.html").read_text()
     assert page.count("<svg") == 1 + 2 * JOINTS and page.count('class="bar"') == len(content["reactions"]) - 1
+    rough = content["roughness"]
+    for joint in ("pan", "lift", "grip"):
+        assert f"<td>{joint}</td><td>{rough[joint]['sampled']:.3g}</td><td>{rough[joint]['recorded']:.3g}</td>" in page
     shown = [str(e) for e in content["episodes"][:2]]
     assert re.findall(r"<h3>Episode (\d+)</h3>", page) == 2 * shown, "where it looks, and what it predicts"
     assert page.count("data:image/png") == page.count("<figcaption>frame ") == 2 * FRAMES
@@ -307,7 +310,7 @@ def test_verdicts():
     content = {
         "error": {"policy": 0.3, "hold still": 1.0, "mean action": 0.9}, "way": 0.9, "threshold": 0.05,
         "reactions": reactions, "ignored": [], "episodes seen": 8, "ratio": 0.33,
-        "interval": (0.3, 0.4), "delay": (0, 1.0),
+        "interval": (0.3, 0.4), "delay": (0, 1.0), "rattling": [], "roughness": {"pan": {"times": 2.34}},
     }  # fmt: skip
     assert ignored(content) == []
     assert verdicts(content)[0].startswith("good")
@@ -323,6 +326,9 @@ def test_verdicts():
         "ignores the instruction: exchanged, it moves the chunk by 4.0%"
         in verdicts(content | {"ignored": ["instruction"]})[0]
     )
+    rough = verdicts(content | {"rattling": ["pan"]})
+    assert [verdict.split(":")[0] for verdict in rough] == ["good", "rattles"]
+    assert "by a factor of pan 2.3." in rough[1]
     del reactions["instruction"]
     assert [verdict.split(":")[0] for verdict in verdicts(content)] == ["good", "cannot be asked whether it listens"]
 

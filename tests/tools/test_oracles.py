@@ -4,6 +4,7 @@ The first joint goes where the instruction says, the second where the camera say
 fourth never moves but for its noise. The chunk moves there in a smooth curve.
 """
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -134,6 +135,21 @@ def test_each_fault_is_named(policy, said, episodes):
     found = [x.split(":")[0] for x in verdicts_on(policy, episodes)]
     assert {*found} & {*said}, found
     assert "good" in said or "good" not in found
+
+
+@pytest.mark.parametrize(("noise", "rattles"), [(0.002, False), (0.01, False), (0.1, True)])
+def test_a_policy_that_rattles_is_named(noise, rattles):
+    """Catches a policy that would shake the arm, called good and no more; or one that is as smooth as what it saw."""
+    content, _ = measure(Oracle(8, 64, 0, good(noise)), 0.05, SPREAD, STILL)
+    found = {x.split(":")[0]: x for x in content["verdicts"]}
+    assert ("rattles" in found) == rattles == bool(content["rattling"])
+    assert "good" in found
+    for x in content["roughness"].values():
+        assert x["sampled"] == pytest.approx(20**0.5 * noise, rel=0.15)
+        assert x["recorded"] == pytest.approx(20**0.5 * 0.01, rel=0.15)
+    if rattles:
+        assert re.findall(r"(\w+) \d\.\d", found["rattles"])[:3] == ["pan", "lift", "flex"]
+        assert content["roughness"]["pan"]["times"] == pytest.approx(0.1 / np.hypot(0.01, 0.01), rel=0.15)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -128,10 +128,14 @@ def test_held_out_chunks(caplog):
     with caplog.at_level(logging.INFO):
         infos = held_out(policy, batches)
     errors, steps = torch.zeros(DIMS), 0
+    chunks: list[torch.Tensor] = []
+    shown: list[torch.Tensor] = []
     for batch, info in zip(batches, infos, strict=True):
         shape = (HELD_OUT_SAMPLES, 50, 32)
         noise, *_ = draws.repeatable_draws(0, -1, batch["index"].tolist(), shape, flow.BetaTime(), 0)
-        squares = (policy.eval().predict_action_chunk(batch, noise=noise[:, 0]) - batch[ACTION]).square()
+        chunk = policy.eval().predict_action_chunk(batch, noise=noise[:, 0])
+        squares = (chunk - batch[ACTION]).square()
+        chunks, shown = ([*kept, x[0], x[1, :20]] for kept, x in ((chunks, chunk), (shown, batch[ACTION])))
         valid = torch.cat([squares[0], squares[1, :20]])
         assert info["chunk_error"] == pytest.approx(valid.mean().item(), rel=1e-5)
         errors, steps = errors + valid.sum(dim=0), steps + len(valid)
@@ -139,6 +143,13 @@ def test_held_out_chunks(caplog):
     assert f"chunks {errors.mean() / steps:.4f} over 4 samples" in line
     for i in range(DIMS):
         assert f"joint_{i} {errors[i] / steps:.4f}" in line
+    sampled = torch.cat([torch.diff(x, n=3, dim=0) for x in chunks]).square().mean(dim=0).sqrt()
+    recorded = torch.cat([torch.diff(x, n=3, dim=0) for x in shown]).square().mean(dim=0).sqrt()
+    line = next(r.getMessage() for r in caplog.records if "held out: roughness" in r.message)
+    for i in range(DIMS):
+        assert f"joint_{i} {sampled[i]:.3f} {recorded[i]:.3f}" in line
+    rattling = [f"joint_{i}" for i in range(DIMS) if sampled[i] > 1.5 * (recorded[i] ** 2 + 20 * 0.01**2).sqrt()]
+    assert line.endswith(f"rattling: {', '.join(rattling) or 'no joint'}")
 
 
 def test_held_out_numbers_repeat():

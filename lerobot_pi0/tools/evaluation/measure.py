@@ -53,9 +53,10 @@ def measure(
         "reactions": reactions(runner, normalised, recorded[..., ~still_A], spread_A, valid, ~still_A),
         "threshold": threshold,
     }
+    chunks = {"predicted": predicted, "recorded": recorded, "valid": valid}
+    content |= rattle(chunks, names, spread_A)
     content["ignored"] = ignored(content)
     content["verdicts"] = verdicts(content)
-    chunks = {"predicted": predicted, "recorded": recorded, "valid": valid}
     return content, chunks | {"rows": rows, "columns": runner.columns, "joints": names}
 
 
@@ -77,13 +78,13 @@ def by_resizing(runner: Runner, drawn: dict[str, Any], spread_A: np.ndarray, sti
     return errors
 
 
-def rattle(drawn: dict[str, Any], spread_A: np.ndarray) -> dict[str, Any]:
-    """Roughness of the sampled chunks beside the recorded ones, by joint, and the joints that rattle."""
-    found = roughness(*(torch.from_numpy(drawn[name]) for name in ("predicted", "recorded", "valid")))
-    each = zip(drawn["joints"], found.sampled, found.recorded, strict=True)
+def rattle(chunks: dict[str, np.ndarray], joints: list[str], spread_A: np.ndarray) -> dict[str, Any]:
+    """Roughness of the predicted chunks beside the recorded ones, by joint, and the joints that rattle."""
+    found, spread = roughness(*map(torch.from_numpy, chunks.values())), spread_A.tolist()
+    each = zip(joints, found.sampled, found.recorded, found.ratios(spread), strict=True)
     return {
-        "roughness": {joint: {"sampled": sampled, "recorded": own} for joint, sampled, own in each},
-        "rattling": found.rattling(drawn["joints"], spread_A.tolist()),
+        "roughness": {name: {"sampled": own, "recorded": theirs, "times": x} for name, own, theirs, x in each},
+        "rattling": found.rattling(joints, spread),
     }
 
 

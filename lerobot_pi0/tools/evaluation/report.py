@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from ...inputs.smoothness import HARMLESS_NOISE, TOO_ROUGH
 from ..reports.charts import Curve, chart
 from ..reports.markup import Html, Page, bar, grid, legend, note, section, table, tag
 
@@ -60,7 +61,8 @@ def as_text(content: dict[str, Any]) -> str:
         f"error: {error} (in deviations of the actions)",
         "error by image_resize: " + ", ".join(f"{way} {x:.3f}" for way, x in content["error by resizing"].items()),
         f"moves {content['way']:.0%} of the recorded way",
-        f"rattles (more than 1.5 times as rough as recorded): {', '.join(content['rattling']) or 'no joint'}",
+        "roughness, predicted and recorded: "
+        + ", ".join(f"{name} {x['sampled']:.3g} {x['recorded']:.3g}" for name, x in content["roughness"].items()),
         *(f"reacts to {name}: {x['of everything']:.1%}" for name, x in content["reactions"].items()),
         "",
         *map(sentence, content["verdicts"]),
@@ -81,6 +83,7 @@ def page(content: dict[str, Any], drawn: dict[str, Any], plots: int) -> Page:
         _horizon(content),
         _reactions(content),
         _joints(content),
+        _roughness(content),
         *drawn["attention"],
         section("Recorded and predicted", "", legend(DRAWN), *(_episode(drawn, number) for number in numbers)),
     ]
@@ -89,7 +92,7 @@ def page(content: dict[str, Any], drawn: dict[str, Any], plots: int) -> Page:
 
 def grade(verdict: str) -> str:
     """The look of a verdict: for the policy, against it, or open."""
-    return "fine" if verdict.startswith("good") else "warning" if verdict.startswith("cannot") else "error"
+    return "fine" if verdict.startswith("good") else "warning" if verdict.startswith(("cannot", "rattles")) else "error"
 
 
 def _horizon(content: dict[str, Any]) -> Html:
@@ -121,6 +124,17 @@ def _joints(content: dict[str, Any]) -> Html:
     errors = {**content["error by joint"], "all": content["error"]}
     rows = [[joint, *(f"{x[name]:.3f}" for name in COLOURS)] for joint, x in errors.items()]
     return section("Error by joint", "In deviations of the actions in training.", table([["joint", *COLOURS], *rows]))
+
+
+ROUGHNESS = f"""Root mean square third difference of chunks, in the robot's units per step³: nearly zero for a smooth
+motion. A joint that is more than {TOO_ROUGH} times as rough as recorded rattles. A noise of {HARMLESS_NOISE:.0%} of the
+joint's deviation is allowed beside what was recorded."""
+
+
+def _roughness(content: dict[str, Any]) -> Html:
+    shown = {"sampled": "predicted", "recorded": "recorded", "times": "times as rough"}
+    rows = [[joint, *(f"{x[name]:.3g}" for name in shown)] for joint, x in content["roughness"].items()]
+    return section("Roughness by joint", ROUGHNESS, table([["joint", *shown.values()], *rows]))
 
 
 def _episode(drawn: dict[str, Any], number: int) -> Html:

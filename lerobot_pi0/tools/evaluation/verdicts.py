@@ -63,6 +63,12 @@ def verdicts(content: dict[str, Any]) -> list[str]:
     if not found and open_question is None:
         found = ["good: better than holding still and than the mean action, and it uses what was exchanged"]
     found += [open_question] if open_question else []
+    if content["rattling"]:  # it may be good apart from that
+        times = ", ".join(f"{joint} {content['roughness'][joint]['times']:.1f}" for joint in content["rattling"])
+        found.append(
+            f"rattles: its chunks are rougher than the recorded ones, by a factor of {times}. "
+            "--policy.noise_temperature=0.5 makes them smoother"
+        )
     if "instruction" not in content["reactions"]:
         found.append("cannot be asked whether it listens: the dataset has one instruction")
     if content["episodes seen"] < 2:
