@@ -5,10 +5,13 @@ import re
 from types import SimpleNamespace
 
 import pytest
+from conftest import stats, tiny_config
+from lerobot.utils.constants import OBS_ENV_STATE, OBS_STATE
 
 from lerobot_pi0 import PI0Config
 from lerobot_pi0.inputs import features
 from lerobot_pi0.inputs.features import LONG_CHUNK, long_chunk
+from lerobot_pi0.inputs.statistics import check_dataset
 
 
 @pytest.mark.parametrize("lengths", [[3], [40, 60], [100, 12, 31], [8], [16]])
@@ -21,6 +24,23 @@ def test_steps_beyond_the_end_are_counted(lengths, chunk):
     assert (said is not None) == (share >= LONG_CHUNK)
     if said is not None:
         assert f"{share:.0%} of all steps" in said[0]
+
+
+def test_a_run_is_told_what_is_not_read(caplog):
+    """Catches a dataset's places of objects, or efforts, of which somebody believes that the policy sees them."""
+
+    def told(**options) -> list[str]:
+        caplog.clear()
+        seen = [OBS_STATE, OBS_ENV_STATE, "observation.effort"]
+        meta = SimpleNamespace(features=dict.fromkeys(seen), stats={}, camera_keys=())
+        config = tiny_config(**options)
+        check_dataset(config, stats(), meta)
+        return [x.getMessage() for x in caplog.records if "are not read" in x.getMessage()]
+
+    caplog.set_level(logging.WARNING)
+    says = "of the dataset are not read: π₀ sees cameras, state and instruction"
+    assert told() == [f"{OBS_ENV_STATE}, observation.effort {says}"]
+    assert told(environment_state_weight=0.1) == [f"observation.effort {says}"]
 
 
 def test_a_run_is_told_of_a_long_chunk(caplog):

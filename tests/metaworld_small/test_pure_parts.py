@@ -253,6 +253,44 @@ def test_checkpoints_of_a_curve(steps, saves, tmp_path):
     assert len({*range(every, steps, every), steps}) <= saves
 
 
+def test_an_interrupted_training_goes_on(tmp_path, monkeypatch):
+    """A night's checkpoints that are removed, other options than those that were trained with, ACT's number of steps
+    measured anew, or a finished run that is trained again."""
+    told: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(learn, "run", lambda title, command, *_, **__: told.append((title, command)) or 7.0)
+
+    def saved(run: str, step: int, **options) -> Path:
+        folder = tmp_path / run / "checkpoints" / f"{step:06}" / "pretrained_model"
+        folder.mkdir(parents=True)
+        (folder / "train_config.json").write_text(json.dumps(options))
+        return folder
+
+    def options_of(**chosen) -> tuple[learn.LearnConfig, dict]:
+        config = learn.LearnConfig(steps=500, output=tmp_path, resume=True, **chosen)
+        return config, policies.pi0(config.training("pi0"), config.learning_rate)
+
+    begun = {"steps": 500, "batch_size": 16, "seed": 1000}
+    saved("pi0", 125, **begun)
+    last = saved("pi0", 250, **begun)
+    assert learn.train(*options_of()) == 7
+    assert told.pop() == (
+        "pi0: training steps 250 to 500",
+        ["lerobot-train", f"--config_path={last / 'train_config.json'}", "--resume=true"],
+    )
+    with pytest.raises(ValueError, match="trained with seed=1000, and seed=1001 is asked for: leave --resume out"):
+        learn.train(*options_of(seed=1001))
+    saved("pi0", 500, **begun)
+    assert learn.train(*options_of()) == 0
+    saved("act", 90, steps=90, batch_size=8, seed=1000)
+    assert learn.others(options_of()[0])["ACT"]["steps"] == 90
+    assert told == []
+    config, options = options_of()
+    config.resume = False
+    learn.train(config, options)
+    assert told[0][0] == "pi0: 500 training steps"
+    assert not (tmp_path / "pi0").exists()
+
+
 def test_equal_time(tmp_path, monkeypatch):
     """Another policy that trains for more time than π₀: the comparison would be its own."""
     log = "step:20 loss:1 updt_s:0.500 data_s:0.100\nstep:40 loss:1 updt_s:{} data_s:0.050"

@@ -69,6 +69,8 @@ class LearnConfig:
     processes: int = 2
     # Two more seeds of training, Diffusion Policy, the expert, and π₀ with LeRobot's own renderer. Takes hours.
     full: bool = False
+    # Go on with trainings that were interrupted, from their last checkpoints (`saves`), with the same other options.
+    resume: bool = False
     # Folder of the run. Demonstrations that are there are used again; everything else is overwritten.
     output: Path = Path("outputs/metaworld")
 
@@ -129,12 +131,36 @@ def record(config: LearnConfig) -> float:
 
 
 def train(config: LearnConfig, options: dict[str, Any]) -> float:
-    """`lerobot-train` with these options; returns seconds."""
-    folder = Path(options["output_dir"])
-    shutil.rmtree(folder, ignore_errors=True)
+    """`lerobot-train` with these options, or the rest of a run that has a checkpoint; returns seconds.
+
+    Raises:
+        ValueError: the run to go on with has other options.
+    """
+    folder, steps = Path(options["output_dir"]), options["steps"]
+    if (begun := interrupted(config, folder)) is None:
+        shutil.rmtree(folder, ignore_errors=True)
+        command, title = ["lerobot-train", *lines(options)], f"{folder.name}: {steps} training steps"
+    else:
+        for name in ("steps", "batch_size", "seed"):
+            if begun[name] != options[name]:
+                raise ValueError(
+                    f"{folder} was trained with {name}={begun[name]}, and {name}={options[name]} is asked for: leave "
+                    "--resume out to begin anew"
+                )
+        step, last = max(checkpoints(folder).items())
+        if step == steps:
+            return 0.0
+        command = ["lerobot-train", f"--config_path={last / 'train_config.json'}", "--resume=true"]
+        title = f"{folder.name}: training steps {step} to {steps}"
     # A step is too short for two threads: the second gains nothing. The other core loads data or trains another policy.
-    title, log = f"{folder.name}: {options['steps']} training steps", config.output / "logs" / f"{folder.name}.txt"
-    return run(title, ["lerobot-train", *lines(options)], log, OMP_NUM_THREADS="1", **KEEP_MEMORY)
+    log = config.output / "logs" / f"{folder.name}.txt"
+    return run(title, command, log, OMP_NUM_THREADS="1", **KEEP_MEMORY)
+
+
+def interrupted(config: LearnConfig, folder: Path) -> dict[str, Any] | None:
+    """The options of the run in this folder, if it is to go on and has a checkpoint."""
+    found = checkpoints(folder) if config.resume else {}
+    return json.loads((found[max(found)] / "train_config.json").read_text()) if found else None
 
 
 def seconds_a_step(log: str) -> float:
@@ -163,7 +189,8 @@ def others(config: LearnConfig) -> dict[str, dict[str, Any]]:
     ours, found = policies.pi0(config.training("pi0"), config.learning_rate), {}
     for name, make in made.items():
         training = replace(config.training(make.__name__), saves=1)
-        steps = steps_in_equal_time(config, ours, make(training))
+        begun = interrupted(config, training.run)
+        steps = steps_in_equal_time(config, ours, make(training)) if begun is None else begun["steps"]
         found[name] = make(replace(training, steps=steps))
     return found
 
@@ -179,7 +206,7 @@ def ours(config: LearnConfig) -> dict[str, dict[str, Any]]:
 
 def checkpoints(run: Path) -> dict[int, Path]:
     """Checkpoints of a run by their step."""
-    folders = [folder for folder in (run / "checkpoints").iterdir() if folder.name.isdigit()]
+    folders = [folder for folder in (run / "checkpoints").glob("*") if folder.name.isdigit()]
     return {int(folder.name): folder / "pretrained_model" for folder in sorted(folders)}
 
 
