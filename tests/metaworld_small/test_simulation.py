@@ -154,3 +154,18 @@ def test_a_small_version(tmp_path, capsys):
     scenes = [json.loads(line) for line in (dataset.root / record.SCENES_FILE).read_text().splitlines()]
     ends = ["reach-v3", "drawer-close-v3"]
     assert [scene["task"] for scene in scenes] == ["reach-v3"] * 5 + ["drawer-close-v3"] * 5 + ends
+
+
+def test_a_small_full_version(tmp_path):
+    """Catches a policy of the long version that cannot be trained or evaluated, which shows after hours."""
+    config = learn.LearnConfig(
+        tasks="drawer-close-v3", episodes=5, steps=4, trials=1, saves=1, image_size=64, full=True, output=tmp_path
+    )
+    rows = learn.learn(config)
+    ours = [f"π₀, seed {seed}" for seed in (1000, 1001, 1002)]
+    others = ["ACT", "Diffusion Policy", f"{ours[0]}, LeRobot's renderer", "expert", "random actions"]
+    assert [*rows] == ours + others
+    assert all(row["all"]["trials"] == 1 for row in rows.values())
+    assert rows["expert"]["all"]["successes"] == 1
+    again = learn.train(learn.LearnConfig(**vars(config) | {"resume": True}), learn.ours(config)[ours[0]])
+    assert again == 0, "it is trained already"
