@@ -1,6 +1,7 @@
 """Checks of a dataset's statistics: do they exist, do the joints move, are they statistics of relative actions?"""
 
 import logging
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def check_dataset(config: PI0Config, stats: Statistics | None, meta: Any) -> Non
     if OBS_STATE in recorded and not has_state(config, stats or {}):
         raise ValueError(
             f"no statistics of {OBS_STATE!r}, which the dataset has: `lerobot-edit-dataset --operation.type "
-            "recompute_stats` makes them"
+            "recompute_stats` makes them, in a copy of the dataset"
         )
     check_statistics(config, stats)
     check_relative_statistics(config, stats or {}, meta)
@@ -80,7 +81,7 @@ def check_statistics(config: PI0Config, stats: Statistics | None) -> None:
             raise ValueError(
                 f"no {' and '.join(missing)} for {key!r}, which is normalised by {mode.value}: without statistics "
                 "the policy would learn, or send to the robot, numbers of another scale. Pass the dataset's "
-                "`meta.stats`; `lerobot-edit-dataset --operation.type recompute_stats` makes them"
+                "`meta.stats`; `lerobot-edit-dataset --operation.type recompute_stats` makes them, in a copy"
             )
         low, high = (np.asarray(found[name], dtype=np.float64).reshape(-1) for name in names)
         if {low.size, high.size} != {int(np.prod(feature.shape))}:
@@ -135,16 +136,30 @@ def check_relative_statistics(config: PI0Config, stats: Statistics, meta: Any) -
     check_relative_names(config, meta)
     if ACTION not in stats or (problem := _problem(config, stats, meta)) is None:
         return
-    name, root = getattr(meta, "repo_id", None) or "DATASET", getattr(meta, "root", None)
-    command = f"lerobot-edit-dataset --repo_id={name}{f' --root={root}' if root else ''} "
-    command += "--operation.type=recompute_stats"
+    name = getattr(meta, "repo_id", None) or "DATASET"
+    raise ValueError(
+        f"{problem}. Make the right statistics, in a copy of the dataset that will be {name}_recomputed_stats in "
+        f"LeRobot's own folder (no --dataset.root), and train on that: {recompute_command(name, meta, config)}"
+    )
+
+
+def recompute_command(name: str, meta: Any, config: PI0Config, in_place: bool = False) -> str:
+    """LeRobot's command that computes a dataset's statistics anew, as this config needs them.
+
+    Args:
+        name: the dataset's id.
+        meta: its LeRobotDatasetMetadata, if there is one.
+        in_place: in the dataset itself, and not in a copy.
+    """
+    root = getattr(meta, "root", None)
+    command = f"lerobot-edit-dataset --repo_id={shlex.quote(name)}"
+    command += f" --root={shlex.quote(str(root))}" if root else ""
+    command += f" --new_root={shlex.quote(str(root))} --operation.overwrite=true" if root and in_place else ""
+    command += " --operation.type=recompute_stats"
     if config.use_relative_actions:
         command += f" --operation.relative_action=true --operation.chunk_size={config.chunk_size}"
         command += f' --operation.relative_exclude_joints="{config.relative_exclude_joints}"'
-    raise ValueError(
-        f"{problem}. Make the right statistics, in a copy of the dataset that will be {name}_recomputed_stats in "
-        f"LeRobot's own folder (no --dataset.root), and train on that: {command}"
-    )
+    return command
 
 
 def _problem(config: PI0Config, stats: Statistics, meta: Any) -> str | None:

@@ -84,10 +84,11 @@ def read_config(path: str, overrides: list[str]) -> Any:
     Raises:
         CheckpointError: there is no such checkpoint, or it is not π₀'s.
     """
-    checkpoint = Checkpoint.open(path)
+    revision = parser.parse_arg("pretrained_revision", overrides)
+    checkpoint = Checkpoint.open(path, revision=revision)
     checkpoint.config()  # explains what is wrong with it; LeRobot's parser raises many kinds of errors
     _ = checkpoint.pipelines  # refuses what would run a program, before a verb builds them
-    config: Any = PreTrainedConfig.from_pretrained(path, cli_overrides=overrides)
+    config: Any = PreTrainedConfig.from_pretrained(path, revision=revision, cli_overrides=overrides)
     config.pretrained_path = path
     return config
 

@@ -14,6 +14,7 @@ stopped when it is given again.
 
 import logging
 import math
+import shlex
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -107,7 +108,7 @@ def run(options: Options) -> None:
         raise ToolError(str(error)) from error
     logger.info(
         "%d contexts are in %s. Train on them: lerobot-train … --policy.context_cache=%s --dataset.root=%s",
-        manifest.frames, options.output, options.output, options.output / DATASET,
+        manifest.frames, *(shlex.quote(str(x)) for x in (options.output, options.output, options.output / DATASET)),
     )  # fmt: skip
 
 

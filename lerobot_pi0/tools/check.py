@@ -148,7 +148,7 @@ def take_checkpoint(config: PI0Config, dataset: Any, rename_map: dict[str, str])
     """
     if config.pretrained_path:
         place = str(config.pretrained_path)
-        Checkpoint.open(place).settle_processors(config, dataset.meta, trains=True)
+        Checkpoint.open(place, revision=config.pretrained_revision).settle_processors(config, dataset.meta, trains=True)
         if (run := run_of(place)) is not None:
             rename_cameras(run, rename_map)
     narrow_padded(config, lambda: dataset.meta.stats)
@@ -167,7 +167,7 @@ def read_trained(config: PI0Config) -> Trained:
             return Trained(None, None, {}, load_tokenizer(config.tokenizer), None)
     except TokenizerError as error:
         return Trained(None, None, {}, None, str(error))
-    checkpoint = Checkpoint.open(source)
+    checkpoint = Checkpoint.open(source, revision=config.pretrained_revision)
     before = checkpoint.config()
     if checkpoint.source.file(f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json") is None:
         return Trained(str(source), before, {}, None, f"{source} has no preprocessor, which LeRobot needs")

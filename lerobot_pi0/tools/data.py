@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from lerobot.configs import PreTrainedConfig
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
+from lerobot.datasets.utils import has_legacy_hub_download_metadata
 from lerobot.policies import make_pre_post_processors
 from lerobot.utils.constants import ACTION, HF_LEROBOT_HOME, OBS_STATE
 
@@ -55,7 +56,9 @@ def open_meta(options: DatasetOptions, whole: bool = True) -> FolderMetadata:
     Raises:
         ToolError: there is no dataset, its `info.json` cannot be read, or it has no state or no actions.
     """
-    home = None if options.revision else HF_LEROBOT_HOME / options.repo_id
+    home: Path | None = HF_LEROBOT_HOME / options.repo_id
+    if options.revision or has_legacy_hub_download_metadata(home):  # which LeRobot does not read: it downloads another
+        home = None
     root = options.root or home
     meta = FolderMetadata(options.repo_id, root if root is not None and is_folder(root) else _download(options, whole))
     if missing := [key for key in (OBS_STATE, ACTION) if key not in meta.features]:
@@ -146,7 +149,10 @@ def build_pipelines(config: PI0Config, **arguments: dict[str, Any]) -> tuple[Any
     """
     try:
         return make_pre_post_processors(
-            config, pretrained_path=str(config.pretrained_path), preprocessor_overrides=arguments
+            config,
+            pretrained_path=str(config.pretrained_path),
+            pretrained_revision=config.pretrained_revision,
+            preprocessor_overrides=arguments,
         )
     except Exception as error:  # steps and libraries of tokenizers raise errors of many kinds
         raise ToolError(

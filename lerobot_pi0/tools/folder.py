@@ -5,6 +5,7 @@ Axes: N frames, D dims of state or action.
 
 import importlib
 import json
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -133,13 +134,14 @@ class FolderMetadata(LeRobotDatasetMetadata):
 
     def note(self, file: str, problem: str) -> None:
         """Add to `damage`, with the remedy that suits the problem."""
-        again = f"hf download {self.repo_id} --repo-type=dataset --local-dir={self.root}"
+        root = shlex.quote(str(self.root))
+        again = f"hf download {self.repo_id} --repo-type=dataset --local-dir={root}"
         remedy = f"copy the file again, or download it: {again}"
         if "Git LFS" in problem:
             remedy = f"run `git lfs pull` in {self.root}, or download the dataset: {again}"
         elif file == STATS_PATH:
-            remedy = f"compute it: lerobot-edit-dataset --repo_id={self.repo_id} --root={self.root} "
-            remedy += "--operation.type=recompute_stats"
+            remedy = f"compute it: lerobot-edit-dataset --repo_id={self.repo_id} --root={root} --new_root={root} "
+            remedy += "--operation.overwrite=true --operation.type=recompute_stats"
         if (damage := Damage(file, problem, remedy)) not in self.damage:
             self.damage.append(damage)
 
@@ -211,7 +213,8 @@ def read_info(repo_id: str, root: Path) -> Any:
         if version.removeprefix("v").startswith(("1.", "2.")):
             raise ToolError(
                 f"the dataset in {root} has the format {version}, LeRobot reads v3.0. This command converts it in "
-                f"place (a copy stays in {root}_old): {CONVERTER} --repo-id={repo_id} --root={root} --push-to-hub=false"
+                f"place (a copy stays in {root}_old): {CONVERTER} --repo-id={repo_id} --root={shlex.quote(str(root))} "
+                "--push-to-hub=false"
             )
         info = load_info(root)
         check_version_compatibility(repo_id, version, CODEBASE_VERSION)

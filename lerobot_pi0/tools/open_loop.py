@@ -71,7 +71,8 @@ def run(options: Options) -> None:
     config = need_pi0(options.policy)
     if config.pretrained_path is None:
         raise ToolError("a policy without weights has nothing to show: give --policy.path=CHECKPOINT")
-    options.rename_map = options.rename_map or Checkpoint.open(config.pretrained_path).pipelines.rename_map
+    checkpoint = Checkpoint.open(config.pretrained_path, revision=config.pretrained_revision)
+    options.rename_map = options.rename_map or checkpoint.pipelines.rename_map
     meta = open_meta(options.dataset)
     need_whole(meta)
     episodes, origin = held_out(config, options.dataset, meta)

@@ -369,6 +369,9 @@ def test_robot(clean, tmp_path, capsys):
     status, found = findings(capsys, tmp_path / "data", "--policy.type=pi0", *SCRATCH, *robot, *cameras)
     assert (status, serious(found)) == (0, {})
     assert "robot" in {x["about"] for x in found}
+    renamed = f"--rename_map={{{FRONT}: observation.images.base_0_rgb}}"
+    _, found = findings(capsys, tmp_path / "data", "--policy.type=pi0", *SCRATCH, *robot, *cameras, renamed)
+    assert "error robot" not in serious(found), "the robot's cameras have the dataset's names, not the policy's"
     status, found = findings(
         capsys, tmp_path / "data", "--policy.type=pi0", *SCRATCH, *robot, cameras[0].replace("left", "side")
     )

@@ -24,7 +24,7 @@ from lerobot_pi0.network.sizes import GemmaSize, PaliGemmaSize, VisionSize
 from lerobot_pi0.tools import main
 from lerobot_pi0.tools.data import DatasetOptions
 from lerobot_pi0.tools.evaluation.held_out import held_out
-from lerobot_pi0.tools.evaluation.measure import by_step, partners, rms
+from lerobot_pi0.tools.evaluation.measure import by_step, partners, recorded_chunks, rms
 from lerobot_pi0.tools.evaluation.predictions import spread_over
 from lerobot_pi0.tools.evaluation.verdicts import ignored, verdicts
 
@@ -276,6 +276,16 @@ def test_held_out(data, tmp_path):
     other = DatasetOptions("test/other", str(data))
     found, said = held_out(policy.config, other, meta)
     assert found == list(range(EPISODES)) and "another dataset than that of training (test/grey)" in said
+    save(policy, tmp_path / "rooted", root=str(data / "meta" / ".."))
+    policy.config.pretrained_path = tmp_path / "rooted"
+    assert held_out(policy.config, other, meta)[0] == expected, "any name goes with a folder"
+
+
+def test_actions_of_one_dim():
+    """Catches chunks of scalars, which LeRobot makes of actions of one dim, and which are spread over all steps."""
+    items = [{ACTION: torch.arange(3.0), f"{ACTION}_is_pad": torch.zeros(3, dtype=torch.bool)}] * 2
+    chunks, valid = recorded_chunks(items)
+    assert chunks.shape == (2, 3, 1) and valid.shape == (2, 3)
 
 
 # --- parts --------------------------------------------------------------------------------------------------

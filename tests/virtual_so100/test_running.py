@@ -1,5 +1,6 @@
 """What is shown of a command that runs for long."""
 
+import json
 import sys
 
 import pytest
@@ -33,3 +34,19 @@ def test_a_file_has_a_line_now_and_then(tmp_path, capsys, monkeypatch):
         running.run("a title", command(tmp_path, "sys.exit(3)"), tmp_path / "log.txt")
     shown = capsys.readouterr().out
     assert "\n   steps: 299 [9.99it/s]\n" in shown and "\r" not in shown
+
+
+def test_only_an_earlier_run_is_removed(tmp_path):
+    """Catches a command that empties a folder of somebody else's: LeRobot trains into outputs/train."""
+    mine, theirs = tmp_path / "mine", tmp_path / "train"
+    running.remove_run(mine, "local/arm")
+    for folder, repo_id in ((mine, "local/arm"), (theirs, "you/cubes")):
+        saved = folder / "checkpoints" / "last" / "pretrained_model"
+        saved.mkdir(parents=True)
+        (saved / "train_config.json").write_text(json.dumps({"dataset": {"repo_id": repo_id}}))
+    running.remove_run(mine, "local/arm")
+    assert not mine.exists()
+    for other in (theirs, tmp_path):
+        with pytest.raises(SystemExit, match=r"holds other things than an earlier run.*another --output"):
+            running.remove_run(other, "local/arm")
+    assert saved.is_dir()

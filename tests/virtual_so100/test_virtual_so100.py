@@ -17,7 +17,7 @@ import needs_rendering  # noqa: E402, F401
 from lerobot.datasets import LeRobotDatasetMetadata  # noqa: E402
 from lerobot.envs.factory import make_env, make_env_config  # noqa: E402
 from lerobot.envs.utils import NEW_ROLLOUT_OPTION, env_to_policy_features  # noqa: E402
-from lerobot_env_virtual_so100 import constants, demo, record, score  # noqa: E402
+from lerobot_env_virtual_so100 import constants, demo, record, score, so100  # noqa: E402
 from lerobot_env_virtual_so100.demonstrations import Demonstrator, cubes_shown  # noqa: E402
 from lerobot_env_virtual_so100.env import VirtualSO100GymEnv  # noqa: E402
 from lerobot_env_virtual_so100.experts import make_expert  # noqa: E402
@@ -275,6 +275,37 @@ def test_the_demo_records_again_what_is_not_complete(tmp_path, monkeypatch, writ
     demo.record(config)
     assert len(runs) == again
     assert config.dataset.exists() != again
+
+
+def test_each_scene_counts_once(tmp_path, monkeypatch):
+    """Catches rates of the scenes that ended first, which are the solved ones: the last batch has more than were asked
+    for."""
+    solved = {seed: seed % 4 == 0 for seed in range(1000, 1050)}
+
+    def run(title, command, log) -> float:
+        order = sorted(solved, key=lambda seed: (seed >= 1025, not solved[seed]))
+        rest = {"distance": 0.1, "ended_at": "red", "target": "red"}
+        lines = [{"seed": seed, "is_success": solved[seed], **rest} for seed in order]
+        (tmp_path / "named.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        return 1.0
+
+    monkeypatch.setattr(demo, "run", run)
+    found, _ = demo.evaluate(demo.DemoConfig(task="pick_place", scenes=30, output=tmp_path), "named")
+    assert (found["successes"], found["episodes"]) == (sum(solved[seed] for seed in range(1000, 1030)), 30)
+
+
+def test_nothing_of_somebody_elses_is_removed(tmp_path):
+    """Catches a policy that is removed before it is rolled out, and a folder that is emptied because it was named."""
+    policy = tmp_path / "train" / "pretrained_model"
+    policy.mkdir(parents=True)
+    (policy / "config.json").touch()
+    with pytest.raises(ValueError, match=r"lies in --output=.*give another"):
+        so100.SO100Config(policy=policy, output=tmp_path)
+    with pytest.raises(SystemExit, match="holds other things than an earlier run"):
+        so100.so100(so100.SO100Config(output=tmp_path))
+    assert (policy / "config.json").exists()
+    with pytest.raises(ValueError, match="--task must be one of reach, pick_place, not 'hover'"):
+        so100.SO100Config(task="hover")
 
 
 def test_streaming_gives_the_same_samples(dataset_root):

@@ -9,7 +9,6 @@ pictures it was made: without --full all are drawn without shadows, which a CPU 
 import json
 import logging
 import re
-import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import draccus
-from lerobot_env_virtual_so100.running import KEEP_MEMORY, lines, run
+from lerobot_env_virtual_so100.running import KEEP_MEMORY, lines, remove_run, run
 
 from lerobot_pi0.network.sizes import PALIGEMMA_PRESETS
 
@@ -138,7 +137,7 @@ def train(config: LearnConfig, options: dict[str, Any]) -> float:
     """
     folder, steps = Path(options["output_dir"]), options["steps"]
     if (begun := interrupted(config, folder)) is None:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_run(folder, policies.REPO)
         command, title = ["lerobot-train", *lines(options)], f"{folder.name}: {steps} training steps"
     else:
         for name in ("steps", "batch_size", "seed"):

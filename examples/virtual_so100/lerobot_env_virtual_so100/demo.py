@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,12 +22,13 @@ import draccus
 
 from .constants import EPISODE_SECONDS, JOINTS
 from .record import SCENES_FILE
-from .running import KEEP_MEMORY, environment, lines, run
+from .running import KEEP_MEMORY, environment, lines, remove_run, run
 from .score import ScoreConfig, score, summary
 
 logger = logging.getLogger(__name__)
 
 LOG_EVERY = 50  # training steps
+FIRST_SCENE = 1000  # seed of the first scene to evaluate on
 HELD_OUT = 30  # demonstrations that training does not see
 HELD_OUT_NAME = "local/virtual_so100_held_out"
 
@@ -179,8 +181,8 @@ def training_options(config: DemoConfig) -> dict[str, object]:
 
 def train(config: DemoConfig) -> float:
     """`lerobot-train` with these options."""
-    shutil.rmtree(config.run, ignore_errors=True)
     options = training_options(config)
+    remove_run(config.run, str(options["dataset.repo_id"]))
     command = ["lerobot-train", *lines(options)]
     # A step of this size is too short for two threads: the second gains nothing, and on a busy machine they wait for
     # each other. The other core loads data.
@@ -205,12 +207,13 @@ def evaluate(config: DemoConfig, instruction: str) -> tuple[dict, float]:
         "eval.n_episodes": config.scenes,
         "eval.batch_size": min(25, config.scenes),
         "eval.use_async_envs": "false",
-        "seed": 1000,
+        "seed": FIRST_SCENE,
         "output_dir": folder,
     }
     command = ["lerobot-eval", *lines(options)]
     seconds = run(f"evaluation, instruction {instruction}", command, _log(config, f"eval_{instruction}"))
-    outcomes = [json.loads(line) for line in results.read_text().splitlines()][: config.scenes]
+    outcomes = [json.loads(line) for line in results.read_text().splitlines()]  # in the order in which they ended
+    outcomes = [x for x in outcomes if FIRST_SCENE <= x["seed"] < FIRST_SCENE + config.scenes]
     for video in sorted(folder.glob("videos/**/*.mp4"))[:1]:
         shutil.copy(video, config.output / f"{instruction}.mp4")
     return summary(outcomes), seconds
@@ -252,10 +255,11 @@ def table(rows: dict[str, dict]) -> str:
 def open_loop_command(config: DemoConfig) -> str:
     """The command that reports to which inputs the trained policy reacts."""
     tool, report = Path(sys.executable).with_name("lerobot-pi0"), config.output / "open_loop"
-    return (
-        f"{tool} open-loop --policy.path={config.policy} --dataset.repo_id={HELD_OUT_NAME} "
-        f"--dataset.root={config.held_out} --output_dir={report}"
-    )
+    options = {
+        "policy.path": config.policy, "dataset.repo_id": HELD_OUT_NAME, "dataset.root": config.held_out,
+        "output_dir": report,
+    }  # fmt: skip
+    return shlex.join([str(tool), "open-loop", *lines(options)])
 
 
 def demo(config: DemoConfig) -> dict[str, dict]:

@@ -1,13 +1,16 @@
 """LeRobot's commands as subprocesses whose output is kept in a file and whose progress is shown."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+RUN = {"checkpoints", "eval", "wandb"}  # what lerobot-train writes into the folder of a run
 BETWEEN_LINES = 60  # seconds from one line of progress to the next where the output is no terminal
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 """Variables with which glibc keeps what tensors free for the next ones, and does not ask the system for it anew in each
@@ -17,6 +20,21 @@ step. A training step of a small network takes 4 to 8 % less time, and the proce
 def lines(options: dict[str, Any]) -> list[str]:
     """Options as a command line has them: --name=value."""
     return [f"--{name}={value}" for name, value in options.items()]
+
+
+def remove_run(folder: Path, repo_id: str) -> None:
+    """Remove an earlier training run on this dataset, if there is one.
+
+    Raises:
+        SystemExit: there is something else in the folder.
+    """
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    known = folder / "checkpoints" / "last" / "pretrained_model" / "train_config.json"
+    trained = json.loads(known.read_text())["dataset"]["repo_id"] if known.is_file() else None
+    if trained not in (None, repo_id) or {x.name for x in folder.iterdir()} - RUN:
+        raise SystemExit(f"{folder} holds other things than an earlier run of this command: give another --output")
+    shutil.rmtree(folder)
 
 
 def uses_egl() -> bool:

@@ -17,7 +17,6 @@ import draccus
 
 from . import closed_loop, demo
 from .cell import Cell
-from .constants import EPISODE_SECONDS
 from .film import film
 from .record import join
 from .running import lines, run
@@ -52,14 +51,18 @@ class SO100Config:
     output: Path = Path("outputs/so100")
 
     def __post_init__(self):
-        if self.task not in EPISODE_SECONDS:
-            raise ValueError(f"--task must be one of {', '.join(EPISODE_SECONDS)}, not {self.task!r}")
+        if self.task not in demo.RECIPES:
+            raise ValueError(f"--task must be one of {', '.join(demo.RECIPES)}, not {self.task!r}")
         if self.inference not in ("sync", "rtc"):
             raise ValueError(f"--inference must be sync or rtc, not {self.inference!r}")
         if self.episodes < 1 or self.scenes < 1:
             raise ValueError("--episodes and --scenes must be at least 1")
         if self.policy is not None and not (self.policy / "config.json").exists():
             raise FileNotFoundError(f"--policy={self.policy} is not the folder of a policy: no config.json in it")
+        if self.policy is not None and self.policy.resolve().is_relative_to(self.output.resolve()):
+            raise ValueError(
+                f"--policy={self.policy} lies in --output={self.output}, which is removed: give another one"
+            )
 
     @property
     def recorded(self) -> Path:
@@ -153,9 +156,14 @@ def fast_path(config: SO100Config, policy: Path) -> dict[str, dict]:
 
 def so100(config: SO100Config) -> dict[str, dict]:
     """Do the whole workflow; returns the summaries by policy and control."""
-    shutil.rmtree(config.output, ignore_errors=True)
     started = time.perf_counter()
     folder = config.output / "cell"
+    if config.output.exists():
+        if any(config.output.iterdir()) and not folder.is_dir():
+            raise SystemExit(
+                f"{config.output} holds other things than an earlier run of this command: give another --output"
+            )
+        shutil.rmtree(config.output)
     with Cell(folder, task=config.task, calibrated=False) as cell:
         demonstrate(config, Way(cell))
         skipped = cell.status()["skipped"]

@@ -35,7 +35,8 @@ def contexts(subject: Subject) -> Iterable[Finding]:
         }
         compare(cache.folder, asdict(cache.manifest), own)
         weights = {name: p.detach() for name, p in network_parameters(config).items() if name.startswith(VLM)}
-        cache.check(config, read_tensors(weights, Checkpoint.open(source).tensors, weights))
+        checkpoint = Checkpoint.open(source, revision=config.pretrained_revision)
+        cache.check(config, read_tensors(weights, checkpoint.tensors, weights))
         check_prompts(subject, cache)
     except (CheckpointError, ContextCacheError) as error:
         yield Finding(ERROR, "contexts", str(error), again)

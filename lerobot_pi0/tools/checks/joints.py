@@ -80,7 +80,7 @@ def compare_with_robot(subject: Subject, robot: Robot, names: dict[str, list[str
         message = f"{robot.name} has the joints {', '.join(mine)}; the dataset {', '.join(names[ACTION])}"
         yield Finding(ERROR, "robot", message, "this dataset is of another robot, or of another order of joints")
     shapes = {f"{OBS_IMAGES}.{k}": v for k, v in robot.observation_features.items() if isinstance(v, tuple)}
-    if missing := [key for key in subject.cameras if key not in shapes]:
+    if missing := [key for key in subject.cameras.values() if key not in shapes]:
         message = f"{robot.name} has no {some(missing)}, only {some(list(shapes)) or 'no camera'}"
         yield Finding(ERROR, "robot", message, "name --robot.cameras as in the dataset")
     for key, shape in shapes.items():

@@ -12,11 +12,9 @@ from lerobot.datasets.compute_stats import compute_relative_action_stats
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from ...inputs.joints import pairing_problem
-from ...inputs.statistics import STATISTICS, check_relative_statistics, check_statistics
+from ...inputs.statistics import STATISTICS, check_relative_statistics, check_statistics, recompute_command
 from ..data import dim_names, some
 from .subject import ERROR, FINE, WARNING, Finding, Subject, array
-
-RECOMPUTE = "lerobot-edit-dataset --operation.type=recompute_stats computes them again"
 
 FLOAT32 = 32 * float(np.finfo(np.float32).eps)
 """What LeRobot loses, relative to the square of the mean: it makes variances of sums of squares, in float32."""
@@ -30,7 +28,7 @@ def statistics(subject: Subject) -> Iterable[Finding]:
     try:
         check_statistics(subject.config, subject.stats)
     except ValueError as error:
-        yield Finding(ERROR, "statistics", str(error), RECOMPUTE)
+        yield Finding(ERROR, "statistics", str(error), recompute(subject))
         return
     if (pairing_problem(subject.config, subject.dataset.meta) or ("", False))[1]:
         return  # which `joints` reports
@@ -56,6 +54,12 @@ def statistics(subject: Subject) -> Iterable[Finding]:
         )
 
 
+def recompute(subject: Subject) -> str:
+    """The command that mends the statistics of this dataset."""
+    meta = subject.dataset.meta
+    return recompute_command(meta.repo_id, meta, subject.config, in_place=True)
+
+
 def foreign_statistics(subject: Subject) -> Iterable[Finding]:
     """Stored mean and spread against those of the data, per dim."""
     for key, values, mode in subject.vectors():
@@ -76,9 +80,8 @@ def foreign_statistics(subject: Subject) -> Iterable[Finding]:
             bad |= foreign_range(subject.stats[key], values, lost)
         if bad.any():
             names = [dim_names(subject.dataset, key)[i] for i in np.flatnonzero(bad)]
-            hint = " --operation.relative_action=true" if space == "relative" else ""
             message = f"the statistics of {key} are not those of its {space} values: {some(names)}"
-            yield Finding(ERROR, "statistics", message, f"lerobot-edit-dataset --operation.type=recompute_stats{hint}")
+            yield Finding(ERROR, "statistics", message, recompute(subject))
 
 
 def foreign_range(stats: dict[str, Any], values_ND: np.ndarray, lost_D: np.ndarray) -> np.ndarray:

@@ -100,7 +100,7 @@ def weights(subject: Subject) -> Iterable[Finding]:
     if source is None or config.use_peft:
         return
     try:
-        Checkpoint.open(source).check(network_parameters(config), config=config)
+        Checkpoint.open(source, revision=config.pretrained_revision).check(network_parameters(config), config=config)
     except CheckpointError as error:
         yield Finding(ERROR, "weights", str(error), "training would stop with the same message")
         return

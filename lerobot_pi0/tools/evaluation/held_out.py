@@ -1,6 +1,7 @@
 """Episodes that a training run held out."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 from lerobot.configs.train import TRAIN_CONFIG_NAME
@@ -21,10 +22,11 @@ def held_out(config: PI0Config, options: DatasetOptions, meta: LeRobotDatasetMet
     everything = list(range(meta.total_episodes))
     if options.episodes is not None:
         return sorted(options.episodes), "those that were named"
-    train = Source(str(config.pretrained_path)).read_json(TRAIN_CONFIG_NAME) or {}
+    train = Source(str(config.pretrained_path), revision=config.pretrained_revision).read_json(TRAIN_CONFIG_NAME) or {}
     trained = noted if isinstance(noted := train.get("dataset"), dict) else {}
-    if trained.get("repo_id") not in (None, options.repo_id):
-        return everything, f"of another dataset than that of training ({trained['repo_id']})"
+    same_folder = trained.get("root") and Path(str(trained["root"])).resolve() == Path(meta.root).resolve()
+    if trained.get("repo_id") not in (None, options.repo_id) and not same_folder:
+        return everything, f"of another dataset than that of training ({trained['repo_id']}), or of one renamed"
     seen = [x for x in _list(trained.get("episodes")) if x in everything] or everything
     split = trained.get("eval_split")
     if isinstance(split, float) and 0 < split < 1:

@@ -63,6 +63,7 @@ def measure(
 def recorded_chunks(items: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     """Recorded chunks (N, T, A), and which of their steps lie within the episode (N, T)."""
     chunks = np.stack([item[ACTION].double().numpy() for item in items])
+    chunks = chunks.reshape(*chunks.shape[:2], -1)  # LeRobot reads actions of one dim as scalars
     return chunks, np.stack([~item[f"{ACTION}_is_pad"].numpy() for item in items])
 
 

@@ -104,16 +104,16 @@ def load_policy(config: PI0Config) -> Any:
     """The policy of a checkpoint, with its adapter if it is one."""
     from ...modeling_pi0 import PI0Policy
 
-    path = str(config.pretrained_path)
+    path, revision = str(config.pretrained_path), config.pretrained_revision
     if not config.use_peft:
-        return PI0Policy.from_pretrained(path, config=config).eval()
+        return PI0Policy.from_pretrained(path, config=config, revision=revision).eval()
     from peft import PeftConfig, PeftModel
 
     with _named(path):
-        adapter = PeftConfig.from_pretrained(path)
+        adapter = PeftConfig.from_pretrained(path, revision=revision)
     base = PI0Policy.from_pretrained(adapter.base_model_name_or_path, config=config, revision=adapter.revision)
     with _named(path):
-        return PeftModel.from_pretrained(base, path, config=adapter).eval()
+        return PeftModel.from_pretrained(base, path, config=adapter, revision=revision).eval()
 
 
 @contextlib.contextmanager
