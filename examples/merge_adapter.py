@@ -33,11 +33,14 @@ def main(options: Options) -> None:
         raise SystemExit(f"{options.output} exists: name a new folder")
     config = PreTrainedConfig.from_pretrained(options.adapter)
     assert isinstance(config, PI0Config)
-    config.use_peft = False  # the merged weights have no adapter
+    config.use_peft, config.pretrained_path = True, options.adapter  # so that a base which has changed is refused
     config.take_saved(Checkpoint.open(options.adapter).saved())
-    base = PeftConfig.from_pretrained(options.adapter).base_model_name_or_path
-    policy = PI0Policy.from_pretrained(base, config=config)
-    PeftModel.from_pretrained(policy, options.adapter).merge_and_unload().save_pretrained(options.output)
+    adapter = PeftConfig.from_pretrained(options.adapter)
+    policy = PI0Policy.from_pretrained(adapter.base_model_name_or_path, config=config, revision=adapter.revision)
+    merged = PeftModel.from_pretrained(policy, options.adapter, config=adapter).merge_and_unload()
+    config.use_peft = False  # the merged weights have no adapter
+    config.save_expert_only = False  # and may differ from the base's everywhere
+    merged.save_pretrained(options.output)
     for processor in make_pre_post_processors(config, str(options.adapter)):
         processor.save_pretrained(options.output)
     print(f"merged: lerobot-train --policy.path={options.output}")

@@ -301,11 +301,17 @@ class PI0Config(BuiltinPI0Config):
     def to_files(self) -> dict[str, dict[str, Any]]:
         """Content of a checkpoint's config.json, LeRobot's keys alone, and of this plugin's file."""
         options = draccus.encode(self, PreTrainedConfig)
+        options["pretrained_revision"] = None  # of `pretrained_path`: LeRobot would ask for it in this repository
         ours = {name: options.pop(name, None) for name in PLUGIN_FIELDS}
         return {CONFIG_NAME: options, PLUGIN_CONFIG_NAME: ours | {"updates": self.updates}}
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        texts = {name: json.dumps(content, indent=4) + "\n" for name, content in self.to_files().items()}
+        files = self.to_files()
+        known = save_directory / PLUGIN_CONFIG_NAME
+        if known.is_file():  # options of a checkpoint are changed: where its weights come from stays
+            kept = json.loads(known.read_text())
+            files[PLUGIN_CONFIG_NAME] |= {name: kept[name] for name in ("start", "base") if name in kept}
+        texts = {name: json.dumps(content, indent=4) + "\n" for name, content in files.items()}
         for name, text in texts.items():
             (save_directory / name).write_text(text)
         if (note := self.__dict__.get("_after_save")) is not None:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,10 +82,12 @@ def test_load_and_act(tuned):
 
 def test_merge_adapter(tuned, tmp_path):
     """Catches a merged policy with other actions, or without its processors, options or joints."""
-    run = tmp_path / "lora"
+    run, base = tmp_path / "lora", tmp_path / "base"
+    shutil.copytree((tuned / "scratch" / LAST).resolve(), base)
     subprocess.run(
         [
-            sys.executable, "-m", "lerobot.scripts.lerobot_train", f"--policy.path={tuned / 'scratch' / LAST}",
+            sys.executable, "-m", "lerobot.scripts.lerobot_train", f"--policy.path={base}",
+            "--policy.save_expert_only=true",  # which would leave the VLM's weights to the base, unmerged
             "--policy.push_to_hub=false", "--policy.device=cpu", "--peft.method_type=LORA", "--peft.r=2",
             "--policy.flow_samples=3", "--policy.optimizer_lr=1e-2", "--dataset.repo_id=test/tiny",
             f"--dataset.root={tuned / 'data'}", "--batch_size=2", "--num_workers=0", "--steps=2",
@@ -108,6 +111,13 @@ def test_merge_adapter(tuned, tmp_path):
     assert relative(plain, chunks[0]) > 10 * relative(chunks[1], chunks[0])
     for file in (tuned / "scratch" / LAST).glob("policy_*.json"):
         assert (tmp_path / "merged" / file.name).read_text() == (run / LAST / file.name).read_text()
+    other = PI0Policy.from_pretrained(base)
+    with torch.no_grad():
+        other.model.action_out_proj.bias += 1
+    other.save_pretrained(base)
+    with pytest.raises(AssertionError, match="was trained over"):
+        finish(start("merge_adapter.py", f"--adapter={run / LAST}", f"--output={tmp_path / 'again'}"))
+    assert not (tmp_path / "again").exists()
 
 
 def test_push(tuned, tmp_path):

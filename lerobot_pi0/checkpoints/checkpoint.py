@@ -156,7 +156,9 @@ class Checkpoint:
         """
         run = self.of_run(config)
         own = run.source.read_json(CONFIG_NAME) or {}  # beside an adapter there may be none
-        settle_processors(run.pipelines, self.raw_config() or {}, own, config, meta, trains)
+        # An adapter may have been trained with other cameras than its base.
+        slots = own if manifest.cameras(own) else self.raw_config() or {}
+        settle_processors(run.pipelines, slots, own, config, meta, trains)
 
     def of_run(self, config: PreTrainedConfig) -> "Checkpoint":
         """The checkpoint with the run's own options and processors: an adapter's, if one is loaded over this one."""

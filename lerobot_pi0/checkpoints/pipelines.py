@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from lerobot.configs import FeatureType, NormalizationMode
 from lerobot.processor import ProcessorStepRegistry
-from lerobot.utils.constants import POLICY_POSTPROCESSOR_DEFAULT_NAME, POLICY_PREPROCESSOR_DEFAULT_NAME
+from lerobot.utils.constants import ACTION, POLICY_POSTPROCESSOR_DEFAULT_NAME, POLICY_PREPROCESSOR_DEFAULT_NAME
 from torch import Tensor
 
 from ..configuration_pi0 import PI0Config
@@ -159,6 +159,14 @@ class Pipelines:
 
     def _check_statistics(self, config: PI0Config) -> None:
         assert self.normalisation is not None and self.unnormalisation is not None  # `_check_steps` has found both
+        feature, known = vectors(config).get(ACTION), self.unnormalisation.statistics.get(ACTION)
+        if feature and not known and self.unnormalisation.mode(feature) is not NormalizationMode.IDENTITY:
+            logger.warning(
+                "%s has no statistics of actions: those that come out are normalised numbers, mostly from -1 to 1, not "
+                "in the robot's units. Let no arm move by them: fine-tune it first (lerobot-train --policy.path=%s)",
+                self.source,
+                self.source,
+            )
         for file, x in ((PREPROCESSOR, self.normalisation), (POSTPROCESSOR, self.unnormalisation)):
             if problem := problem_of(config, x):
                 raise CorruptCheckpointError(

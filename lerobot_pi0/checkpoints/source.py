@@ -174,7 +174,7 @@ class Source:
         if isinstance(error, RevisionNotFoundError):
             return (
                 f"{self} is on the Hub, but has no revision {self._hub.get('revision')!r}: name one of its branches, "
-                "tags or commits (--policy.pretrained_revision), or none for the newest"
+                "tags or commits, such as --policy.pretrained_revision=main; if you named none, its config.json does"
             )
         return f"{self} cannot be had from the Hub: {error}"
 

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_batch, small_builtin, small_policy, without_plugin
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies import make_policy
 from safetensors.torch import load_file, save_file
 from test_hub import hub, online  # noqa: F401  fixtures
-from test_roundtrip import chunk, reload_adapter, save_adapter, wrapped
+from test_roundtrip import chunk, dataset, reload_adapter, save_adapter, wrapped
 
 from lerobot_pi0 import PI0Policy
 from lerobot_pi0.checkpoints.errors import (
@@ -18,6 +20,7 @@ from lerobot_pi0.checkpoints.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
 )
+from lerobot_pi0.inputs.features import set_cameras
 
 pytestmark = pytest.mark.usefixtures("small")
 
@@ -134,6 +137,20 @@ def test_an_adapter_trained_on(adapter, tmp_path):
     assert torch.equal(chunk(reload_adapter(tmp_path / "again"), make_batch()), expected)
     assert json.loads((tmp_path / "again" / MANIFEST).read_text())["weights"] != json.loads(before)["weights"]
     assert (adapter / MANIFEST).read_text() == before
+
+
+def test_the_cameras_of_an_adapter_keep_their_order(tmp_path):
+    """Catches pictures that change places when an adapter is trained on with a dataset that lists its cameras in
+    another order: the slots are those of the adapter's cameras, and its base has none of them."""
+    small_policy(train_expert_only=True).save_pretrained(tmp_path / "base")
+    names = [f"observation.images.{name}" for name in ("front", "wrist", "top")]
+    policy = PI0Policy.from_pretrained(tmp_path / "base")
+    set_cameras(policy.config, dict(zip(names, policy.config.image_features.values(), strict=True)), names)
+    save_adapter(wrapped(policy, tmp_path / "base"), tmp_path / "adapter")
+    for order in (names, names[::-1]):
+        config = PreTrainedConfig.from_pretrained(tmp_path / "adapter")
+        config.pretrained_path = tmp_path / "adapter"
+        assert list(make_policy(config, ds_meta=dataset(cameras=order)).config.image_features) == names
 
 
 def test_the_revision_of_a_base_is_pinned(hub, tmp_path):  # noqa: F811

@@ -525,6 +525,16 @@ def test_expert_only(saved, tuned):
     assert policy.config.save_expert_only is True
 
 
+def test_options_saved_over_an_expert(tuned):
+    """Catches a config that is saved into the checkpoint's folder and forgets the base of its weights."""
+    policy = PI0Policy.from_pretrained(tuned[0])
+    policy.config.num_inference_steps = 3
+    policy.config.save_pretrained(tuned[0])
+    again = PI0Policy.from_pretrained(tuned[0])
+    assert_same_weights(again, tuned[1])
+    assert again.config.num_inference_steps == 3
+
+
 def test_expert_only_again(tuned, tmp_path):
     """Catches a second fine-tuning whose base would be the first one's file, which holds no VLM."""
     policy = PI0Policy.from_pretrained(tuned[0])

@@ -108,6 +108,29 @@ def test_options_may_be_edited(folder, caplog):
     assert "edited since it was saved: solver" in caplog.text
 
 
+def test_a_checkpoint_does_not_name_the_commit_of_its_base(folder, tmp_path):
+    """Catches a policy that cannot be loaded once it is pushed: LeRobot asks for this commit in its own repository."""
+    policy = PI0Policy.from_pretrained(folder)
+    policy.config.pretrained_revision = "0" * 40
+    policy.save_pretrained(tmp_path / "next")
+    assert json.loads((tmp_path / "next" / "config.json").read_text())["pretrained_revision"] is None
+
+
+def test_a_checkpoint_without_statistics_is_named(folder, tmp_path, caplog):
+    """Catches a base that drives an arm to places around zero, in silence: its numbers are not in the robot's units."""
+    said = "has no statistics of actions"
+    policy = PI0Policy.from_pretrained(folder)
+    assert said not in caplog.text
+    policy.save_pretrained(tmp_path / "bare")
+    for pipeline in make_pre_post_processors(policy.config, pretrained_path=str(folder)):
+        for step in pipeline.steps:
+            if hasattr(step, "stats"):
+                step.stats, step._tensor_stats = {}, {}
+        pipeline.save_pretrained(tmp_path / "bare")
+    PI0Policy.from_pretrained(tmp_path / "bare")
+    assert said in caplog.text
+
+
 def test_the_size_of_pictures_may_be_edited(folder):
     """Catches a refusal of what changes nothing: a camera of another resolution, whose pictures are resized as well."""
     edit(folder / "config.json", lambda c: c["input_features"][CAMERAS[0]].update(shape=[3, 480, 640]))
