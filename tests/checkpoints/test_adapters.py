@@ -143,7 +143,7 @@ def test_the_cameras_of_an_adapter_keep_their_order(tmp_path):
     """Catches pictures that change places when an adapter is trained on with a dataset that lists its cameras in
     another order: the slots are those of the adapter's cameras, and its base has none of them."""
     small_policy(train_expert_only=True).save_pretrained(tmp_path / "base")
-    names = [f"observation.images.{name}" for name in ("front", "wrist", "top")]
+    names = [f"observation.images.{name}" for name in ("side", "hand", "above")]
     policy = PI0Policy.from_pretrained(tmp_path / "base")
     set_cameras(policy.config, dict(zip(names, policy.config.image_features.values(), strict=True)), names)
     save_adapter(wrapped(policy, tmp_path / "base"), tmp_path / "adapter")
