@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .processor_pi0 import make_pi0_pre_post_processors
 
 __all__ = ["PI0Config", "PI0Policy", "make_pi0_pre_post_processors", "take_over"]
-__version__ = "0.5.2"
+__version__ = "0.5.3"
 
 _LAZY = {"PI0Policy": ".modeling_pi0", "make_pi0_pre_post_processors": ".processor_pi0"}
 
