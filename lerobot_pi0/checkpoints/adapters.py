@@ -1,5 +1,6 @@
 """Adapters (LoRA) and the base that they belong to: which weights it had, and whether it still has them."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ def record(
     """Write the manifest of an adapter that LeRobot and PEFT have just saved, or bring that of a checkpoint up to date.
 
     The base is known by a digest of the weights that its files carry. Files of others carry none: on the Hub the
-    commit says enough, and in a folder all bytes are read.
+    commit says enough, and in a folder all bytes are read. The adapter then loads its base at this commit, whatever its
+    owner pushes later.
 
     Args:
         base, own: the checkpoint that the weights are of (`Source.identity`), and its tensors.
@@ -57,11 +59,20 @@ def record(
     if adapter.is_file():
         digest = _carried(own) or (_of_files(own) if revision is None else None)
         identity = {"id": place, "revision": revision, "digest": digest}
-        both = {**configs, ADAPTER_CONFIG_NAME: Source(folder).read_json(ADAPTER_CONFIG_NAME) or {}}
+        both = {**configs, ADAPTER_CONFIG_NAME: _pinned(folder, revision)}
         manifest.write(folder, manifest.make(both, digest_of_file(adapter), None, identity))
     elif known is not None:
         fresh = manifest.make(configs, known["weights"], known["statistics"], known["base"])
         manifest.write(folder, fresh | {"processors": known["processors"]})
+
+
+def _pinned(folder: Path, revision: str | None) -> dict[str, Any]:
+    """PEFT's file in this folder, in which the base has this commit now, if it has one and nobody chose another."""
+    content = Source(folder).read_json(ADAPTER_CONFIG_NAME) or {}
+    if revision is not None and content and content.get("revision") is None:
+        content["revision"] = revision
+        (folder / ADAPTER_CONFIG_NAME).write_text(json.dumps(content, indent=2, sort_keys=True))
+    return content
 
 
 def _carried(own: Mapping[str, Stored]) -> str | None:

@@ -132,6 +132,7 @@ class Checkpoint:
                 self,
             )
         if run is not self:
+            saved = saved or {"start": self.source.identity[0]}  # of a base that this plugin has not written
             saved |= {name: value for name, value in run.saved().items() if name not in ("start", "base")}
         if isinstance(config, PI0Config):  # the policy refuses another by name
             if run is not self and config.vlm_quantization and run._adapts_vlm():

@@ -15,6 +15,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from lerobot.configs import PolicyFeature
+from lerobot.utils.constants import ACTION, OBS_STATE
 
 from ..configuration_pi0 import PALIGEMMA_TOKENIZER, PI0Config
 from .features import log_cameras, set_cameras
@@ -151,10 +152,19 @@ def rename_cameras(run: Run, names: Mapping[str, str]) -> PI0Config | None:
 
     Returns:
         The changed config; None if the policy is not trained.
+
+    Raises:
+        ValueError: it names a state or actions, whose statistics keep the dataset's name.
     """
     config = run.config()
     if config is None or run.dataset is None:
         return None
+    if vectors := [own for own, name in names.items() if name in (OBS_STATE, ACTION) and own != name]:
+        raise ValueError(
+            f"--rename_map gives {', '.join(vectors)} another name, but statistics keep the dataset's, so the numbers "
+            "would not be normalised: rename cameras alone, and these columns in the dataset (data/, meta/info.json, "
+            "meta/stats.json)"
+        )
     if names and run.instead_of is not None:
         set_cameras(config, run.instead_of, run.slots)
     elif names and run.of_dataset:

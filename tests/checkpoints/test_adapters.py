@@ -75,7 +75,8 @@ def test_a_base_without_digests(tmp_path):
     with without_plugin():
         small_builtin().save_pretrained(tmp_path / "base")
     folder = adapted(tmp_path / "base", tmp_path / "adapter")
-    reload_adapter(folder)
+    policy = reload_adapter(folder).get_base_model()
+    assert policy.origin.start == str(tmp_path / "base"), "a card would say that it began with random weights"
     weights = tmp_path / "base" / "model.safetensors"
     tensors = load_file(weights)
     name = next(name for name in tensors if "gemma_expert.model.layers.0" in name)
@@ -164,8 +165,11 @@ def test_the_revision_of_a_base_is_pinned(hub, tmp_path):  # noqa: F811
     expected = chunk(reload_adapter(folder), make_batch())
     torch.manual_seed(9)
     small_policy(train_expert_only=True).push_to_hub("me/base", token="hf_of_the_tests")
+    assert torch.equal(chunk(reload_adapter(folder), make_batch()), expected)
+    save_adapter(reload_adapter(folder), tmp_path / "again")
+    assert torch.equal(chunk(reload_adapter(tmp_path / "again"), make_batch()), expected)
+    content = json.loads((folder / CONFIG).read_text())
+    assert content["revision"] == first
+    (folder / CONFIG).write_text(json.dumps(content | {"revision": None}))  # as adapters of earlier versions have it
     with pytest.raises(CorruptCheckpointError, match=f"revision {first}.*name its commit as `revision`"):
         reload_adapter(folder)
-    content = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(content | {"revision": first}))
-    assert torch.equal(chunk(reload_adapter(folder), make_batch()), expected)

@@ -314,6 +314,12 @@ def test_four_ways_to_fine_tune_a_base(tmp_path, caplog, way, names, expected):
     assert tuple(again.config.image_features) == expected
 
 
+def test_a_state_is_not_renamed(tmp_path):
+    """Catches a state in the robot's units among normalised numbers: statistics keep the dataset's name of it."""
+    with pytest.raises(ValueError, match=r"--rename_map gives observation.joints another name.*rename cameras alone"):
+        begin(saved(tmp_path, CAMERAS), options(CAMERAS), dataset(CAMERAS), {"observation.joints": OBS_STATE})
+
+
 def test_cameras_keep_their_slots_in_another_order(tmp_path):
     """Catches a dataset whose order of cameras exchanges the slots that weights and dataset have in common."""
     place = saved(tmp_path, CAMERAS)
