@@ -178,10 +178,7 @@ class PI0Config(BuiltinPI0Config):
             )
         if self.optimizer_8bit and self.optimizer_muon:
             raise ValueError("optimizer_8bit and optimizer_muon are two optimizers: set one of them to false")
-        try:
-            PALIGEMMA_PRESETS[self.paligemma_variant].vision.patches(side := self.image_size)
-        except ValueError as error:
-            raise ValueError(f"image_resolution=[{side}, {side}]: {error}") from error
+        PALIGEMMA_PRESETS[self.paligemma_variant].vision.patches(self.image_size)  # raises where there are none
         if not self.min_period < self.max_period:
             raise ValueError(f"min_period={self.min_period} has to be below max_period={self.max_period}")
         if not 0 < self.time_sampling_scale + self.time_sampling_offset < 1 + 1e-6:

@@ -47,7 +47,7 @@ class VisionSize:
         if self.stem and made != whole:
             raise ValueError(
                 f"images of {side} pixels are not made of whole patches of {patch}: take {whole * patch} or "
-                f"{(whole + 1) * patch}"
+                f"{(whole + 1) * patch} (image_resolution)"
             )
         return whole
 

@@ -34,7 +34,7 @@ from . import ToolError
 
 POINTER = b"version https://git-lfs"
 
-CONVERTER = "python -m lerobot.scripts.convert_dataset_v21_to_v30"
+CONVERTER = "python -m lerobot.scripts.convert_dataset_v21_to_v30 --push-to-hub=false"
 
 
 class Damage(NamedTuple):
@@ -213,8 +213,7 @@ def read_info(repo_id: str, root: Path) -> Any:
         if version.removeprefix("v").startswith(("1.", "2.")):
             raise ToolError(
                 f"the dataset in {root} has the format {version}, LeRobot reads v3.0. This command converts it in "
-                f"place (a copy stays in {root}_old): {CONVERTER} --repo-id={repo_id} --root={shlex.quote(str(root))} "
-                "--push-to-hub=false"
+                f"place (a copy stays in {root}_old): {CONVERTER} --repo-id={repo_id} --root={shlex.quote(str(root))}"
             )
         info = load_info(root)
         check_version_compatibility(repo_id, version, CODEBASE_VERSION)

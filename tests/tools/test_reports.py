@@ -95,8 +95,8 @@ def test_what_the_pages_hold(pages):
     bars = [x.findtext("p/span") for x in trees["plan"].iter("div") if x.find("div[@class='bar']") is not None]
     assert bars == ["frozen VLM", "LoRA, cached contexts"]
     assert headings["open-loop"] == [
-        "Error by step of the chunk", "What it reacts to", "Error by joint", "What the actions look at",
-        "Recorded and predicted",
+        "Error by step of the chunk", "What it reacts to", "Error by joint", "Roughness by joint",
+        "What the actions look at", "Recorded and predicted",
     ]  # fmt: skip
 
 

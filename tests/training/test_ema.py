@@ -13,6 +13,7 @@ from lerobot.optim import load_optimizer_state, save_optimizer_state
 from safetensors.torch import load_file
 
 from lerobot_pi0 import PI0Policy
+from lerobot_pi0.training.ema import Trained
 from lerobot_pi0.training.optimizers import AveragedAdamWConfig
 
 DECAY = 0.6
@@ -139,7 +140,7 @@ def test_refusals(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="use_policy_training_preset"):
         learn(policy, optimizer, [0])
     with pytest.raises(ValueError, match="ema_decay is not set"):
-        policy.config.get_optimizer_preset().build(list(policy.parameters()))
+        policy.config.get_optimizer_preset().build(Trained(policy.parameters()))
     monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", "FSDP")
     with pytest.raises(ValueError, match="FSDP"):
         policy.get_optim_params()

@@ -12,7 +12,7 @@ from conftest import CAMERAS, make_batch, tiny_config
 from lerobot.optim import AdamWConfig, OptimizerConfig, load_optimizer_state, save_optimizer_state
 
 from lerobot_pi0 import PI0Policy
-from lerobot_pi0.training.ema import Ema
+from lerobot_pi0.training.ema import Ema, Trained
 from lerobot_pi0.training.optimizers import AdamW8bitConfig, AveragedAdamW8bitConfig
 
 PRESET = tiny_config(optimizer_8bit=True, optimizer_lr=1e-3).get_optimizer_preset()
@@ -85,7 +85,7 @@ def test_the_choice():
     for preset, kind in ((PRESET, AdamW8bitConfig), (AVERAGED, AveragedAdamW8bitConfig)):
         assert type(preset) is kind is OptimizerConfig.get_choice_class(preset.type)
     with pytest.raises(ValueError, match="ema_decay is not set"):
-        AVERAGED.build(parameters())
+        AVERAGED.build(Trained(parameters()))
 
 
 @pytest.mark.parametrize("asked", [True, False])
