@@ -230,7 +230,7 @@ def test_what_lerobot_eval_wrote():
 def test_what_cannot_be_trained_is_refused_before_anything_is_recorded():
     """Options at which lerobot-train stops, half an hour later."""
     for options, says in (
-        ({"chunk_size": 5}, "--n_action_steps=10 has to be between 1 and --chunk_size=5"),
+        ({"chunk_size": 4}, "--n_action_steps=5 has to be between 1 and --chunk_size=4"),
         ({"image_size": 100}, "take 96 or 112"),
     ):
         with pytest.raises(ValueError, match=says):

@@ -51,7 +51,7 @@ class LearnConfig:
     # Actions of a chunk.
     chunk_size: int = 20
     # Actions that are executed before a policy looks again.
-    n_action_steps: int = 10
+    n_action_steps: int = 5
     # Height and width of the pictures in pixels.
     image_size: int = IMAGE_SIZE
     # How many times larger things are than in the camera's whole picture; only its middle is shown.
