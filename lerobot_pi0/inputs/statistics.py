@@ -136,27 +136,27 @@ def check_relative_statistics(config: PI0Config, stats: Statistics, meta: Any) -
     check_relative_names(config, meta)
     if ACTION not in stats or (problem := _problem(config, stats, meta)) is None:
         return
-    name = getattr(meta, "repo_id", None) or "DATASET"
+    name, root = getattr(meta, "repo_id", None) or "DATASET", getattr(meta, "root", None)
     raise ValueError(
         f"{problem}. Make the right statistics, in a copy of the dataset that will be {name}_recomputed_stats in "
-        f"LeRobot's own folder (no --dataset.root), and train on that: {recompute_command(name, meta, config)}"
+        f"LeRobot's own folder (no --dataset.root), and train on that: {recompute_command(name, root, config)}"
     )
 
 
-def recompute_command(name: str, meta: Any, config: PI0Config, in_place: bool = False) -> str:
+def recompute_command(name: str, root: Any, config: PI0Config | None = None, in_place: bool = False) -> str:
     """LeRobot's command that computes a dataset's statistics anew, as this config needs them.
 
     Args:
         name: the dataset's id.
-        meta: its LeRobotDatasetMetadata, if there is one.
+        root: its folder, if that is known.
+        config: of the policy to train, whose actions may be relative.
         in_place: in the dataset itself, and not in a copy.
     """
-    root = getattr(meta, "root", None)
     command = f"lerobot-edit-dataset --repo_id={shlex.quote(name)}"
     command += f" --root={shlex.quote(str(root))}" if root else ""
     command += f" --new_root={shlex.quote(str(root))} --operation.overwrite=true" if root and in_place else ""
     command += " --operation.type=recompute_stats"
-    if config.use_relative_actions:
+    if config is not None and config.use_relative_actions:
         command += f" --operation.relative_action=true --operation.chunk_size={config.chunk_size}"
         command += f' --operation.relative_exclude_joints="{config.relative_exclude_joints}"'
     return command

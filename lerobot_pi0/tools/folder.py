@@ -30,11 +30,12 @@ from lerobot.datasets.utils import (
 )
 from lerobot.utils.constants import ACTION, OBS_STATE
 
+from ..inputs.statistics import recompute_command
 from . import ToolError
 
 POINTER = b"version https://git-lfs"
 
-CONVERTER = "python -m lerobot.scripts.convert_dataset_v21_to_v30 --push-to-hub=false"
+CONVERTER = "python -m lerobot.scripts.convert_dataset_v21_to_v30"
 
 
 class Damage(NamedTuple):
@@ -134,14 +135,12 @@ class FolderMetadata(LeRobotDatasetMetadata):
 
     def note(self, file: str, problem: str) -> None:
         """Add to `damage`, with the remedy that suits the problem."""
-        root = shlex.quote(str(self.root))
-        again = f"hf download {self.repo_id} --repo-type=dataset --local-dir={root}"
+        again = f"hf download {self.repo_id} --repo-type=dataset --local-dir={shlex.quote(str(self.root))}"
         remedy = f"copy the file again, or download it: {again}"
         if "Git LFS" in problem:
             remedy = f"run `git lfs pull` in {self.root}, or download the dataset: {again}"
         elif file == STATS_PATH:
-            remedy = f"compute it: lerobot-edit-dataset --repo_id={self.repo_id} --root={root} --new_root={root} "
-            remedy += "--operation.overwrite=true --operation.type=recompute_stats"
+            remedy = f"compute it: {recompute_command(self.repo_id, self.root, in_place=True)}"
         if (damage := Damage(file, problem, remedy)) not in self.damage:
             self.damage.append(damage)
 
@@ -213,7 +212,8 @@ def read_info(repo_id: str, root: Path) -> Any:
         if version.removeprefix("v").startswith(("1.", "2.")):
             raise ToolError(
                 f"the dataset in {root} has the format {version}, LeRobot reads v3.0. This command converts it in "
-                f"place (a copy stays in {root}_old): {CONVERTER} --repo-id={repo_id} --root={shlex.quote(str(root))}"
+                f"place (a copy stays in {root}_old): {CONVERTER} --repo-id={repo_id} --root={shlex.quote(str(root))} "
+                "--push-to-hub=false"
             )
         info = load_info(root)
         check_version_compatibility(repo_id, version, CODEBASE_VERSION)

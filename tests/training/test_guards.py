@@ -135,7 +135,8 @@ def test_held_out_chunks(caplog):
         noise, *_ = draws.repeatable_draws(0, -1, batch["index"].tolist(), shape, flow.BetaTime(), 0)
         chunk = policy.eval().predict_action_chunk(batch, noise=noise[:, 0])
         squares = (chunk - batch[ACTION]).square()
-        chunks, shown = ([*kept, x[0], x[1, :20]] for kept, x in ((chunks, chunk), (shown, batch[ACTION])))
+        chunks += [chunk[0], chunk[1, :20]]
+        shown += [batch[ACTION][0], batch[ACTION][1, :20]]
         valid = torch.cat([squares[0], squares[1, :20]])
         assert info["chunk_error"] == pytest.approx(valid.mean().item(), rel=1e-5)
         errors, steps = errors + valid.sum(dim=0), steps + len(valid)

@@ -57,7 +57,7 @@ def statistics(subject: Subject) -> Iterable[Finding]:
 def recompute(subject: Subject) -> str:
     """The command that mends the statistics of this dataset."""
     meta = subject.dataset.meta
-    return recompute_command(meta.repo_id, meta, subject.config, in_place=True)
+    return recompute_command(meta.repo_id, meta.root, subject.config, in_place=True)
 
 
 def foreign_statistics(subject: Subject) -> Iterable[Finding]:
